@@ -1,0 +1,131 @@
+"""Checkpoints: Hugging Face model folders with the training state beside the weights; and what `--ckpt` means.
+
+A folder appears by rename, complete or not at all, and holds the sha256 of each of its files.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.shards import sha256, write_json
+from model import GPT
+
+CHECKSUMS = "checksums.json"
+TRAINING_STATE = "training_state.pt"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def save(
+    run: Path, model: GPT, state: dict[str, Any], end_of_text_id: int | None = None, tokenizer_from: Path | None = None
+) -> Path:
+    """Write `run`/checkpoints/step_NNNNNN and return it. `state` holds plain values and tensors, `step` among them."""
+    folder = run / "checkpoints" / f"step_{state['step']:06d}"
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    model.save_pretrained(unfinished, end_of_text_id)
+    torch.save(state, unfinished / TRAINING_STATE)
+    for name in TOKENIZER_FILES:
+        if tokenizer_from is not None and (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, unfinished / name)
+    write_json(unfinished / CHECKSUMS, {path.name: sha256(path) for path in sorted(unfinished.iterdir())})
+    for path in unfinished.iterdir():
+        flush_to_disk(path)
+    shutil.rmtree(folder, ignore_errors=True)  # one that failed its checksums, or the resume would have begun there
+    os.replace(unfinished, folder)
+    flush_to_disk(folder.parent)
+    return folder
+
+
+def flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def problem(folder: Path) -> str | None:
+    """Why this checkpoint can't be trusted, naming the file, or None."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+        for name, digest in checksums.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256(folder / name) != digest:
+                return f"{name} was cut short or altered: its sha256 is not that of {CHECKSUMS}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{CHECKSUMS} can't be read ({type(error).__name__})"
+    return None
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """A run's newest checkpoint that verifies (None if there is none), and why newer ones were passed over."""
+    passed_over = []
+    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+        reason = problem(folder)
+        if reason is None:
+            return folder, passed_over
+        passed_over.append(f"passed over {folder}: {reason}")
+    return None, passed_over
+
+
+def load_training_state(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+
+
+def resolve(ckpt: str) -> str:
+    """What `--ckpt` names, as a model folder or a hub name.
+
+    A checkpoint folder, a run folder (its newest valid checkpoint), a Hugging Face folder, or a hub name (gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl). Raises ValueError for a folder that is none of these, or a damaged checkpoint.
+    """
+    folder = Path(ckpt)
+    if not folder.is_dir():
+        if folder.exists() or ckpt.startswith((".", "/", "logs/")):
+            raise ValueError(f"--ckpt {ckpt} is no folder; {known_runs()}")
+        return ckpt
+    if (folder / "checkpoints").is_dir():
+        found, passed_over = newest(folder)
+        for line in passed_over:
+            print(line)
+        if found is None:
+            raise ValueError(f"--ckpt {ckpt}: the run has no checkpoint that verifies")
+        return str(found)
+    if (folder / CHECKSUMS).is_file() and (reason := problem(folder)):
+        raise ValueError(f"--ckpt {ckpt}: {reason}")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--ckpt {ckpt} holds neither checkpoints nor a config.json; {known_runs()}")
+    return str(folder)
+
+
+def known_runs() -> str:
+    runs = sorted(str(path.parent) for path in Path("logs").glob("*/checkpoints"))
+    return (
+        f"runs here: {', '.join(runs)}" if runs else "train one with train.py, or name one of the hub's, such as gpt2"
+    )
+
+
+def load_model(ckpt: str) -> tuple[GPT, str]:
+    """The model that `--ckpt` names, and the folder or hub name it came from."""
+    source = resolve(ckpt)
+    try:
+        return GPT.from_pretrained(source), source
+    except ValueError as error:
+        raise ValueError(f"--ckpt {ckpt}: {error}") from None
+
+
+def load_encoding(source: str, vocab_size: int) -> Any:
+    """The tokenizer stored with a model, else GPT-2's where the vocabulary has its size."""
+    from core import tokenizer
+
+    folder = Path(source)
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        return tokenizer.load(folder)
+    if vocab_size != tokenizer.GPT2_VOCAB_SIZE:
+        raise ValueError(f"{source} has a vocabulary of {vocab_size} and no tokenizer.json to encode text with")
+    return tokenizer.load("gpt2")

@@ -1,0 +1,28 @@
+"""One dataclass a script is its command line, its help and its logged config."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+def run(main: Callable[[Config], None], config_type: type[Config], description: str | None) -> None:
+    """Parse the command line into `config_type` and call `main` with it.
+
+    ValueError and OSError are what a user can cause: they end in one sentence and exit status 2. TRACEBACK=1 in the
+    environment shows where they came from.
+    """
+    config = tyro.cli(config_type, description=description)
+    try:
+        main(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,133 @@
+"""Ranks, devices and the process group: a single process and torchrun look alike to the rest of the code."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over the ranks. All ranks must call it."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)  # gloo has no average, so ranks sum and divide
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. All ranks must call it."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def to_device(self, *batch: Tensor) -> list[Tensor]:
+        """Tensors on this rank's device; to CUDA without making the host wait."""
+        if self.device.type != "cuda":
+            return [tensor.to(self.device) for tensor in batch]
+        return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch]
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, once."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. All ranks must call it."""
+        return self.gather(value)[0]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, else Apple's MPS, else the CPU. Raises ValueError where the device named isn't there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is no device; take auto, cuda, cuda:1, mps or cpu") from None
+    if not available.get(device.type, False):
+        raise ValueError(f"--device {name} is not available on this machine; take --device cpu, or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return device
+
+
+@contextmanager
+def process_group(device_name: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined by NCCL on CUDA and gloo elsewhere; or this process alone."""
+    if "WORLD_SIZE" not in os.environ:
+        yield Ranks(rank=0, world_size=1, device=pick_device(device_name))
+        return
+    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started {local_rank + 1} or more processes on a machine of {torch.cuda.device_count()} "
+                f"GPUs; take --nproc_per_node={torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank=rank, world_size=world_size, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+def autocast(ranks: Ranks, dtype: str) -> torch.autocast:
+    """Matrix products in `dtype`, bfloat16 or float32."""
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+class DeviceClock:
+    """Times what the device does without waiting for it: marks are CUDA events, or the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """The time between two marks; waits until the device has reached the second."""
+        if not self._cuda:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
+# Dense bf16 tensor-core rates from the vendors' data sheets, FLOP/s; the SXM form where there are several.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What MFU is measured against: the card's dense bf16 rate, None where it isn't in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)

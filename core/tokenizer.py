@@ -1,0 +1,141 @@
+"""Byte-level BPE encodings: tiktoken does the work, Hugging Face's tokenizer files are what is stored.
+
+An encoding comes by tiktoken's name (`gpt2`) or from a folder that holds a `tokenizer.json`. Both become a
+`tiktoken.Encoding`, so that every script encodes alike.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 2**16  # shards hold uint16
+GPT2_VOCAB_SIZE = 50257
+NAMES = ("gpt2", "r50k_base")  # tiktoken's encodings whose split of text tokenizer.json's ByteLevel can say
+
+
+def load(name_or_folder: str | Path) -> "tiktoken.Encoding":
+    """The encoding of that name, or of the tokenizer files in that folder. Raises ValueError with a remedy."""
+    folder = Path(name_or_folder)
+    encoding = _from_folder(folder) if folder.is_dir() else _by_name(str(name_or_folder))
+    if encoding.n_vocab > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"encoding {encoding.name} has {encoding.n_vocab:,} ids; shards hold uint16, so at most "
+            f"{MAX_VOCAB_SIZE:,}: take gpt2"
+        )
+    return encoding
+
+
+def end_of_text_id(encoding: "tiktoken.Encoding") -> int:
+    return encoding.encode_single_token(END_OF_TEXT)
+
+
+def _by_name(name: str) -> "tiktoken.Encoding":
+    import tiktoken
+
+    if name not in NAMES:
+        raise ValueError(
+            f"no encoding and no folder {name!r}: take {' or '.join(NAMES)}, or a folder with a tokenizer.json"
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:
+        raise ValueError(
+            f"encoding {name} could not be fetched ({type(error).__name__}): it is downloaded once; without a network "
+            "set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files"
+        ) from None
+
+
+def _from_folder(folder: Path) -> "tiktoken.Encoding":
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's split of text into words, before the merges
+
+    vocab = read_vocab(folder)
+    special = {END_OF_TEXT: vocab.pop(END_OF_TEXT)}
+    to_byte = {char: byte for byte, char in _byte_characters().items()}
+    try:
+        ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
+    except KeyError as error:
+        raise ValueError(f"{folder / 'tokenizer.json'} is no byte-level BPE: {error} stands for no byte") from None
+    return tiktoken.Encoding(folder.name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_vocab(folder: Path) -> dict[str, int]:
+    """Token -> id from a folder's tokenizer.json, or from the vocab.json of older uploads."""
+    path = folder / "tokenizer.json"
+    try:
+        if path.is_file():
+            tokenizer = json.loads(path.read_text())
+            if (kind := tokenizer["pre_tokenizer"]["type"]) != "ByteLevel":
+                raise ValueError(f"{path} splits text by {kind}, GPT-2's encodings by ByteLevel")
+            vocab = tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+        else:
+            path = folder / "vocab.json"
+            vocab = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no tokenizer.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no Hugging Face tokenizer file: {error!r}") from None
+    if END_OF_TEXT not in vocab:
+        raise ValueError(f"{path} has no {END_OF_TEXT}, which begins every document")
+    return vocab
+
+
+def token_bytes(folder: Path) -> np.ndarray:
+    """How many bytes of text each id stands for, (vocab_size,); end-of-text stands for none."""
+    vocab = read_vocab(folder)
+    lengths = np.zeros(max(vocab.values()) + 1, dtype=np.int64)
+    for token, i in vocab.items():
+        lengths[i] = 0 if token == END_OF_TEXT else len(token)  # one character of the vocabulary is one byte
+    return lengths
+
+
+def save(encoding: "tiktoken.Encoding", folder: Path, max_length: int = 1024) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    characters = _byte_characters()
+
+    def text(token: bytes) -> str:
+        return "".join(characters[byte] for byte in token)
+
+    ranks = encoding._mergeable_ranks
+    merges = [(text(a), text(b)) for a, b in _merges(ranks)]
+    tokenizer = Tokenizer(models.BPE(vocab={text(token): rank for token, rank in ranks.items()}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    assert tokenizer.token_to_id(END_OF_TEXT) == end_of_text_id(encoding)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": max_length} | names
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in GPT-2's vocabulary files."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token was merged from, in order: what BPE makes of it with the earlier merges alone."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            best = min(range(len(pairs)), key=pairs.__getitem__)
+            assert pairs[best] < rank, f"{token!r} can't be reached by merges"
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges

@@ -1,0 +1,354 @@
+"""Train a GPT-2 on token shards.
+
+    torchrun --standalone --nproc_per_node=8 train.py                # GPT-2 124M on FineWeb-Edu, 10 billion tokens
+    python train.py --preset gpt2-medium --micro-batch 32            # one GPU
+    python train.py --data data/mine --run tuned --init-from gpt2 --steps 200 --lr 3e-5 --warmup-steps 20
+    python train.py --eval-only --init-from gpt2                     # validation loss of OpenAI's weights
+
+The same command goes on where an interrupted run stopped. The defaults are the recipe of the original project.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from core import checkpoint, cli
+from core.distributed import Ranks, autocast, process_group
+from core.optim import adamw, learning_rate, set_learning_rate
+from core.runlog import RunLog, StepReports, versions
+from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
+from core.validation import Validation, in_bits
+from model import GPT, PRESETS
+
+BETAS = (0.9, 0.95)
+WARMUP_FRACTION = 715 / 19_073  # GPT-3's 375M warm-up tokens of 10 billion
+VAL_BATCH = 16  # windows a forward: eager logits are large, and validation needs no larger batch
+
+
+@dataclass
+class Config:
+    data: str = DEFAULT_DATA
+    """Folder of shards that fineweb.py wrote."""
+    run: str | None = None
+    """Name of the run: all it writes is in logs/RUN. Default: the preset's name."""
+    preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
+    """Size of the model: 124M, 355M, 774M, 1558M, and two small ones for the demo and tests."""
+    steps: int = 19_073
+    """Optimizer steps; 19,073 of 524,288 tokens are 10 billion."""
+    batch_tokens: int = 524_288
+    """Tokens an optimizer step, over all ranks: 2**19, near the 0.5M of GPT-3's table 2.1."""
+    micro_batch: int = 64
+    """Sequences a rank computes at once; halve it when memory runs out. Has no effect on the result."""
+    seq_len: int = 1024
+    """Tokens a sequence, at most the preset's context."""
+    seed: int = 1337
+    """Draws the initial weights and the order of the data."""
+    lr: float = 6e-4
+    """Peak learning rate (GPT-3's for 124M)."""
+    final_lr_fraction: float = 0.1
+    """The cosine ends at this fraction of the peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. Default: 715 of 19,073, scaled with --steps."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices alone."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the matrix products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float32 elsewhere."""
+    val_every: int = 250
+    """Steps between validations; there is one at step 0 and one after the last step too."""
+    val_tokens: int = 10_485_760
+    """Validation tokens at most, always the same ones."""
+    save_every: int = 1000
+    """Steps between checkpoints; there is one after the last step too."""
+    sample_every: int = 0
+    """Steps between text samples; 0: none."""
+    log_every: int = 10
+    """Steps between lines on the terminal; metrics.jsonl has every step."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the training step. auto: on CUDA."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the run's newest valid checkpoint. never: refuse a run that exists."""
+    init_from: str | None = None
+    """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2."""
+    eval_only: bool = False
+    """Print the validation loss, perplexity and bits per byte of --init-from or the run, and stop."""
+    verify: bool = True
+    """Hash all shards at the start (remembered, so that only the first start takes the time)."""
+    wandb_project: str | None = None
+    """Mirror the metrics to this wandb project, offline where there is no login."""
+
+
+@dataclass
+class Run:
+    """Everything a training step needs; `step`, `tokens` and `seconds` are what lies behind it."""
+
+    config: Config
+    ranks: Ranks
+    dataset: Dataset
+    model: GPT  # what is saved and evaluated
+    folder: Path
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training: no compiling, validation or saving
+
+
+def main(config: Config) -> None:
+    with process_group(config.device) as ranks:
+        dataset = open_dataset(config.data)
+        config = resolve(config, dataset, ranks)
+        if config.verify:
+            verify(dataset, ranks)
+        folder = Path("logs") / str(config.run)
+        found = find_checkpoint(config, folder, ranks)
+        if config.eval_only:
+            return evaluate_only(config, ranks, dataset, found or config.init_from)
+        model = load_model(config, dataset, found or config.init_from)
+        run = Run(config, ranks, dataset, model.to(ranks.device), folder)
+        optimizer = adamw(model, config.weight_decay, BETAS)
+        if found:
+            restore(run, optimizer, found)
+        if run.step == config.steps:
+            return ranks.say(f"{folder} is finished: {config.steps} steps, {found}")
+        train(run, optimizer)
+
+
+def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
+    """Check every setting before the first step and fill in those that follow from others."""
+    shape = PRESETS[config.preset]
+    world, micro, seq_len = ranks.world_size, config.micro_batch, config.seq_len
+    positive = ("steps", "batch_tokens", "micro_batch", "seq_len", "val_every", "val_tokens", "save_every", "log_every")
+    for name in (*positive, "lr", "grad_clip"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
+    if seq_len > shape.n_positions:
+        raise ValueError(
+            f"--seq-len {seq_len} passes the context of {config.preset}: take --seq-len {shape.n_positions}"
+        )
+    sequences = config.batch_tokens // seq_len
+    if config.batch_tokens % seq_len or sequences % (micro * world):
+        unit = micro * world * seq_len
+        nearest = max(round(config.batch_tokens / unit), 1) * unit
+        fitting = [m for m in range(1, micro + 1) if config.batch_tokens % (m * world * seq_len) == 0]
+        remedy = f", or --micro-batch {fitting[-1]}" if fitting else ""
+        raise ValueError(
+            f"--batch-tokens {config.batch_tokens} is no multiple of --micro-batch {micro} x --seq-len {seq_len} x "
+            f"{world} rank{'s' if world > 1 else ''} = {unit}: take --batch-tokens {nearest}{remedy}"
+        )
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.steps * WARMUP_FRACTION)
+    if not 0 <= warmup <= config.steps:
+        raise ValueError(f"--warmup-steps {warmup} must lie between 0 and --steps {config.steps}")
+    for split in ("train", "val"):
+        Windows(dataset, split, seq_len)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    compiled = config.compile
+    if compiled == "auto":
+        compiled = "on" if ranks.device.type == "cuda" else "off"
+    return replace(config, warmup_steps=warmup, dtype=dtype, compile=compiled, run=config.run or config.preset)
+
+
+def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What a resumed run may not change, or its steps would not be those of one that was never interrupted."""
+    names = ("preset", "seed", "seq_len", "batch_tokens", "steps", "lr", "final_lr_fraction", "warmup_steps")
+    settings = {name: getattr(config, name) for name in (*names, "weight_decay", "grad_clip", "init_from")}
+    return settings | {"manifest_hash": dataset.manifest_hash}
+
+
+def find_checkpoint(config: Config, folder: Path, ranks: Ranks) -> Path | None:
+    """The run's newest checkpoint that verifies, the same on every rank; None where it starts anew."""
+    if config.eval_only and config.init_from:
+        return None
+    if config.resume == "never" and not config.eval_only:
+        if (folder / "checkpoints").is_dir():
+            raise ValueError(f"{folder} holds a run already: take another --run, or --resume auto to go on with it")
+        return None
+    found, passed_over = ranks.from_main(checkpoint.newest(folder) if ranks.is_main else None)
+    for line in passed_over:
+        ranks.say(line)
+    if config.eval_only and found is None:
+        raise ValueError(f"{folder} has no checkpoint to evaluate: name weights with --init-from")
+    return found
+
+
+def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> GPT:
+    """The model at its start. Raises ValueError where weights given don't fit the preset or the shards."""
+    shape = replace(PRESETS[config.preset], vocab_size=dataset.vocab_size)
+    if source is None:
+        return GPT(shape, seed=config.seed)
+    model, _ = checkpoint.load_model(str(source))
+    if model.config != shape:
+        raise ValueError(
+            f"{source} is {model.config}, but --preset {config.preset} on {dataset.folder} needs {shape}: take the "
+            f"preset of these weights, and shards of their vocabulary"
+        )
+    return model
+
+
+def restore(run: Run, optimizer: torch.optim.Optimizer, found: Path) -> None:
+    """Go on from a checkpoint. Raises ValueError where a setting that must agree differs."""
+    state = checkpoint.load_training_state(found)
+    for name, value in must_agree(run.config, run.dataset).items():
+        if state["settings"].get(name) != value:
+            raise ValueError(
+                f"{run.folder} was begun with {name} {state['settings'].get(name)}, now it is {value}: restore the "
+                f"setting to go on, or take another --run"
+            )
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
+    run.ranks.say(f"resuming {found}: step {run.step:,} of {run.config.steps:,}, {run.tokens:,} tokens seen")
+
+
+def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    config, ranks = run.config, run.ranks
+    windows = Windows(run.dataset, "train", config.seq_len)
+    order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
+    validation = Validation(
+        run.dataset, ranks, config.seq_len, config.val_tokens, min(config.micro_batch, VAL_BATCH), config.dtype
+    )
+    log = RunLog(run.folder, run_facts(run), config.steps, run.step, config.wandb_project) if ranks.is_main else None
+    model = parallel(run.model, config, ranks)
+    if config.compile == "on":
+        warm_up(model, micro_batches(run, windows, order), config, ranks)
+    if run.step == 0:
+        report_validation(run, validation, log)
+    reports = StepReports(
+        log, ranks, config.steps, config.log_every, run.seconds, run.model.config.flops_per_token(config.seq_len)
+    )
+    while run.step < config.steps:
+        lr = learning_rate(run.step, config.steps, config.warmup_steps, config.lr, config.final_lr_fraction)
+        set_learning_rate(optimizer, lr)
+        stats = train_step(model, optimizer, micro_batches(run, windows, order), config, ranks)
+        run.step, run.tokens = run.step + 1, run.tokens + config.batch_tokens
+        reports.launched(run.step, run.tokens, config.batch_tokens, lr, stats)
+        val, save, sample = (is_due(run, every) for every in (config.val_every, config.save_every, config.sample_every))
+        if val or save or sample:
+            run.seconds = reports.flush()
+            if val:
+                report_validation(run, validation, log)
+            if sample and log is not None:
+                log.say(sample_text(run))
+            if save and log is not None:
+                log.say(f"saved {save_checkpoint(run, optimizer)}")
+            reports.restart_clock()
+    if log is not None:
+        log.close()
+
+
+def is_due(run: Run, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is due after this one; after the last one it is."""
+    return every > 0 and (run.step % every == 0 or run.step == run.config.steps)
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """What run.json says: all settings, and what else decides or explains the numbers."""
+    facts = {"manifest_hash": run.dataset.manifest_hash, "world_size": run.ranks.world_size, "versions": versions()}
+    facts["parameters"] = sum(p.numel() for p in run.model.hf_state().values())
+    return asdict(run.config) | facts
+
+
+def parallel(model: GPT, config: Config, ranks: Ranks) -> Any:
+    """The callable that the training step runs. The raw model stays what is saved and evaluated."""
+    step_model: Any = torch.compile(model, dynamic=False) if config.compile == "on" else model
+    if ranks.world_size == 1:
+        return step_model
+    # The model has no buffers to broadcast; gradients live in the buckets that are reduced, not beside them.
+    return DistributedDataParallel(step_model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def micro_batches(run: Run, windows: Windows, order: TokenOrder) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the next step's sequences, as inputs and targets (B, T) on the device."""
+    config, ranks = run.config, run.ranks
+    sequences = config.batch_tokens // config.seq_len
+    step_begin = run.step * sequences
+    stride = config.micro_batch * ranks.world_size
+    for first in range(step_begin + ranks.rank * config.micro_batch, step_begin + sequences, stride):
+        yield ranks.to_device(*windows.batch(order[range(first, first + config.micro_batch)]))
+
+
+def train_step(
+    model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]], config: Config, ranks: Ranks
+) -> Tensor:
+    """One optimizer step; the mean loss over all ranks and the gradient norm, (2,), still on the device."""
+    accumulation = config.batch_tokens // (config.micro_batch * config.seq_len * ranks.world_size)
+    loss_sum = torch.zeros((), device=ranks.device)
+    for i, (inputs, targets) in enumerate(batches):
+        last = i == accumulation - 1
+        with nullcontext() if last or ranks.world_size == 1 else model.no_sync():  # reduce gradients once a step
+            with autocast(ranks, config.dtype):
+                loss = model(inputs, targets) / accumulation
+            loss.backward()
+        loss_sum += loss.detach()
+    if ranks.world_size > 1:
+        dist.all_reduce(loss_sum)
+        loss_sum /= ranks.world_size
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss_sum, norm])
+
+
+def warm_up(model: Any, batches: Iterator[tuple[Tensor, Tensor]], config: Config, ranks: Ranks) -> None:
+    """Compile on one micro-batch whose gradients are thrown away, so that no step's time holds the compiler's."""
+    begin = time.perf_counter()
+    inputs, targets = next(batches)
+    with autocast(ranks, config.dtype):
+        loss = model(inputs, targets)
+    loss.backward()
+    loss.item()  # waits for the device
+    for p in model.parameters():
+        p.grad = None
+    ranks.say(f"compiled in {time.perf_counter() - begin:.0f} s")
+
+
+def report_validation(run: Run, validation: Validation, log: RunLog | None) -> None:
+    result = validation.run(run.model)
+    if log is not None:
+        log.write(step=run.step, tokens=run.tokens, split="val", **result, seconds=run.seconds)
+        log.say(f"step {run.step:>6,}/{run.config.steps:,}  validation loss {result['loss']:.4f}{in_bits(result)}")
+
+
+def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, source: Path | str) -> None:
+    model = load_model(config, dataset, source).to(ranks.device)
+    validation = Validation(
+        dataset, ranks, config.seq_len, config.val_tokens, min(config.micro_batch, VAL_BATCH), config.dtype
+    )
+    result = validation.run(model)
+    loss, tokens = result["loss"], validation.tokens
+    ranks.say(f"{source} on {tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
+    ranks.say(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}{in_bits(result)}")
+
+
+def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer) -> Path:
+    state = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "rng": torch.get_rng_state()}
+    state |= {"optimizer": optimizer.state_dict(), "settings": must_agree(run.config, run.dataset)}
+    end_of_text = run.dataset.manifest["end_of_text_id"]
+    return checkpoint.save(run.folder, run.model, state, end_of_text, tokenizer_from=run.dataset.folder)
+
+
+def sample_text(run: Run) -> str:
+    """A few words from the model, to watch it learn."""
+    from core import generation, tokenizer
+
+    length = min(64, run.model.config.n_positions - 1)
+    texts = generation.sample_text(run.model, tokenizer.load(run.dataset.folder), "", length, top_k=50, seed=run.step)
+    return f"sample: {next(texts)}"
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)
