@@ -76,7 +76,9 @@ class Validation:
 
 
 def main(config: Config) -> None:
-    check(config)
+    limits = {"val_tokens": config.val_tokens, "max_tokens": config.max_tokens}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    cli.check_positive(workers=config.workers, shard_tokens=config.shard_tokens, **limits)
     encoding = tokenizer.load(config.encoding)
     source, units = list_source(config.source)
     settings = {"source": source, "encoding": encoding.name, "vocab_size": encoding.n_vocab}
@@ -95,13 +97,6 @@ def main(config: Config) -> None:
     manifest = settings | {"end_of_text_id": end_of_text_id, "empty_documents": empty, "shards": writer.shards}
     write_json(out / MANIFEST, manifest)
     summarize(out, writer.shards)
-
-
-def check(config: Config) -> None:
-    for name, lowest in (("shard_tokens", 1024), ("val_tokens", 1), ("max_tokens", 1), ("workers", 1)):
-        value = getattr(config, name)
-        if value is not None and value < lowest:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small: take {lowest} or more")
 
 
 def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:

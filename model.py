@@ -54,7 +54,7 @@ PRESETS = {
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 355M
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-    "demo": GPTConfig(n_layer=4, n_head=4, n_embd=128, n_positions=256),  # minutes on two CPU cores
+    "demo": GPTConfig(n_layer=2, n_head=4, n_embd=128, n_positions=256),  # minutes on two CPU cores
     "tiny": GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64),  # for tests
 }
 

@@ -129,9 +129,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     shape = PRESETS[config.preset]
     world, micro, seq_len = ranks.world_size, config.micro_batch, config.seq_len
     positive = ("steps", "batch_tokens", "micro_batch", "seq_len", "val_every", "val_tokens", "save_every", "log_every")
-    for name in (*positive, "lr", "grad_clip"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be above 0")
+    cli.check_positive(**{name: getattr(config, name) for name in (*positive, "lr", "grad_clip")})
     if seq_len > shape.n_positions:
         raise ValueError(
             f"--seq-len {seq_len} passes the context of {config.preset}: take --seq-len {shape.n_positions}"

@@ -26,3 +26,10 @@ def run(main: Callable[[Config], None], config_type: type[Config], description: 
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError for a setting that isn't above 0, by the name of its option."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")

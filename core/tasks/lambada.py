@@ -1,0 +1,128 @@
+"""LAMBADA (Paperno et al. 2016): reading its files, and each protocol by name. PROTOCOLS are what README describes.
+
+The passage's last word is to be predicted. `openai` and `standard` are one rule on two texts (lm-evaluation-harness's
+`lambada_openai` and `lambada_standard`); `last-token` is OpenAI's own count, by the last BPE token; `stop-filter` is
+the paper's description, approximate because its list and exact rule are unpublished.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.scoring import Question, Score
+
+# Which text a protocol is defined on: OpenAI's (untokenised) or the tokenised standard one.
+PROTOCOLS = {"openai": "openai", "standard": "standard", "last-token": "openai", "last-token-norm": "openai"}
+PROTOCOLS["stop-filter"] = "openai"
+HUB = {"openai": ("EleutherAI/lambada_openai", "default"), "standard": ("cimec/lambada", "plain_text")}
+TEST_PASSAGES = 5153
+# Of LAMBADA's own files: the text each holds, and its passages.
+FILE_TEXTS = {
+    "lambada_development_plain_text.txt": "standard",
+    "lambada_test_plain_text.txt": "standard",
+    "lambada_test.jsonl": "openai",
+}
+WHOLE_FILES = {
+    "lambada_development_plain_text.txt": 4869,
+    "lambada_test_plain_text.txt": 5153,
+    "lambada_test.jsonl": 5153,
+}
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one passage came out."""
+
+    correct: bool
+    logprob: float  # of the target
+
+
+def allowed(text: str) -> list[str]:
+    """The protocols that a text allows. A corpus of the user's own (`other`) is scored by the rule of `openai`."""
+    return [name for name, needs in PROTOCOLS.items() if needs == text] if text != "other" else ["openai"]
+
+
+def read(path: Path) -> list[str]:
+    """Passages from a file: one a line, or a JSON object a line with a `text` field (.jsonl).
+
+    Raises ValueError with file and line where one isn't a passage, or a known file lacks some.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    passages = []
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+        passage = _json_text(path, number, line) if path.suffix == ".jsonl" else line
+        if len(passage.split()) < 2:
+            raise ValueError(f"{path}, line {number}: a passage has at least two words, this is {passage[:40]!r}")
+        passages.append(passage)
+    whole = WHOLE_FILES.get(path.name, len(passages))
+    if len(passages) != whole or not passages:
+        raise ValueError(
+            f"{path} holds {len(passages)} passages of {whole or 'none'}: it was cut short; fetch it again"
+        )
+    return passages
+
+
+def _json_text(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}, line {number}: no JSON object with a `text` field ({error!r})") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{path}, line {number}: `text` is {type(text).__name__}, not a string")
+    return text
+
+
+def from_hub(text: str) -> list[str]:
+    """The test set's passages from the Hugging Face hub."""
+    from datasets import load_dataset
+
+    name, config = HUB[text]
+    return [row["text"] for row in load_dataset(name, config, split="test")]
+
+
+def question(protocol: str, passage: str, encode: Encode) -> Question:
+    """Context and target of a passage, as the protocol cuts and encodes them."""
+    if protocol in ("last-token-norm", "stop-filter"):
+        passage = "\n" + straighten(passage)
+    if protocol in ("last-token", "last-token-norm"):
+        ids = encode(passage)
+        return Question(ids[:-1], [ids[-1:]])
+    # split(" "), not split(): seven of OpenAI's passages have a newline within the last "word".
+    context, _, target = passage.rpartition(" ")
+    return Question(encode(context), [encode(" " + target)])
+
+
+def straighten(text: str) -> str:
+    """Curly quotes and LaTeX's `` and '' as plain ones."""
+    pairs = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "``": '"', "''": '"'}
+    for fancy, plain in pairs.items():
+        text = text.replace(fancy, plain)
+    return text
+
+
+def judge(scores: list[list[Score]]) -> list[Verdict]:
+    """Correct where every token of the target is the likeliest, given the true tokens before it."""
+    return [Verdict(all(score.is_greedy), score.total) for (score,) in scores]
+
+
+def perplexity(verdicts: list[Verdict]) -> float:
+    """exp of the mean negative log-probability of a whole target: per word, not per token."""
+    return math.exp(-math.fsum(verdict.logprob for verdict in verdicts) / len(verdicts))
+
+
+def stop_word_mask(encoding: Any, vocab_size: int) -> Any:
+    """(vocab_size,) bool: ids that write a stop word, by the list in stop_words.txt."""
+    import torch
+
+    lines = (Path(__file__).parent / "stop_words.txt").read_text().splitlines()
+    stop_words = {word for line in lines if not line.startswith("#") for word in line.split()}
+    words = (encoding.decode([i]).strip().lower() for i in range(vocab_size))
+    return torch.tensor([word in stop_words for word in words])
