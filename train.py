@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,8 +39,9 @@ VAL_BATCH = 16  # windows a forward: eager logits are large, and validation need
 class Config:
     data: str = DEFAULT_DATA
     """Folder of shards that fineweb.py wrote."""
-    run: str | None = None
-    """Name of the run: all it writes is in logs/RUN. Default: the preset's name."""
+    run: Annotated[str | None, tyro.conf.arg(aliases=["--run-name"])] = None
+    """Name of the run: all it writes is in logs/RUN. Default: the preset's name. Write --run-name under torchrun,
+    which takes --run for an option of its own cut short."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
     """Size of the model: 124M, 355M, 774M, 1558M, and two small ones for the demo and tests."""
     steps: int = 19_073
@@ -265,8 +267,8 @@ def parallel(model: GPT, config: Config, ranks: Ranks) -> Any:
     step_model: Any = torch.compile(model, dynamic=False) if config.compile == "on" else model
     if ranks.world_size == 1:
         return step_model
-    # The model has no buffers to broadcast; gradients live in the buckets that are reduced, not beside them.
-    return DistributedDataParallel(step_model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Gradients live in the buckets that are reduced, not beside them. The model has no buffers to broadcast.
+    return DistributedDataParallel(step_model, gradient_as_bucket_view=True)
 
 
 def micro_batches(run: Run, windows: Windows, order: TokenOrder) -> Iterator[tuple[Tensor, Tensor]]:

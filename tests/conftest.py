@@ -1,0 +1,49 @@
+"""What the tests share: the scripts run as a user runs them, and a small world of stories made by those scripts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ("--preset", "tiny", "--seq-len", "64", "--batch-tokens", "2048", "--micro-batch", "16", "--device", "cpu")
+
+
+def run(script, *args, cwd, check=True, **env):
+    """Run a script of the repo in folder `cwd`; its stdout and stderr as text."""
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    return execute(command, cwd, check, env)
+
+
+def torchrun(ranks, script, *args, cwd, check=True, **env):
+    """The same under torchrun with `ranks` processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return execute([*launch, ROOT / script, *map(str, args)], cwd, check, env)
+
+
+def execute(command, cwd, check, env):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    if check and result.returncode:
+        raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def refused(result):
+    """The one sentence in which a call ended that the user got wrong."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    return result.stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with data/stories (corpus, encoding, questions) and data/small (its shards)."""
+    folder = tmp_path_factory.mktemp("world")
+    execute([sys.executable, "-m", "core.stories", "--stories", "600", "--questions", "40"], folder, True, {})
+    source = ("--source", "data/stories/stories.jsonl", "--encoding", "data/stories")
+    run("fineweb.py", *source, "--out", "data/small", "--val-tokens", "6000", "--workers", "1", cwd=folder)
+    return folder
