@@ -119,6 +119,7 @@ def evaluate(
         total=len(verdicts),
         perplexity=None,
         seconds=time.perf_counter() - begin,
+        has_published=questions.official,
         near_ties=sum(verdict.near_tie for verdict in verdicts),
         **questions.facts,
     )

@@ -16,6 +16,8 @@ from core.results import Result
 from core.scoring import score
 from core.tasks import lambada
 
+Passages = tuple[list[str], dict[str, Any]]  # the passages, and how results name them
+
 
 @dataclass
 class Config:
@@ -58,7 +60,7 @@ def main(config: Config) -> None:
                 for i, v in enumerate(verdicts)
             ]
     print(f"\n{results.results_table(found)}\n")
-    if text != "other":
+    if any(result.has_published for result in found):
         print(f"On the test set of {lambada.TEST_PASSAGES:,} passages, OpenAI's weights, accuracy % (perplexity):\n")
         print(results.published_table("lambada", protocols))
     if config.items:
@@ -93,10 +95,8 @@ def which_protocols(config: Config, text: str | None) -> list[str]:
     return chosen
 
 
-def load_passages(
-    config: Config, protocols: list[str], text: str | None
-) -> dict[str, tuple[list[str], dict[str, Any]]]:
-    """The passages for each protocol, and how results name them."""
+def load_passages(config: Config, protocols: list[str], text: str | None) -> dict[str, Passages]:
+    """The passages for each protocol."""
     if config.data is not None:
         path = Path(config.data)
         loaded = lambada.read(path), results.data_facts(path, "")
@@ -107,12 +107,7 @@ def load_passages(
 
 
 def evaluate(
-    model: Any,
-    encoding: Any,
-    source: str,
-    protocol: str,
-    passages: tuple[list[str], dict[str, Any]],
-    config: Config,
+    model: Any, encoding: Any, source: str, protocol: str, passages: Passages, config: Config
 ) -> tuple[Result, list[lambada.Verdict]]:
     begin = time.perf_counter()
     texts, facts = passages
@@ -127,6 +122,7 @@ def evaluate(
         total=len(verdicts),
         perplexity=lambada.perplexity(verdicts),
         seconds=time.perf_counter() - begin,
+        has_published=config.text != "other",
         **facts,
     )
     return result, verdicts

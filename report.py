@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from core import cli, results, stories
+from core.results import Result
 from core.runlog import METRICS, read_metrics
 from core.shards import open_dataset
 
@@ -45,7 +46,10 @@ def main(config: Config) -> None:
     if len(runs) > 1:
         pictures.append(draw(runs, out / "loss.png"))
     page = out / "report.md"
-    page.write_text(write_page(runs, pictures, out))
+    found = results.load_all()
+    if config.runs:
+        found = [result for result in found if result.model.split("/")[0] in config.runs]
+    page.write_text(write_page(runs, found, pictures, out))
     print(page.read_text())
     print(f"wrote {', '.join(str(path) for path in [page, *pictures])}")
 
@@ -87,8 +91,11 @@ def draw(runs: list[RunFacts], path: Path) -> Path:
     for run, colour in zip(runs, COLOURS * len(runs), strict=False):
         train = [line for line in run.train if line["loss"] is not None]
         axes.plot(*columns(train), color=colour, alpha=0.35, linewidth=0.8, label=f"{run.name}, training")
-        last = f", validation: {run.val[-1]['loss']:.3f} at the end" if run.val else ""
-        axes.plot(*columns(run.val), color=colour, marker="o", markersize=4, linewidth=1.8, label=f"{run.name}{last}")
+        # No line from step 0: it would cut across the steep part, where there was no validation.
+        later = [line for line in run.val if line["step"] > 0]
+        last = f": {later[-1]['loss']:.3f} at the end" if later else ""
+        label = f"{run.name}, validation{last}"
+        axes.plot(*columns(later), color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
         if run.floor is not None:
             label = f"the least possible: {run.floor:.3f} (the stories' entropy)"
             axes.axhline(run.floor, color="black", linestyle="--", linewidth=1, label=label)
@@ -110,14 +117,14 @@ def columns(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     return [line["tokens"] for line in lines], [line["loss"] for line in lines]
 
 
-def write_page(runs: list[RunFacts], pictures: list[Path], out: Path) -> str:
+def write_page(runs: list[RunFacts], found: list[Result], pictures: list[Path], out: Path) -> str:
     parts = ["# Runs", runs_table(runs)]
     parts += [f"![loss curve]({os.path.relpath(path, out)})" for path in pictures]
-    found = results.load_all()
     if found:
-        parts += ["# Results", results.results_table(found), "Published figures (accuracy %, perplexity in brackets):"]
-        for task in sorted({result.task for result in found}):
-            parts.append(results.published_table(task, [r.protocol for r in found if r.task == task]))
+        parts += ["# Results", results.results_table(found)]
+    for task in sorted({result.task for result in found if result.has_published}):
+        parts.append("Published figures, accuracy % (perplexity):")
+        parts.append(results.published_table(task, [result.protocol for result in found if result.task == task]))
     return "\n\n".join(parts) + "\n"
 
 

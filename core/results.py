@@ -26,6 +26,7 @@ class Result:
     total: int
     perplexity: float | None
     seconds: float
+    has_published: bool  # whether published figures speak of questions of this kind
     near_ties: int = 0
 
     @property

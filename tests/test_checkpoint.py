@@ -1,0 +1,268 @@
+"""Promise 4: a checkpoint or shard cut short or altered is refused by name; transformers reads a whole checkpoint."""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from core import checkpoint, tokenizer
+from core.distributed import Ranks
+from core.shards import VERIFIED, open_dataset, sha256, verify
+from model import GPT
+
+torch.set_num_threads(1)  # as conftest's processes have; two threads on busy cores wait for each other
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+FILES = (
+    "checksums.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_state.pt",
+)
+
+
+def settings(**changes):
+    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
+    return train.Config(**(tiny | {"data": "data/small", "run": "short", "steps": 6, "save_every": 2} | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A folder with data/small and logs/short, a run with checkpoints at steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(world / "data/small", folder / "data/small")
+    with contextlib.chdir(folder):
+        train.main(settings())
+    return folder
+
+
+@pytest.fixture
+def here(finished, tmp_path, monkeypatch):
+    """A copy of that folder, as the working directory."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def flip(path):
+    """Change one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_header(path):
+    """Change one bit in the header of an .npy file: the parenthesis that closes its shape opens another."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b")")] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def test_a_folder_holds_what_it_must(finished):
+    for step in (2, 4, 6):
+        folder = finished / f"logs/short/checkpoints/step_{step:06d}"
+        assert tuple(sorted(path.name for path in folder.iterdir())) == FILES
+        assert checkpoint.problem(folder) is None
+
+
+@torch.no_grad()
+def test_transformers_reads_model_and_tokenizer(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished / "logs/short/checkpoints/step_000006"
+    theirs, theirs_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ours, encoding = GPT.from_pretrained(folder), tokenizer.load(folder)
+    end_of_text = open_dataset(finished / "data/small").manifest["end_of_text_id"]
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == end_of_text
+    assert theirs.generation_config.eos_token_id == theirs_tokenizer.eos_token_id == end_of_text
+    text = "One morning the fox, who was 12, ran.\n\n  Überall “Wörter”!"
+    ids = encoding.encode(text)
+    assert theirs_tokenizer(text)["input_ids"] == ids
+    assert theirs_tokenizer.decode(ids) == encoding.decode(ids) == text
+    tokens = torch.tensor([[end_of_text, *ids]])
+    torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_the_training_state_is_plain_values_and_tensors(finished):
+    path = finished / "logs/short/checkpoints/step_000004" / checkpoint.TRAINING_STATE
+    state = torch.load(path, weights_only=True)
+    assert (state["step"], state["tokens"]) == (4, 4 * 2048)
+    assert state["settings"]["seed"] == 1337
+    assert state["settings"]["manifest_hash"] == open_dataset(finished / "data/small").manifest_hash
+    moments = state["optimizer"]["state"].values()
+    assert len(moments) == len(list(GPT.from_pretrained(path.parent).parameters()))
+    assert {int(moment["step"]) for moment in moments} == {4}
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_file_is_named_and_the_checkpoint_passed_over(here, file, damage):
+    newest = Path("logs/short/checkpoints/step_000006")
+    damage(newest / file)
+    found, passed_over = checkpoint.newest(Path("logs/short"))
+    assert found == newest.with_name("step_000004")
+    assert len(passed_over) == 1
+    assert passed_over[0].startswith(f"passed over {newest}: ")
+    assert file in passed_over[0]
+    assert checkpoint.resolve("logs/short") == str(found)
+    with pytest.raises(ValueError, match=rf"--ckpt {newest}: .*{file}"):
+        checkpoint.resolve(str(newest))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file_is_named_and_the_checkpoint_passed_over(here, file):
+    newest = Path("logs/short/checkpoints/step_000006")
+    (newest / file).unlink()
+    found, (line,) = checkpoint.newest(Path("logs/short"))
+    assert found == newest.with_name("step_000004")
+    assert file in line
+
+
+def test_resume_takes_the_checkpoint_before_a_damaged_one(here, finished, capsys):
+    newest = Path("logs/short/checkpoints/step_000006/model.safetensors")
+    flip(newest)
+    train.main(settings())
+    said = capsys.readouterr().out
+    assert f"passed over {newest.parent}: model.safetensors was cut short or altered" in said
+    assert "resuming logs/short/checkpoints/step_000004" in said
+    assert newest.read_bytes() == (finished / newest).read_bytes()
+    assert checkpoint.problem(newest.parent) is None
+
+
+def test_without_a_valid_checkpoint_there_is_none_to_evaluate(here):
+    for folder in Path("logs/short/checkpoints").iterdir():
+        flip(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="--ckpt logs/short: the run has no checkpoint that verifies"):
+        checkpoint.resolve("logs/short")
+
+
+def test_the_newest_is_the_one_of_the_largest_step(here):
+    for step in ("step_999998", "step_1000000"):
+        shutil.copytree("logs/short/checkpoints/step_000006", f"logs/short/checkpoints/{step}")
+    found, _ = checkpoint.newest(Path("logs/short"))
+    assert found.name == "step_1000000"
+
+
+def test_an_unfinished_checkpoint_is_none(here):
+    folder = Path("logs/short/checkpoints")
+    shutil.copytree(folder / "step_000006", folder / ".step_000008.unfinished")
+    assert checkpoint.newest(Path("logs/short")) == (folder / "step_000006", [])
+
+
+def test_ckpt_takes_a_run_a_checkpoint_a_hugging_face_folder_or_a_hub_name(here):
+    GPT.from_pretrained("logs/short/checkpoints/step_000002").save_pretrained("elsewhere")
+    assert checkpoint.resolve("logs/short") == "logs/short/checkpoints/step_000006"
+    assert checkpoint.resolve(str(here / "logs/short/")) == str(here / "logs/short/checkpoints/step_000006")
+    assert checkpoint.resolve("logs/short/checkpoints/step_000002") == "logs/short/checkpoints/step_000002"
+    assert checkpoint.resolve("elsewhere") == "elsewhere"
+    assert checkpoint.resolve("gpt2-medium") == "gpt2-medium"
+
+
+@pytest.mark.parametrize(
+    "ckpt, message",
+    [
+        ("logs/long", "--ckpt logs/long is no folder; runs here: logs/short$"),
+        ("data/small", "--ckpt data/small holds neither checkpoints nor a config.json; runs here: logs/short$"),
+        ("data/small/manifest.json", "--ckpt data/small/manifest.json is no folder"),
+    ],
+)
+def test_ckpt_refuses_anything_else_and_names_the_runs(here, ckpt, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.resolve(ckpt)
+
+
+def as_listed(folder, name, ids):
+    """Replace a shard by other ids, and let the manifest list them."""
+    np.save(folder / name, ids)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        if shard["file"] == name:
+            shard |= {"sha256": sha256(folder / name), "tokens": len(ids)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def outside_vocabulary(path):
+    ids = np.load(path)
+    ids[1000] = 664
+    as_listed(path.parent, path.name, ids)
+
+
+def as_int64(path):
+    as_listed(path.parent, path.name, np.load(path).astype(np.int64))
+
+
+@pytest.mark.parametrize("verified_before", [False, True], ids=["new", "verified"])
+@pytest.mark.parametrize("name", ["train_000001.npy", "val_000000.npy"])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (flip, "was cut short or altered"),
+        (flip_header, ""),
+        (cut, "cut short"),
+        (empty, "cut short"),
+        (Path.unlink, "is missing"),
+        (outside_vocabulary, "holds token id 664, outside the vocabulary of 664"),
+        (as_int64, "holds int64"),
+    ],
+)
+def test_a_damaged_shard_is_refused_by_name_before_the_first_step(here, name, damage, message, verified_before):
+    if verified_before:
+        verify(open_dataset("data/small"), ALONE)
+        assert set(json.loads(Path("data/small", VERIFIED).read_text())) == {"val_000000.npy", "train_000001.npy"}
+    else:
+        Path("data/small", VERIFIED).unlink()
+    damage(Path("data/small", name))
+    with pytest.raises(ValueError, match=rf"^data/small/{name} .*{message}"):
+        train.main(settings(run="new"))
+    assert not Path("logs/new").exists()
+
+
+def test_a_shard_verified_once_is_not_read_again(here):
+    """The memory is by size and time: with both kept, the next start trusts the file."""
+    path = Path("data/small/train_000001.npy")
+    verify(open_dataset("data/small"), ALONE)
+    status = path.stat()
+    flip(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    verify(open_dataset("data/small"), ALONE)
+    os.utime(path)
+    with pytest.raises(ValueError, match=r"train_000001\.npy was cut short or altered"):
+        verify(open_dataset("data/small"), ALONE)
+
+
+@pytest.mark.parametrize("memory", ["", "{", "[]", "null", '{"val_000000.npy": 3}'])
+def test_a_damaged_memory_only_costs_hashing_again(here, memory):
+    path = Path("data/small", VERIFIED)
+    whole = path.read_text()
+    path.write_text(memory)
+    verify(open_dataset("data/small"), ALONE)
+    assert path.read_text() == whole
+    path.write_text(memory)
+    flip(Path("data/small/val_000000.npy"))
+    with pytest.raises(ValueError, match=r"val_000000\.npy was cut short or altered"):
+        verify(open_dataset("data/small"), ALONE)
+
+
+def test_no_verify_hashes_nothing(here):
+    Path("data/small", VERIFIED).unlink()
+    flip(Path("data/small/train_000001.npy"))
+    train.main(settings(run="unverified", steps=1, verify=False))
+    assert Path("logs/unverified/checkpoints/step_000001").is_dir()
+    assert not Path("data/small", VERIFIED).exists()

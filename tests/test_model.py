@@ -1,0 +1,309 @@
+"""Promise 5: logits equal transformers' for the same weights, at all four sizes, and conversion works both ways."""
+
+import gc
+import io
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.optim import adamw
+from model import GPT, PRESETS, KVCache
+
+TINY = replace(PRESETS["tiny"], vocab_size=663)  # padded to 768
+WTE = "transformer.wte.weight"
+
+
+@torch.no_grad()
+def randomized(config, seed=0):
+    """A model whose biases and gains are random too: at 0 and 1 they would hide a wrong mapping."""
+    model = GPT(config, seed).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.add_(torch.empty_like(p).normal_(0.0, 0.02, generator=generator))
+    return model
+
+
+def random_tokens(vocab_size, length, rows=1, seed=0):
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_model(config, weights=None):
+    """transformers' model of this shape, in eval mode, holding `weights` where given."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hf_config = GPT2Config(**asdict(config))
+    if weights is None:
+        return GPT2LMHeadModel(hf_config).eval()
+    with torch.device("meta"):  # random weights would take minutes at the large sizes
+        hf = GPT2LMHeadModel(hf_config)
+    loaded = hf.load_state_dict(weights, strict=False, assign=True)
+    assert (loaded.missing_keys, loaded.unexpected_keys) == (["lm_head.weight"], [])
+    hf.tie_weights()
+    return hf.eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model of the tiny shape."""
+    randomized(TINY).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def as_old_upload(folder, content):
+    """Replace model.safetensors by a pytorch_model.bin."""
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name, layers", [("gpt2", 12), ("gpt2-medium", 24), ("gpt2-large", 36), ("gpt2-xl", 4)])
+@torch.no_grad()
+def test_logits_equal_transformers(name, layers):
+    config = replace(PRESETS[name], n_layer=layers)
+    model = randomized(config)
+    tokens = random_tokens(config.vocab_size, 16)
+    ours = model(tokens)
+    weights = model.hf_state()
+    del model
+    theirs = hf_model(config, weights)(tokens).logits
+    del weights
+    gc.collect()
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert ours.std() > 0.1  # all but equal logits would prove nothing
+
+
+def test_the_four_presets_are_the_published_ones():
+    shapes = {name: tuple(asdict(config).values()) for name, config in PRESETS.items() if name.startswith("gpt2")}
+    assert shapes == {
+        "gpt2": (12, 12, 768, 1024, 50257),
+        "gpt2-medium": (24, 16, 1024, 1024, 50257),
+        "gpt2-large": (36, 20, 1280, 1024, 50257),
+        "gpt2-xl": (48, 25, 1600, 1024, 50257),
+    }
+
+
+@torch.no_grad()
+def test_weights_that_transformers_saved_load(tmp_path):
+    theirs = hf_model(PRESETS["gpt2"])
+    for p in theirs.parameters():
+        p.add_(torch.empty_like(p).normal_(0.0, 0.02))
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config == PRESETS["gpt2"]
+    expected = dict(theirs.named_parameters())
+    for name, weight in ours.hf_state().items():
+        assert torch.equal(weight, expected.pop(name)), name
+    assert not expected
+    assert not ours.transformer["wte"].weight[50257:].any()
+    tokens = random_tokens(50257, 16)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_transformers_loads_what_is_saved(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+    ours = randomized(PRESETS["gpt2"])
+    ours.save_pretrained(tmp_path, end_of_text_id=50256)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs) is GPT2LMHeadModel
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == 50256
+    assert theirs.generation_config.eos_token_id == 50256
+    weights = ours.hf_state()
+    for name, p in theirs.named_parameters():
+        assert torch.equal(p, weights.pop(name)), name
+    assert not weights
+    tokens = random_tokens(50257, 16)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_saving_and_loading_changes_no_bit(folder):
+    loaded, original = GPT.from_pretrained(folder), randomized(TINY)
+    assert loaded.config == original.config
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters(), strict=True))
+
+
+def test_initial_weights_have_the_papers_spread():
+    model = GPT(PRESETS["gpt2"])
+    for name, p in model.hf_state().items():
+        if ".ln_" in name:
+            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
+        elif name.endswith(".bias"):
+            assert not p.any(), name
+        else:
+            std = 0.01 if ".wpe." in name else 0.02
+            std /= math.sqrt(2 * 12) if name.endswith("c_proj.weight") else 1
+            assert p.std().item() == pytest.approx(std, rel=0.01), name
+            assert abs(p.mean().item()) < 0.01 * std, name
+    assert sum(p.numel() for p in model.hf_state().values()) == 124_439_808
+
+
+def test_the_seed_draws_the_weights():
+    first, same, other = (GPT(TINY, seed).transformer["wte"].weight for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_there_are_no_buffers():
+    assert not list(GPT(TINY).buffers())  # DistributedDataParallel would broadcast them
+
+
+def test_padded_rows_stay_zero_and_predict_nothing():
+    model = GPT(TINY)
+    wte = model.transformer["wte"].weight
+    assert wte.shape[0] == 768
+    assert not wte[663:].any()
+    optimizer = adamw(model, weight_decay=0.1, betas=(0.9, 0.95))
+    tokens = random_tokens(663, 17, rows=4)
+    for _ in range(3):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        assert wte.grad[:663].any()
+        assert not wte.grad[663:].any()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not wte[663:].any()
+    assert model(tokens).shape == (4, 17, 663)
+
+
+def test_loss_is_the_cross_entropy_over_the_real_vocabulary():
+    model, tokens = randomized(TINY), random_tokens(663, 17, rows=4)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logprobs = model(inputs).log_softmax(dim=-1)
+    expected = -logprobs.gather(-1, targets[..., None]).mean()
+    torch.testing.assert_close(model(inputs, targets), expected)
+
+
+@torch.no_grad()
+def test_cached_logits_equal_those_of_one_forward():
+    model, tokens = randomized(TINY), random_tokens(663, 40, rows=3)
+    whole = model(tokens)
+    cache = KVCache(TINY, batch_size=3, max_length=40, like=model.transformer["wte"].weight)
+    parts = [model(part, cache=cache) for part in tokens.split([17, 5, 1, 1, 16], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_no_logit_sees_a_later_token():
+    model, tokens = randomized(TINY), random_tokens(663, 32)
+    changed = tokens.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 663
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.isclose(before[:, 20:], after[:, 20:]).all(dim=-1).any()
+
+
+def wrong_shape(weights):
+    weights["transformer.h.0.mlp.c_fc.weight"] = weights["transformer.h.0.mlp.c_fc.weight"].T.contiguous()
+
+
+def missing(weights):
+    del weights["transformer.h.1.attn.c_proj.bias"]
+
+
+def unknown(weights):
+    weights["transformer.h.2.ln_1.weight"] = torch.ones(32)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (wrong_shape, r"h\.0\.mlp\.c_fc\.weight has shape \(128, 32\).*\(32, 128\)"),
+        (missing, r"lacks 1 tensors, such as transformer\.h\.1\.attn\.c_proj\.bias"),
+        (unknown, r"also holds 1 tensors, such as transformer\.h\.2\.ln_1\.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, change, message):
+    change_weights(folder, change)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_type", "gpt_neo"),
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+        ("n_inner", 64),
+        ("n_head", 5),
+    ],
+)
+def test_another_architecture_is_refused(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=f"{key}.* {value!r}"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"n_layer": 2,', '{"n_layer": "two"}'])
+def test_a_damaged_config_is_refused_by_name(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_refused_by_name(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_truncated_safetensors_are_refused_by_name(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut short or damaged"):
+        GPT.from_pretrained(folder)
+
+
+def test_an_old_upload_loads(folder):
+    """As OpenAI's: a pickle, no prefix, with the causal masks."""
+    weights = load_file(folder / "model.safetensors")
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
+    as_old_upload(folder, {name.removeprefix("transformer."): w for name, w in weights.items()} | masks)
+    loaded = GPT.from_pretrained(folder).hf_state()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_a_pickle_that_holds_code_is_refused_and_not_run(folder, tmp_path):
+    trace = tmp_path / "the code ran"
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(trace), "w")
+
+    weights = load_file(folder / "model.safetensors")
+    as_old_upload(folder, weights | {"evil": Evil()})
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin can't be read as plain tensors"):
+        GPT.from_pretrained(folder)
+    assert not trace.exists()
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", saved([1, 2])], ids=["empty", "text", "list"])
+def test_a_bin_that_holds_no_weights_is_refused_by_name(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
+        GPT.from_pretrained(folder)

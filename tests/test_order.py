@@ -1,0 +1,109 @@
+"""Promise 2: the order of tokens is a pure function of (manifest hash, seed, sequence length, i), for any ranks."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from core.distributed import Ranks
+from core.shards import TokenOrder, Windows, open_dataset
+
+SEQ_LEN = 16
+# Three epochs of ten windows, computed once: a change here would make every resumed run see other tokens.
+FROZEN = [7, 3, 2, 1, 9, 8, 6, 0, 4, 5, 8, 6, 1, 5, 4, 2, 0, 3, 7, 9, 1, 4, 8, 2, 6, 7, 5, 0, 3, 9]
+
+
+def write_dataset(folder, sizes):
+    """Train shards of these sizes in which each token is one more than the one before, over all shards."""
+    shards, first = [], 0
+    for number, size in enumerate(sizes):
+        name = f"train_{number:06d}.npy"
+        np.save(folder / name, np.arange(first, first + size, dtype=np.uint16))
+        shards.append({"file": name, "split": "train", "tokens": size})
+        first += size
+    (folder / "manifest.json").write_text(json.dumps({"vocab_size": first, "end_of_text_id": 0, "shards": shards}))
+    return open_dataset(folder)
+
+
+# Exactly three windows; one token too few for three; shorter than a window; a single token; one over two.
+@pytest.mark.parametrize("sizes", [[3 * SEQ_LEN + 1, 3 * SEQ_LEN, 5, 1, 2 * SEQ_LEN + 2], [SEQ_LEN + 1], [500, 1000]])
+def test_windows_show_each_token_but_a_shards_first_once_as_target(tmp_path, sizes):
+    windows = Windows(write_dataset(tmp_path, sizes), "train", SEQ_LEN)
+    inputs, targets = windows.batch(range(len(windows)))
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (len(windows), SEQ_LEN)
+    assert torch.equal(inputs + 1, targets)
+    expected, first = [], 0
+    for size in sizes:
+        used = (size - 1) // SEQ_LEN * SEQ_LEN
+        expected += range(first + 1, first + 1 + used)
+        assert size - 1 - used < SEQ_LEN
+        first += size
+    assert targets.flatten().tolist() == expected
+
+
+def test_an_epoch_shows_each_window_once_and_the_next_in_another_order():
+    order = TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=100)
+    epochs = [order[range(100 * e, 100 * e + 100)].tolist() for e in range(4)]
+    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, range(100)]}) == 5
+
+
+def test_the_order_remembers_nothing():
+    whole = TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)[range(70)].tolist()
+    order = TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)
+    for i in np.random.RandomState(0).permutation(70):
+        assert order[range(i, i + 1)].tolist() == [whole[i]]
+    assert order[range(33, 51)].tolist() == whole[33:51]
+    assert TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)[range(60, 64)].tolist() == whole[60:64]
+
+
+def test_the_order_depends_on_data_seed_and_sequence_length():
+    keys = [("hash", 1, 16), ("hasg", 1, 16), ("hash", 2, 16), ("hash", 1, 32)]
+    orders = {tuple(TokenOrder(*key, windows=50)[range(50)].tolist()) for key in keys}
+    assert len(orders) == len(keys)
+
+
+def test_the_order_is_the_one_that_earlier_runs_saw():
+    order = TokenOrder("0123abcd", seed=1337, seq_len=1024, windows=10)
+    assert order[range(30)].tolist() == FROZEN
+
+
+@pytest.fixture(scope="module")
+def dataset(world):
+    return open_dataset(world / "data/small")
+
+
+def as_tuples(inputs, targets):
+    """Sequences that can be counted: a window's inputs and its last target."""
+    return [(*i.tolist(), t[-1].item()) for i, t in zip(inputs, targets, strict=True)]
+
+
+def step_sequences(dataset, step, world_size, micro_batch):
+    """What each rank computes in a step: the sequences of all its micro-batches."""
+    config = train.Config(batch_tokens=16 * 64, micro_batch=micro_batch, seq_len=64, seed=5)
+    windows = Windows(dataset, "train", 64)
+    order = TokenOrder(dataset.manifest_hash, config.seed, 64, len(windows))
+    shares = []
+    for rank in range(world_size):
+        ranks = Ranks(rank, world_size, torch.device("cpu"))
+        run = train.Run(config, ranks, dataset, model=None, folder=None, step=step)
+        batches = list(train.micro_batches(run, windows, order))
+        assert all(inputs.shape == targets.shape == (micro_batch, 64) for inputs, targets in batches)
+        shares.append([sequence for batch in batches for sequence in as_tuples(*batch)])
+    return shares
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_step_sees_the_same_sequences_for_any_ranks_and_micro_batch(dataset, world_size, micro_batch):
+    windows = Windows(dataset, "train", 64)
+    order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
+    for step in (0, 1, len(windows) // 16):  # the last one goes on into the next epoch
+        shares = step_sequences(dataset, step, world_size, micro_batch)
+        assert [len(share) for share in shares] == [16 // world_size] * world_size
+        inputs, targets = windows.batch(order[range(16 * step, 16 * step + 16)])
+        assert Counter(sequence for share in shares for sequence in share) == Counter(as_tuples(inputs, targets))

@@ -1,0 +1,42 @@
+"""Ranks and micro-batches share out the work and change nothing: the losses are those of one process."""
+
+import pytest
+from conftest import TRAIN, run, torchrun
+
+from core.runlog import read_metrics
+
+STEPS = 20
+RECIPE = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 7, "--warmup-steps", 2, "--lr", "3e-3")
+
+
+@pytest.fixture(scope="module")
+def one_process(world):
+    run("train.py", *RECIPE, "--run", "one", cwd=world)
+    return read_metrics(world / "logs/one")
+
+
+def assert_same(metrics, expected):
+    assert len(metrics) == STEPS + 4  # validations at 0, 7, 14 and 20
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ("step", "split", "tokens", "lr"):
+            assert ours.get(key) == theirs.get(key)
+        for key in {"loss", "bits_per_byte", "grad_norm"} & ours.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=5e-6), (ours["step"], ours["split"], key)
+
+
+def test_the_run_learns(one_process):
+    """Or losses would agree whatever the gradients are."""
+    losses = [line["loss"] for line in one_process if line["split"] == "val"]
+    assert losses[-1] < losses[0] - 1
+
+
+def test_two_ranks_equal_one_process(world, one_process):
+    """Four micro-batches a rank, so that gradients are accumulated before they are reduced."""
+    torchrun(2, "train.py", *RECIPE, "--micro-batch", 4, "--run-name", "two-ranks", cwd=world)
+    assert_same(read_metrics(world / "logs/two-ranks"), one_process)
+
+
+def test_a_smaller_micro_batch_changes_nothing(world, one_process):
+    run("train.py", *RECIPE, "--micro-batch", 4, "--run", "micro", cwd=world)
+    assert_same(read_metrics(world / "logs/micro"), one_process)

@@ -1,0 +1,128 @@
+"""report.py turns runs, also one that is being written, into a page and pictures; and says what it can't find."""
+
+import json
+import math
+import struct
+
+import pytest
+from conftest import refused, run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_run(folder, name, data, end="", losses=None, val_losses=(6.0, 3.5, 2.5)):
+    """A run's files, as train.py writes them, of 30 steps of 1,000 tokens in half a second each."""
+    path = folder / "logs" / name
+    path.mkdir(parents=True)
+    facts = {"data": str(data), "preset": "tiny", "parameters": 1_234_567, "steps": 40, "world_size": 1}
+    (path / "run.json").write_text(json.dumps(facts | {"versions": {"gpu": None}}))
+    losses = losses or [6.5 * math.exp(-step / 20) + 1 for step in range(1, 31)]
+    lines = []
+    for step, loss in enumerate(losses, 1):
+        line = {"step": step, "tokens": 1000 * step, "split": "train", "loss": loss, "seconds": step / 2}
+        lines.append(line | {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 2000.0, "mfu": None})
+    for step, loss in zip((0, 15, 30), val_losses, strict=True):
+        bits = loss and loss / math.log(2) / 4
+        lines.append({"step": step, "tokens": 1000 * step, "split": "val", "loss": loss, "bits_per_byte": bits})
+    lines.sort(key=lambda line: line["step"])
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
+
+
+def check_picture(path):
+    content = path.read_bytes()
+    assert content.startswith(PNG)
+    assert len(content) > 10_000
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > height >= 600
+
+
+def cells(page, name):
+    """A row of the first table, by its first cell."""
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_two_runs_one_of_them_going_on_and_the_floor(world, tmp_path):
+    write_run(tmp_path, "first", world / "data/small")
+    write_run(tmp_path, "second", world / "data/small", end='{"step": 31, "tokens": 310')
+    floor = world / "data/stories/stories.jsonl"
+    run("report.py", "--floor", floor, cwd=tmp_path)
+    for path in ("logs/loss.png", "logs/first/loss.png", "logs/second/loss.png"):
+        check_picture(tmp_path / path)
+    page = (tmp_path / "logs/report.md").read_text()
+    nats = [json.loads(line)["nats"] for line in floor.read_text().splitlines()]
+    manifest = json.loads((world / "data/small/manifest.json").read_text())
+    (val,) = (shard for shard in manifest["shards"] if shard["split"] == "val")
+    least = sum(nats[: val["documents"]]) / val["tokens"]
+    for name in ("first", "second"):
+        assert cells(page, name) == [
+            *(name, "tiny (1.2M)", "30 of 40", "0.0M", "2.5000", f"{2.5 / math.log(2) / 4:.4f}"),
+            *(f"{least:.4f} (+{2.5 / least - 1:.1%})", "2.0", "0.2", "1 x CPU"),
+        ]
+    for picture in ("first/loss.png", "second/loss.png", "loss.png"):
+        assert f"![loss curve]({picture})" in page
+
+
+def test_one_run_by_name_without_floor_into_another_folder(world, tmp_path):
+    write_run(tmp_path, "first", world / "data/small")
+    write_run(tmp_path, "second", world / "data/small")
+    run("report.py", "--runs", "second", "--out", "logs/pages/one", cwd=tmp_path)
+    page = (tmp_path / "logs/pages/one/report.md").read_text()
+    assert "| second " in page
+    assert "| first " not in page
+    assert "![loss curve](../../second/loss.png)" in page
+    check_picture(tmp_path / "logs/second/loss.png")
+    assert not (tmp_path / "logs/first/loss.png").exists()
+    assert cells(page, "second")[6] == ""
+
+
+def test_results_stand_beside_what_was_published(world, tmp_path):
+    write_run(tmp_path, "first", world / "data/small")
+    result = {"task": "lambada", "protocol": "openai", "model": "first/step_000030", "data": "lambada_test.jsonl"}
+    result |= {"sha256": None, "correct": 1678, "total": 5153, "perplexity": 40.06, "seconds": 1.0, "near_ties": 0}
+    (tmp_path / "logs/results").mkdir()
+    (tmp_path / "logs/results/lambada.json").write_text(json.dumps([result]))
+    run("report.py", cwd=tmp_path)
+    page = (tmp_path / "logs/report.md").read_text()
+    row = cells(page, "first/step_000030")
+    assert row[1:5] == ["lambada", "openai", "lambada_test.jsonl", "32.56"]
+    assert row[5:] == ["31.30 to 33.86", "1,678 of 5,153", "40.06"]
+    assert "32.56 (40.06)" in page.split("Published figures")[1]
+
+
+def test_a_run_that_diverged_is_shown_too(world, tmp_path):
+    """A loss that isn't finite stands as null in metrics.jsonl."""
+    losses = [3.0] * 29 + [None]
+    write_run(tmp_path, "diverged", world / "data/small", losses=losses, val_losses=(3.0, 2.0, None))
+    run("report.py", cwd=tmp_path)
+    assert cells((tmp_path / "logs/report.md").read_text(), "diverged")[2] == "30 of 40"
+    check_picture(tmp_path / "logs/diverged/loss.png")
+
+
+def test_no_runs_are_refused(tmp_path):
+    message = refused(run("report.py", cwd=tmp_path, check=False))
+    assert "logs/ holds no run" in message
+    assert "train.py" in message
+
+
+def test_an_unknown_run_is_refused_with_those_there_are(world, tmp_path):
+    write_run(tmp_path, "first", world / "data/small")
+    message = refused(run("report.py", "--runs", "frist", cwd=tmp_path, check=False))
+    assert "logs/frist holds no run; runs here: first" in message
+
+
+@pytest.mark.parametrize("content", ['{"text": "no nats here"}\n', '{"text": "one story", "nats": 20.0}\n'])
+def test_a_floor_that_is_not_the_runs_stories_is_refused_by_name(world, tmp_path, content):
+    write_run(tmp_path, "first", world / "data/small")
+    (tmp_path / "stories.jsonl").write_text(content)
+    message = refused(run("report.py", "--floor", "stories.jsonl", cwd=tmp_path, check=False))
+    assert "stories.jsonl" in message
+
+
+@pytest.mark.parametrize("content", ["[{", '[{"task": "lambada"}]'])
+def test_a_damaged_result_is_refused_by_file(world, tmp_path, content):
+    write_run(tmp_path, "first", world / "data/small")
+    (tmp_path / "logs/results").mkdir()
+    (tmp_path / "logs/results/broken.json").write_text(content)
+    message = refused(run("report.py", cwd=tmp_path, check=False))
+    assert "logs/results/broken.json" in message

@@ -1,0 +1,282 @@
+"""Promise 1: same source, same settings -> byte-identical shards and manifest, whatever the number of workers."""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import refused, run
+
+import fineweb
+from core import tokenizer
+
+SHARD_TOKENS, VAL_TOKENS = 700, 900
+WORDS = (
+    "Ana",
+    "took",
+    "the",
+    "lamp",
+    "na\u00efve",
+    "\u65e5\u672c\u8a9e",
+    "\U0001f642",
+    "don't",
+    "\r\n",
+    "\n\n",
+    "  ",
+    "1907",
+)
+
+
+def write_texts(rng, count, length):
+    """Documents with a null, an empty one, one of a space and one that spells the special token among them."""
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, length))) for _ in range(count)]
+    texts[3:3] = [None, "Ben said <|endoftext|> and left<|endoftext|>", "", " "]
+    return texts
+
+
+def write_source(folder, kind, files):
+    folder.mkdir(parents=True)
+    for number, texts in enumerate(files):
+        path = folder / f"part_{number}.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=7)
+        elif kind == "jsonl":
+            path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
+        else:
+            path.write_bytes(texts[0].encode())
+
+
+@dataclass
+class Made:
+    """A source, and what fineweb.py made of it."""
+
+    files: list[list[str | None]]
+    arguments: tuple[Any, ...]
+    out: Path
+    manifest: dict[str, Any]
+    ids: list[np.ndarray]
+
+    def of(self, split):
+        """Ids of all shards of a split, joined."""
+        chosen = [ids for ids, shard in zip(self.ids, self.manifest["shards"], strict=True) if shard["split"] == split]
+        return np.concatenate(chosen)
+
+
+def make(world, source, out, *arguments, workers=1, check=True):
+    common = ("--source", source, "--encoding", "data/stories", "--out", out, "--workers", workers)
+    return run("fineweb.py", *common, *arguments, cwd=world, check=check)
+
+
+def opened(files, arguments, out):
+    manifest = json.loads((out / "manifest.json").read_text())
+    return Made(files, arguments, out, manifest, [np.load(out / shard["file"]) for shard in manifest["shards"]])
+
+
+@pytest.fixture(scope="module", params=["parquet", "jsonl", "txt"])
+def made(request, world):
+    rng = random.Random(7)
+    files = [write_texts(rng, 40, 60) for _ in range(3)]
+    if request.param == "txt":
+        files = [[" ".join(rng.choices(WORDS, k=length))] for length in (700, 3, 900, 500)] + [[""], ["the end"]]
+    source = world / "sources" / request.param
+    write_source(source, request.param, files)
+    arguments = (source / f"*.{request.param}", "--shard-tokens", SHARD_TOKENS, "--val-tokens", VAL_TOKENS)
+    out = world / "made" / request.param
+    make(world, arguments[0], out, *arguments[1:])
+    return opened(files, arguments, out)
+
+
+@pytest.fixture(scope="module")
+def encoding(world):
+    return tokenizer.load(world / "data/stories")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def split_at(ids, end_of_text):
+    """The documents in a stream of ids."""
+    return [part.tolist() for part in np.split(ids, np.flatnonzero(ids == end_of_text))[1:]]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(made, world, tmp_path, workers):
+    source, *settings = made.arguments
+    make(world, source, tmp_path / "out", *settings, workers=workers)
+    assert contents(tmp_path / "out") == contents(made.out)
+
+
+def test_leftovers_of_an_interrupted_call_make_no_difference(made, world, tmp_path):
+    (tmp_path / "train_000099.npy").write_bytes(b"of an earlier call")
+    (tmp_path / ".train_000001.npy.unfinished").write_bytes(b"half")
+    source, *settings = made.arguments
+    make(world, source, tmp_path, *settings)
+    assert contents(tmp_path) == contents(made.out)
+
+
+def test_the_shards_hold_the_documents_in_order_and_the_special_id_only_before_them(made, encoding):
+    end_of_text = made.manifest["end_of_text_id"]
+    assert end_of_text == encoding.eot_token
+    documents = split_at(np.concatenate([made.of("val"), made.of("train")]), end_of_text)
+    texts = [text for file in made.files for text in file if text]
+    assert [encoding.decode(ids[1:]) for ids in documents] == texts
+    assert [ids[1:] for ids in documents] == [encoding.encode_ordinary(text) for text in texts]
+
+
+def test_no_shard_spans_two_source_files_or_passes_the_limit(made, encoding):
+    shards = made.manifest["shards"]
+    for number, texts in enumerate(made.files):
+        of_file = [ids for ids, shard in zip(made.ids, shards, strict=True) if shard["source_file"] == number]
+        ids = np.concatenate([*of_file, np.empty(0, dtype=np.uint16)])
+        documents = split_at(ids, encoding.eot_token)
+        assert [encoding.decode(ids[1:]) for ids in documents] == [text for text in texts if text]
+        for split in ("val", "train"):
+            sizes = [s["tokens"] for s in shards if (s["source_file"], s["split"]) == (number, split)]
+            assert all(size == SHARD_TOKENS for size in sizes[:-1])
+            assert all(0 < size <= SHARD_TOKENS for size in sizes)
+
+
+def test_validation_is_whole_documents_from_the_start_of_the_first_file(made, encoding):
+    documents = split_at(made.of("val"), encoding.eot_token)
+    texts = [text for text in made.files[0] if text]
+    assert [encoding.decode(ids[1:]) for ids in documents] == texts[: len(documents)]
+    assert sum(map(len, documents[:-1])) < VAL_TOKENS
+    assert sum(map(len, documents)) >= VAL_TOKENS or len(documents) == len(texts)
+
+
+def test_the_manifest_tells_what_each_shard_holds_and_where_it_begins(made, encoding):
+    shards = made.manifest["shards"]
+    for number, (shard, ids) in enumerate(zip(shards, made.ids, strict=True)):
+        assert shard["file"] == f"{shard['split']}_{number:06d}.npy"
+        assert ids.dtype == np.uint16
+        assert shard["tokens"] == len(ids)
+        assert shard["sha256"] == hashlib.sha256((made.out / shard["file"]).read_bytes()).hexdigest()
+        assert shard["documents"] == ids.tolist().count(encoding.eot_token)
+        assert shard["bytes"] == len(encoding.decode_bytes([i for i in ids.tolist() if i != encoding.eot_token]))
+        texts, row, token = made.files[shard["source_file"]], shard["begin"]["row"], shard["begin"]["token"]
+        rest = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts[row:] if text]
+        assert texts[row]
+        assert 0 <= token < len(rest[0])
+        assert ids.tolist() == [i for document in rest for i in document][token : token + len(ids)]
+    texts = [text for file in made.files for text in file]
+    assert sum(shard["documents"] for shard in shards) == sum(bool(text) for text in texts)
+    assert sum(shard["bytes"] for shard in shards) == sum(len((text or "").encode()) for text in texts)
+    assert made.manifest["empty_documents"] == sum(not text for text in texts)
+    assert {path.name for path in made.out.glob("*.npy")} == {shard["file"] for shard in shards}
+
+
+def test_the_manifest_names_source_and_encoding(made, encoding):
+    source = made.manifest["source"]
+    files = sorted(made.arguments[0].parent.iterdir())
+    assert source["name"] == made.arguments[0].name
+    assert source["revision"] is None
+    assert source["files"] == [{"name": path.name, "bytes": path.stat().st_size} for path in files]
+    assert (made.manifest["encoding"], made.manifest["vocab_size"]) == ("stories", encoding.n_vocab)
+
+
+def test_validation_is_one_percent_of_the_source_by_default(world, tmp_path, encoding):
+    make(world, "data/stories/stories.jsonl", tmp_path / "out")
+    made = opened([], (), tmp_path / "out")
+    documents = split_at(made.of("val"), encoding.eot_token)
+    wanted = (world / "data/stories/stories.jsonl").stat().st_size / 100
+    text_bytes = [len(encoding.decode(ids[1:]).encode()) for ids in documents]
+    assert sum(text_bytes[:-1]) < wanted <= sum(text_bytes)
+
+
+@pytest.mark.parametrize("limit", [5000, 5001, 12_345])
+def test_max_tokens_ends_before_the_document_that_would_pass_it(world, tmp_path, encoding, limit):
+    make(world, "data/stories/stories.jsonl", tmp_path / "out", "--max-tokens", limit, workers=2)
+    made = opened([], (), tmp_path / "out")
+    documents = split_at(np.concatenate([made.of("val"), made.of("train")]), encoding.eot_token)
+    lines = (world / "data/stories/stories.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    assert [encoding.decode(ids[1:]) for ids in documents] == texts[: len(documents)]
+    total = sum(map(len, documents))
+    assert total <= limit < total + 1 + len(encoding.encode_ordinary(texts[len(documents)]))
+    val = split_at(made.of("val"), encoding.eot_token)
+    assert sum(map(len, val[:-1])) < limit // 100 <= sum(map(len, val))
+
+
+def test_a_second_call_keeps_what_is_finished_refuses_other_settings_and_overwrites_on_demand(world, tmp_path):
+    source, out = "data/stories/stories.jsonl", tmp_path / "out"
+    make(world, source, out, "--val-tokens", 500)
+    before = contents(out)
+    again = make(world, source, out, "--val-tokens", 500, workers=2)
+    assert "finished already" in again.stdout
+    for name, values, arguments in (
+        ("val_tokens", ("500", "600"), ("--val-tokens", 600)),
+        ("shard_tokens", ("100000000", "900"), ("--val-tokens", 500, "--shard-tokens", 900)),
+        ("max_tokens", ("None", "9000"), ("--val-tokens", 500, "--max-tokens", 9000)),
+    ):
+        message = refused(make(world, source, out, *arguments, check=False))
+        assert f"was made with {name} {values[0]}, now it is {values[1]}" in message
+        assert "--overwrite" in message
+    assert contents(out) == before
+    make(world, source, out, "--val-tokens", 600, "--shard-tokens", 9000, "--overwrite")
+    make(world, source, tmp_path / "fresh", "--val-tokens", 600, "--shard-tokens", 9000)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_another_source_is_refused_by_name(world, tmp_path):
+    make(world, "data/stories/stories.jsonl", tmp_path / "out")
+    copy = tmp_path / "other.jsonl"
+    copy.write_bytes((world / "data/stories/stories.jsonl").read_bytes())
+    message = refused(make(world, copy, tmp_path / "out", check=False))
+    assert "was made with source" in message
+    assert "other.jsonl" in message
+
+
+def test_a_folder_that_lost_a_shard_is_not_called_finished(world, tmp_path):
+    make(world, "data/stories/stories.jsonl", tmp_path / "out")
+    (tmp_path / "out/train_000001.npy").unlink()
+    again = make(world, "data/stories/stories.jsonl", tmp_path / "out", check=False)
+    assert "finished already" not in again.stdout
+
+
+@pytest.mark.parametrize("range_bytes", [1, 7, 64, 1000, 10**6])
+def test_each_line_of_a_jsonl_file_falls_into_one_range(tmp_path, monkeypatch, range_bytes):
+    monkeypatch.setattr(fineweb, "JSONL_RANGE", range_bytes)
+    rng = random.Random(range_bytes)
+    texts = [rng.choice(WORDS) * rng.randint(0, 40) for _ in range(60)]
+    lines = [json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5).encode() for text in texts]
+    lines[7:7] = [b"", b"   "]
+    path = tmp_path / "lines.jsonl"
+    for ending in (b"", b"\n"):
+        path.write_bytes(b"\n".join(lines) + ending)
+        units = fineweb.list_units(f"file://{path}", 0, path.stat().st_size)
+        assert sum(unit.bytes for unit in units) == path.stat().st_size
+        assert [text for unit in units for text in fineweb.read_texts(unit)] == texts
+        with fsspec.open(str(path)).open() as file:
+            places = [place for unit in units for place, _ in fineweb.json_lines(file, unit)]
+        assert len(set(places)) == len(texts)
+
+
+def broken_sources():
+    return {
+        "no column.parquet": (lambda path: pq.write_table(pa.table({"words": ["a"]}), path), "words"),
+        "numbers.parquet": (lambda path: pq.write_table(pa.table({"text": [1, 2]}), path), "text"),
+        "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), "cut short"),
+        "no field.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"words": "b"}\n'), "byte 14"),
+        "number.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": 3}\n'), "byte 14"),
+        "half.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": "b'), "byte 14"),
+        "lone surrogate.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n'), "byte 14"),
+        "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), "UTF-8"),
+        "page.html": (lambda path: path.write_text("a"), ".parquet"),
+    }
+
+
+@pytest.mark.parametrize("name", broken_sources())
+def test_a_source_that_holds_no_text_is_refused_by_file_and_place(world, tmp_path, name):
+    write, place = broken_sources()[name]
+    write(tmp_path / name)
+    message = refused(make(world, tmp_path / name, tmp_path / "out", check=False))
+    assert name in message
+    assert place in message

@@ -1,0 +1,159 @@
+"""The tokenizer files written give the same ids in transformers and tokenizers as tiktoken, and read back alike."""
+
+import json
+from itertools import islice, product
+
+import pytest
+from conftest import refused, run
+
+from core import stories, tokenizer
+
+TEXTS = (
+    "",
+    "Once there was a kind nurse named Ana. Ana took the lamp.",
+    "It's 1907, isn't it? They'll say we're WE'RE they've I'd I'm",
+    "  two spaces,   three, \t tab\t\tand trailing  ",
+    "lines\nand\r\nlines\n\n\n   indented\n",
+    "na\u00efve caf\u00e9 \u0416\u0443\u043a \u65e5\u672c\u8a9e \u0627\u0644\u0639 e\u0301",
+    "\U0001f642\U0001f468\u200d\U0001f469 \u00a0no-break\u3000wide \ufeff",
+    "snake_case camelCase x1y2 3.14159 1,000,000 $5 50% a@b.c http://x.y/?q=1#z",
+    "control \x00\x07\x1b \x7f and \u2028 \u0085 line ends",
+    "zzzzzzzzzzzzzzzzzzzz " * 20,
+    "<|endoftext|>",
+    "one.<|endoftext|>Two <|endoftext|> three<|endoftext|><|endoftext|>",
+    "<|endoftext <| endoftext|> |>",
+)
+
+
+@pytest.fixture(scope="module", params=["stories", "gpt2"])
+def encoding(request):
+    if request.param == "stories":
+        return stories.encoding()
+    try:
+        return tokenizer.load("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def folder(encoding, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(encoding.name)
+    tokenizer.save(encoding, folder)
+    return folder
+
+
+def test_transformers_gives_the_same_ids_and_text(encoding, folder):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = encoding.encode(text, allowed_special="all")
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    end_of_text = tokenizer.end_of_text_id(encoding)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (end_of_text, end_of_text, encoding.n_vocab)
+    assert theirs.model_max_length == 1024
+
+
+def test_tokenizers_gives_the_same_ids_and_text(encoding, folder):
+    from tokenizers import Tokenizer
+
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in TEXTS:
+        ids = encoding.encode(text, allowed_special="all")
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_folder_gives_the_encoding_back(encoding, folder, tmp_path):
+    loaded = tokenizer.load(folder)
+    assert loaded.n_vocab == encoding.n_vocab
+    assert tokenizer.end_of_text_id(loaded) == tokenizer.end_of_text_id(encoding)
+    for text in TEXTS:
+        assert loaded.encode_ordinary(text) == encoding.encode_ordinary(text)
+        assert loaded.decode(loaded.encode_ordinary(text)) == text
+    tokenizer.save(loaded, tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_token_bytes_add_up_to_the_texts_utf8(encoding, folder):
+    sizes = tokenizer.token_bytes(folder)
+    assert len(sizes) == encoding.n_vocab
+    assert sizes[tokenizer.end_of_text_id(encoding)] == 0
+    for text in TEXTS:
+        assert sizes[encoding.encode_ordinary(text)].sum() == len(text.encode())
+
+
+def write_tokenizer(folder, change=lambda spec: None):
+    """The stories' tokenizer.json with a change made to it."""
+    tokenizer.save(stories.encoding(), folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    change(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize(("more", "fits"), [(0, True), (1, False)])
+def test_an_encoding_passes_with_as_many_ids_as_uint16_has_and_no_more(tmp_path, more, fits):
+    def grow(spec):
+        vocab = spec["model"]["vocab"]
+        words = ("".join(letters) for letters in product("abcdefghijklmnop", repeat=5))
+        new = (word for word in words if word not in vocab)
+        missing = 2**16 + more - len(vocab) - 1  # end-of-text stands among the added tokens
+        first = len(vocab) + 1
+        vocab |= {word: first + i for i, word in enumerate(islice(new, missing))}
+
+    write_tokenizer(tmp_path, grow)
+    if fits:
+        assert tokenizer.load(tmp_path).n_vocab == 2**16
+    else:
+        with pytest.raises(ValueError, match=r"65,537 ids.*at most 65,536: take gpt2"):
+            tokenizer.load(tmp_path)
+
+
+def test_an_unknown_name_is_refused_with_the_names_there_are():
+    for name in ("gpt5", "cl100k_base", "no/folder"):
+        with pytest.raises(ValueError, match=f"{name}.*gpt2 or r50k_base, or a folder with a tokenizer.json"):
+            tokenizer.load(name)
+
+
+def test_a_folder_without_tokenizer_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer.json"):
+        tokenizer.load(tmp_path)
+
+
+DAMAGES = {
+    "another split of text": lambda spec: spec["pre_tokenizer"].update(type="Metaspace"),
+    "no end-of-text": lambda spec: spec["added_tokens"].clear() or spec["model"]["vocab"].pop("<|endoftext|>", None),
+    "a character that stands for no byte": lambda spec: spec["model"]["vocab"].update({"\u65e5": 700}),
+    "no vocabulary": lambda spec: spec["model"].pop("vocab"),
+    "a vocabulary that is a list": lambda spec: spec["model"].update(vocab=["a", "b"]),
+    "an id that is text": lambda spec: spec["model"]["vocab"].update(b="7"),
+    "an id given twice": lambda spec: spec["model"]["vocab"].update(b=5),
+    "no token for a byte": lambda spec: spec["model"]["vocab"].pop("b"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_tokenizer_is_refused_by_file(tmp_path, damage):
+    write_tokenizer(tmp_path, DAMAGES[damage])
+    with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer.json"):
+        tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_cut_short_is_refused_by_file(tmp_path):
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    for content in (path.read_bytes()[:1000], b"", b"\xff\xfe\x00", b"[]", b"null"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{path} is no Hugging Face tokenizer file"):
+            tokenizer.load(tmp_path)
+
+
+def test_without_a_network_the_error_names_the_cache(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    nowhere = {"https_proxy": "http://127.0.0.1:9", "no_proxy": "", "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}
+    result = run("fineweb.py", "--source", "a.txt", "--out", "out", cwd=tmp_path, check=False, **nowhere)
+    message = refused(result)
+    assert "encoding gpt2 could not be fetched" in message
+    assert "TIKTOKEN_CACHE_DIR" in message
