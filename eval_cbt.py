@@ -53,14 +53,14 @@ class QuestionSet:
 
 def main(config: Config) -> None:
     cli.check_positive(batch_size=config.batch_size)
+    sources = [checkpoint.resolve(ckpt) for ckpt in config.ckpt]
     protocols = list(cbt.PROTOCOLS) if "all" in config.protocol else list(dict.fromkeys(config.protocol))
     sets = load_questions(config)
     device = pick_device(config.device)
     found: list[Result] = []
     items: list[dict[str, Any]] = []
-    for ckpt in config.ckpt:
-        model, source = checkpoint.load_model(ckpt)
-        model = model.to(device)
+    for source in sources:
+        model = checkpoint.load_model(source).to(device)
         encoding = checkpoint.load_encoding(source, model.config.vocab_size)
         for questions in sets:
             for protocol in protocols:

@@ -42,15 +42,15 @@ class Config:
 
 def main(config: Config) -> None:
     cli.check_positive(batch_size=config.batch_size)
+    sources = [checkpoint.resolve(ckpt) for ckpt in config.ckpt]
     text = which_text(config)
     protocols = which_protocols(config, text)
     passages = load_passages(config, protocols, text)
     device = pick_device(config.device)
     found: list[Result] = []
     items: list[dict[str, Any]] = []
-    for ckpt in config.ckpt:
-        model, source = checkpoint.load_model(ckpt)
-        model = model.to(device)
+    for source in sources:
+        model = checkpoint.load_model(source).to(device)
         encoding = checkpoint.load_encoding(source, model.config.vocab_size)
         for protocol in protocols:
             result, verdicts = evaluate(model, encoding, source, protocol, passages[protocol], config)

@@ -35,8 +35,8 @@ class Config:
 
 def main(config: Config) -> None:
     cli.check_positive(tokens=config.tokens, samples=config.samples)
-    model, source = checkpoint.load_model(config.ckpt)
-    model = model.to(pick_device(config.device))
+    source = checkpoint.resolve(config.ckpt)
+    model = checkpoint.load_model(source).to(pick_device(config.device))
     encoding = checkpoint.load_encoding(source, model.config.vocab_size)
     texts = sample_text(
         model,

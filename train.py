@@ -11,7 +11,7 @@ The same command goes on where an interrupted run stopped. The defaults are the 
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -114,13 +114,15 @@ def main(config: Config) -> None:
             verify(dataset, ranks)
         folder = Path("logs") / str(config.run)
         found = find_checkpoint(config, folder, ranks)
+        state = load_state(config, dataset, found) if found and not config.eval_only else None
+        source = found or (checkpoint.resolve(config.init_from) if config.init_from else None)
+        model = load_model(config, dataset, source).to(ranks.device)
         if config.eval_only:
-            return evaluate_only(config, ranks, dataset, found or config.init_from)
-        model = load_model(config, dataset, found or config.init_from)
-        run = Run(config, ranks, dataset, model.to(ranks.device), folder)
+            return evaluate_only(config, ranks, dataset, model, source)
+        run = Run(config, ranks, dataset, model, folder)
         optimizer = adamw(model, config.weight_decay, BETAS)
-        if found:
-            restore(run, optimizer, found)
+        if state is not None:
+            restore(run, optimizer, state)
         if run.step == config.steps:
             return ranks.say(f"{folder} is finished: {config.steps} steps, {found}")
         train(run, optimizer)
@@ -190,7 +192,7 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
     shape = replace(PRESETS[config.preset], vocab_size=dataset.vocab_size)
     if source is None:
         return GPT(shape, seed=config.seed)
-    model, _ = checkpoint.load_model(str(source))
+    model = checkpoint.load_model(str(source))
     if model.config != shape:
         raise ValueError(
             f"{source} is {model.config}, but --preset {config.preset} on {dataset.folder} needs {shape}: take the "
@@ -199,55 +201,60 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
     return model
 
 
-def restore(run: Run, optimizer: torch.optim.Optimizer, found: Path) -> None:
-    """Go on from a checkpoint. Raises ValueError where a setting that must agree differs."""
+def load_state(config: Config, dataset: Dataset, found: Path) -> dict[str, Any]:
+    """A checkpoint's training state. Raises ValueError where a setting that must agree differs."""
     state = checkpoint.load_training_state(found)
-    for name, value in must_agree(run.config, run.dataset).items():
+    for name, value in must_agree(config, dataset).items():
         if state["settings"].get(name) != value:
             raise ValueError(
-                f"{run.folder} was begun with {name} {state['settings'].get(name)}, now it is {value}: restore the "
+                f"run {config.run} was begun with {name} {state['settings'].get(name)}, now it is {value}: restore the "
                 f"setting to go on, or take another --run"
             )
+    return state
+
+
+def restore(run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put the run where the checkpoint left it; the weights are loaded already."""
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
-    run.ranks.say(f"resuming {found}: step {run.step:,} of {run.config.steps:,}, {run.tokens:,} tokens seen")
+    run.ranks.say(f"resuming at step {run.step:,} of {run.config.steps:,}, {run.tokens:,} tokens seen")
 
 
 def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
     config, ranks = run.config, run.ranks
     windows = Windows(run.dataset, "train", config.seq_len)
     order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
-    validation = Validation(
-        run.dataset, ranks, config.seq_len, config.val_tokens, min(config.micro_batch, VAL_BATCH), config.dtype
-    )
-    log = RunLog(run.folder, run_facts(run), config.steps, run.step, config.wandb_project) if ranks.is_main else None
+    validation = fixed_validation(config, run.dataset, ranks)
     model = parallel(run.model, config, ranks)
     if config.compile == "on":
         warm_up(model, micro_batches(run, windows, order), config, ranks)
-    if run.step == 0:
-        report_validation(run, validation, log)
-    reports = StepReports(
-        log, ranks, config.steps, config.log_every, run.seconds, run.model.config.flops_per_token(config.seq_len)
-    )
-    while run.step < config.steps:
-        lr = learning_rate(run.step, config.steps, config.warmup_steps, config.lr, config.final_lr_fraction)
-        set_learning_rate(optimizer, lr)
-        stats = train_step(model, optimizer, micro_batches(run, windows, order), config, ranks)
-        run.step, run.tokens = run.step + 1, run.tokens + config.batch_tokens
-        reports.launched(run.step, run.tokens, config.batch_tokens, lr, stats)
-        val, save, sample = (is_due(run, every) for every in (config.val_every, config.save_every, config.sample_every))
-        if val or save or sample:
-            run.seconds = reports.flush()
-            if val:
-                report_validation(run, validation, log)
-            if sample and log is not None:
-                log.say(sample_text(run))
-            if save and log is not None:
-                log.say(f"saved {save_checkpoint(run, optimizer)}")
-            reports.restart_clock()
-    if log is not None:
-        log.close()
+    with open_log(run) as log:
+        if run.step == 0:
+            report_validation(run, validation, log)
+        flops_per_token = run.model.config.flops_per_token(config.seq_len)
+        reports = StepReports(log, ranks, config.steps, config.log_every, run.seconds, flops_per_token)
+        while run.step < config.steps:
+            lr = learning_rate(run.step, config.steps, config.warmup_steps, config.lr, config.final_lr_fraction)
+            set_learning_rate(optimizer, lr)
+            stats = train_step(model, optimizer, micro_batches(run, windows, order), config, ranks)
+            run.step, run.tokens = run.step + 1, run.tokens + config.batch_tokens
+            reports.launched(run.step, run.tokens, config.batch_tokens, lr, stats)
+            val, sample, save = (is_due(run, n) for n in (config.val_every, config.sample_every, config.save_every))
+            if val or sample or save:
+                run.seconds = reports.flush()
+                if val:
+                    report_validation(run, validation, log)
+                if sample and log is not None:
+                    log.say(sample_text(run))
+                if save and log is not None:
+                    log.say(f"saved {save_checkpoint(run, optimizer)}")
+                reports.restart_clock()
+
+
+def fixed_validation(config: Config, dataset: Dataset, ranks: Ranks) -> Validation:
+    batch = min(config.micro_batch, VAL_BATCH)
+    return Validation(dataset, ranks, config.seq_len, config.val_tokens, batch, config.dtype)
 
 
 def is_due(run: Run, every: int) -> bool:
@@ -255,11 +262,13 @@ def is_due(run: Run, every: int) -> bool:
     return every > 0 and (run.step % every == 0 or run.step == run.config.steps)
 
 
-def run_facts(run: Run) -> dict[str, Any]:
-    """What run.json says: all settings, and what else decides or explains the numbers."""
-    facts = {"manifest_hash": run.dataset.manifest_hash, "world_size": run.ranks.world_size, "versions": versions()}
-    facts["parameters"] = sum(p.numel() for p in run.model.hf_state().values())
-    return asdict(run.config) | facts
+def open_log(run: Run) -> AbstractContextManager[RunLog | None]:
+    """The run's log on rank 0, None on the others. run.json gets all that decides or explains the numbers."""
+    if not run.ranks.is_main:
+        return nullcontext()
+    facts = asdict(run.config) | {"manifest_hash": run.dataset.manifest_hash, "world_size": run.ranks.world_size}
+    facts |= {"versions": versions(), "parameters": sum(p.numel() for p in run.model.hf_state().values())}
+    return RunLog(run.folder, facts, run.config.steps, run.step, run.config.wandb_project)
 
 
 def parallel(model: GPT, config: Config, ranks: Ranks) -> Any:
@@ -323,11 +332,8 @@ def report_validation(run: Run, validation: Validation, log: RunLog | None) -> N
         log.say(f"step {run.step:>6,}/{run.config.steps:,}  validation loss {result['loss']:.4f}{in_bits(result)}")
 
 
-def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, source: Path | str) -> None:
-    model = load_model(config, dataset, source).to(ranks.device)
-    validation = Validation(
-        dataset, ranks, config.seq_len, config.val_tokens, min(config.micro_batch, VAL_BATCH), config.dtype
-    )
+def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, model: GPT, source: Path | str | None) -> None:
+    validation = fixed_validation(config, dataset, ranks)
     result = validation.run(model)
     loss, tokens = result["loss"], validation.tokens
     ranks.say(f"{source} on {tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")

@@ -110,13 +110,12 @@ def known_runs() -> str:
     )
 
 
-def load_model(ckpt: str) -> tuple[GPT, str]:
-    """The model that `--ckpt` names, and the folder or hub name it came from."""
-    source = resolve(ckpt)
+def load_model(source: str) -> GPT:
+    """The model of a folder or hub name that `resolve` gave. Raises ValueError, naming it, where it is no GPT-2."""
     try:
-        return GPT.from_pretrained(source), source
+        return GPT.from_pretrained(source)
     except ValueError as error:
-        raise ValueError(f"--ckpt {ckpt}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
 def load_encoding(source: str, vocab_size: int) -> Any:

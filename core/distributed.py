@@ -88,7 +88,8 @@ def process_group(device_name: str) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
     finally:

@@ -25,8 +25,8 @@ class RunLog:
         """`done` steps lie behind: metrics of later steps, which the checkpoint lacks, are cut off."""
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", settings)
-        cut_back(run / METRICS, done)
-        self._file = open(run / METRICS, "a", buffering=1)  # noqa: SIM115  closed by close()
+        cut_back(run / METRICS, done if done else -1)  # a run that begins anew says its step 0 again
+        self._file = open(run / METRICS, "a", buffering=1)  # noqa: SIM115  closed by __exit__
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
         self._wandb = start_wandb(run, settings, wandb_project) if wandb_project else None
 
@@ -49,7 +49,10 @@ class RunLog:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._file.close()
         if self._wandb is not None:

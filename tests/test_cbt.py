@@ -238,7 +238,7 @@ def test_the_command_line_writes_what_a_plain_computation_finds(world):
         assert (row["task"], row["correct"], row["total"], row["accuracy"]) == ("cbt", correct, total, correct / total)
         assert row["interval"] == pytest.approx(wilson(correct, total))
         assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert (row["perplexity"], row["near_ties"]) == (None, 0)
+        assert (row["perplexity"], row["near_ties"], row["has_published"]) == (None, 0, False)
     assert len(items) == sum(row["total"] for row in rows)
     assert 0 < sum(row["correct"] for row in rows) < len(items)
     assert sum(line.startswith("| models/") for line in result.stdout.splitlines()) == len(rows)

@@ -7,6 +7,8 @@ import struct
 import pytest
 from conftest import refused, run
 
+import report
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -63,10 +65,11 @@ def test_two_runs_one_of_them_going_on_and_the_floor(world, tmp_path):
         assert f"![loss curve]({picture})" in page
 
 
-def test_one_run_by_name_without_floor_into_another_folder(world, tmp_path):
+def test_one_run_by_name_without_floor_into_another_folder(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     write_run(tmp_path, "second", world / "data/small")
-    run("report.py", "--runs", "second", "--out", "logs/pages/one", cwd=tmp_path)
+    report.main(report.Config(runs=("second",), out="logs/pages/one"))
     page = (tmp_path / "logs/pages/one/report.md").read_text()
     assert "| second " in page
     assert "| first " not in page
@@ -76,25 +79,34 @@ def test_one_run_by_name_without_floor_into_another_folder(world, tmp_path):
     assert cells(page, "second")[6] == ""
 
 
-def test_results_stand_beside_what_was_published(world, tmp_path):
+def test_results_stand_beside_what_was_published_of_such_questions(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     result = {"task": "lambada", "protocol": "openai", "model": "first/step_000030", "data": "lambada_test.jsonl"}
     result |= {"sha256": None, "correct": 1678, "total": 5153, "perplexity": 40.06, "seconds": 1.0, "near_ties": 0}
+    result["has_published"] = True
+    other = result | {"task": "cbt", "protocol": "paper", "model": "gpt2", "data": "stories", "has_published": False}
     (tmp_path / "logs/results").mkdir()
-    (tmp_path / "logs/results/lambada.json").write_text(json.dumps([result]))
-    run("report.py", cwd=tmp_path)
+    (tmp_path / "logs/results/both.json").write_text(json.dumps([result, other | {"perplexity": None}]))
+    report.main(report.Config())
     page = (tmp_path / "logs/report.md").read_text()
     row = cells(page, "first/step_000030")
     assert row[1:5] == ["lambada", "openai", "lambada_test.jsonl", "32.56"]
     assert row[5:] == ["31.30 to 33.86", "1,678 of 5,153", "40.06"]
-    assert "32.56 (40.06)" in page.split("Published figures")[1]
+    assert cells(page, "gpt2")[1:5] == ["cbt", "paper", "stories", "32.56"]
+    assert "32.56 (40.06)" in page
+    assert "lambada, published" in page
+    assert "cbt, published" not in page
+    report.main(report.Config(runs=("first",)))
+    assert "| gpt2 " not in (tmp_path / "logs/report.md").read_text()
 
 
-def test_a_run_that_diverged_is_shown_too(world, tmp_path):
+def test_a_run_that_diverged_is_shown_too(world, tmp_path, monkeypatch):
     """A loss that isn't finite stands as null in metrics.jsonl."""
+    monkeypatch.chdir(tmp_path)
     losses = [3.0] * 29 + [None]
     write_run(tmp_path, "diverged", world / "data/small", losses=losses, val_losses=(3.0, 2.0, None))
-    run("report.py", cwd=tmp_path)
+    report.main(report.Config())
     assert cells((tmp_path / "logs/report.md").read_text(), "diverged")[2] == "30 of 40"
     check_picture(tmp_path / "logs/diverged/loss.png")
 
@@ -112,17 +124,19 @@ def test_an_unknown_run_is_refused_with_those_there_are(world, tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"text": "no nats here"}\n', '{"text": "one story", "nats": 20.0}\n'])
-def test_a_floor_that_is_not_the_runs_stories_is_refused_by_name(world, tmp_path, content):
+def test_a_floor_that_is_not_the_runs_stories_is_refused_by_name(world, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     (tmp_path / "stories.jsonl").write_text(content)
-    message = refused(run("report.py", "--floor", "stories.jsonl", cwd=tmp_path, check=False))
-    assert "stories.jsonl" in message
+    with pytest.raises(ValueError, match=r"stories\.jsonl"):
+        report.main(report.Config(floor="stories.jsonl"))
 
 
 @pytest.mark.parametrize("content", ["[{", '[{"task": "lambada"}]'])
-def test_a_damaged_result_is_refused_by_file(world, tmp_path, content):
+def test_a_damaged_result_is_refused_by_file(world, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     (tmp_path / "logs/results").mkdir()
     (tmp_path / "logs/results/broken.json").write_text(content)
-    message = refused(run("report.py", cwd=tmp_path, check=False))
-    assert "logs/results/broken.json" in message
+    with pytest.raises(ValueError, match=r"logs/results/broken\.json"):
+        report.main(report.Config())

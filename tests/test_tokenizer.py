@@ -22,6 +22,8 @@ TEXTS = (
     "<|endoftext|>",
     "one.<|endoftext|>Two <|endoftext|> three<|endoftext|><|endoftext|>",
     "<|endoftext <| endoftext|> |>",
+    # Every byte that UTF-8 text can hold.
+    "".join(map(chr, (*range(0x800), *range(0x800, 0xD800, 0x400), *range(0x10000, 0x110000, 0x8000)))),
 )
 
 
@@ -56,13 +58,14 @@ def test_transformers_gives_the_same_ids_and_text(encoding, folder):
 
 
 def test_tokenizers_gives_the_same_ids_and_text(encoding, folder):
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, pre_tokenizers
 
     theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TEXTS:
         ids = encoding.encode(text, allowed_special="all")
         assert theirs.encode(text).ids == ids
         assert theirs.decode(ids, skip_special_tokens=False) == text
+    assert {token for token in theirs.get_vocab() if len(token) == 1} == set(pre_tokenizers.ByteLevel.alphabet())
 
 
 def test_a_folder_gives_the_encoding_back(encoding, folder, tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.scoring import Question, Score
+from core.tasks import hub
 
 PROTOCOLS = ("paper", "sentence")
 TYPES = ("NE", "CN", "V", "P")
@@ -88,14 +89,11 @@ def checked(cloze: Cloze, place: str) -> Cloze:
 
 def from_hub(kind: str, split: str) -> list[Cloze]:
     """Questions of one type (NE, CN, V, P) and split (validation, test) from the Hugging Face hub."""
-    from datasets import load_dataset
-
-    rows = load_dataset(HUB, kind, split=split)
     return [
         checked(
             Cloze(row["sentences"], row["question"], row["answer"], row["options"]), f"{HUB} {kind} {split}, row {i}"
         )
-        for i, row in enumerate(rows)
+        for i, row in enumerate(hub.rows(HUB, kind, split))
     ]
 
 

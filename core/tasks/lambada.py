@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.scoring import Question, Score
+from core.tasks import hub
 
 # Which text a protocol is defined on: OpenAI's (untokenised) or the tokenised standard one.
 PROTOCOLS = {"openai": "openai", "standard": "standard", "last-token": "openai", "last-token-norm": "openai"}
@@ -82,10 +83,7 @@ def _json_text(path: Path, number: int, line: str) -> str:
 
 def from_hub(text: str) -> list[str]:
     """The test set's passages from the Hugging Face hub."""
-    from datasets import load_dataset
-
-    name, config = HUB[text]
-    return [row["text"] for row in load_dataset(name, config, split="test")]
+    return [row["text"] for row in hub.rows(*HUB[text], split="test")]
 
 
 def question(protocol: str, passage: str, encode: Encode) -> Question:
