@@ -53,7 +53,7 @@ class QuestionSet:
 
 def main(config: Config) -> None:
     cli.check_positive(batch_size=config.batch_size)
-    sources = [checkpoint.resolve(ckpt) for ckpt in config.ckpt]
+    sources = checkpoint.resolve_all(config.ckpt)
     protocols = list(cbt.PROTOCOLS) if "all" in config.protocol else list(dict.fromkeys(config.protocol))
     sets = load_questions(config)
     device = pick_device(config.device)
@@ -73,9 +73,7 @@ def main(config: Config) -> None:
     if any(questions.official for questions in sets):
         print("Published, OpenAI's weights, accuracy %:\n")
         print(results.published_table("cbt", protocols))
-    near_ties = sum(result.near_ties for result in found)
-    if near_ties:
-        print(f"\n{near_ties} questions had their two best candidates within {cbt.NEAR_TIE:g}")
+    print(results.near_ties_line(found))
     if config.items:
         results.save_items(items, config.items)
     print(f"\nsaved {results.save(found, config.out)}")

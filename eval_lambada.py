@@ -42,7 +42,7 @@ class Config:
 
 def main(config: Config) -> None:
     cli.check_positive(batch_size=config.batch_size)
-    sources = [checkpoint.resolve(ckpt) for ckpt in config.ckpt]
+    sources = checkpoint.resolve_all(config.ckpt)
     text = which_text(config)
     protocols = which_protocols(config, text)
     passages = load_passages(config, protocols, text)
@@ -63,6 +63,7 @@ def main(config: Config) -> None:
     if any(result.has_published for result in found):
         print(f"On the test set of {lambada.TEST_PASSAGES:,} passages, OpenAI's weights, accuracy % (perplexity):\n")
         print(results.published_table("lambada", protocols))
+    print(results.near_ties_line(found))
     if config.items:
         results.save_items(items, config.items)
     print(f"\nsaved {results.save(found, config.out)}")
@@ -122,6 +123,7 @@ def evaluate(
         total=len(verdicts),
         perplexity=lambada.perplexity(verdicts),
         seconds=time.perf_counter() - begin,
+        near_ties=sum(verdict.near_tie for verdict in verdicts),
         has_published=config.text != "other",
         **facts,
     )

@@ -102,6 +102,11 @@ def main(config: Config) -> None:
 def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError where the finished shards in `out` are not what these settings would make."""
     manifest = open_dataset(out).manifest
+    for shard in manifest["shards"]:
+        if not (out / shard["file"]).is_file():
+            raise ValueError(
+                f"{out / shard['file']} is missing, the manifest lists it: write all again with --overwrite"
+            )
     for key, value in settings.items():
         if manifest.get(key) != value:
             raise ValueError(
@@ -178,7 +183,7 @@ def list_units(url: str, source_file: int, size: int) -> list[Unit]:
     """Cut one source file into units."""
     if url.endswith(".parquet"):
         with open_parquet(url) as file:
-            column = text_column(url, file.schema_arrow.names, file.metadata)
+            column = text_column(url, file)
             groups = [file.metadata.row_group(i).column(column) for i in range(file.num_row_groups)]
             return [Unit(url, source_file, i, group.total_uncompressed_size) for i, group in enumerate(groups)]
     if url.endswith(".jsonl"):
@@ -200,12 +205,16 @@ def open_parquet(url: str) -> Any:
         raise ValueError(f"{url} is no parquet file, or cut short: {error}") from None
 
 
-def text_column(url: str, names: list[str], metadata: Any) -> int:
-    """The index of the `text` column among the file's stored columns."""
-    for index in range(metadata.num_columns):
-        if metadata.schema.column(index).path == "text":
-            return index
-    raise ValueError(f"{url} has no `text` column; it has {', '.join(names)}")
+def text_column(url: str, file: Any) -> int:
+    """The index of the `text` column among the stored columns of a parquet file."""
+    schema = file.schema_arrow
+    if "text" not in schema.names:
+        raise ValueError(f"{url} has no `text` column; it has {', '.join(schema.names)}")
+    kind = str(schema.field("text").type)
+    if kind not in ("string", "large_string", "string_view"):
+        raise ValueError(f"{url}: the `text` column holds {kind}, not strings")
+    stored = file.metadata.schema
+    return next(i for i in range(file.metadata.num_columns) if stored.column(i).path == "text")
 
 
 def read_texts(unit: Unit) -> list[str | None]:
@@ -242,6 +251,10 @@ def read_json_line(line: bytes, place: str) -> str | None:
         raise ValueError(f"{place}: no JSON object with a `text` field ({error!r})") from None
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{place}: `text` is {type(text).__name__}, not a string")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: `text` holds half a surrogate pair, which is no character: {error}") from None
     return text
 
 

@@ -92,7 +92,7 @@ def draw(runs: list[RunFacts], path: Path) -> Path:
         train = [line for line in run.train if line["loss"] is not None]
         axes.plot(*columns(train), color=colour, alpha=0.35, linewidth=0.8, label=f"{run.name}, training")
         # No line from step 0: it would cut across the steep part, where there was no validation.
-        later = [line for line in run.val if line["step"] > 0]
+        later = [line for line in run.val if line["step"] > 0 and line["loss"] is not None]
         last = f": {later[-1]['loss']:.3f} at the end" if later else ""
         label = f"{run.name}, validation{last}"
         axes.plot(*columns(later), color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
@@ -132,7 +132,7 @@ def runs_table(runs: list[RunFacts]) -> str:
     rows = []
     for run in runs:
         done, facts = (run.train[-1] if run.train else None), run.facts
-        val = run.val[-1] if run.val else None
+        val = run.val[-1] if run.val and run.val[-1]["loss"] is not None else None
         rows.append(
             [
                 run.name,

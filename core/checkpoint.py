@@ -103,6 +103,12 @@ def resolve(ckpt: str) -> str:
     return str(folder)
 
 
+def resolve_all(ckpts: tuple[str, ...]) -> list[str]:
+    if not ckpts:
+        raise ValueError(f"--ckpt names no model; {known_runs()}")
+    return [resolve(ckpt) for ckpt in ckpts]
+
+
 def known_runs() -> str:
     runs = sorted(str(path.parent) for path in Path("logs").glob("*/checkpoints"))
     return (

@@ -27,7 +27,7 @@ class Result:
     perplexity: float | None
     seconds: float
     has_published: bool  # whether published figures speak of questions of this kind
-    near_ties: int = 0
+    near_ties: int  # questions whose outcome another batch size or device may turn
 
     @property
     def accuracy(self) -> float:
@@ -69,9 +69,23 @@ def save_items(items: list[dict[str, Any]], path: str) -> None:
 
 def load_all() -> list[Result]:
     """Every result in logs/results/."""
-    fields = Result.__dataclass_fields__
-    rows = [row for path in sorted(RESULTS.glob("*.json")) for row in json.loads(path.read_text())]
-    return [Result(**{name: row[name] for name in fields}) for row in rows]
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        try:
+            for row in json.loads(path.read_text()):
+                found.append(Result(**{name: row[name] for name in Result.__dataclass_fields__}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} can't be read as results ({error!r}): remove it, or run its evaluation again"
+            ) from None
+    return found
+
+
+def near_ties_line(results: list[Result]) -> str:
+    """How many answers are too close to be sure of."""
+    return (
+        f"near ties, whose answer another batch size or device may turn: {sum(result.near_ties for result in results)}"
+    )
 
 
 def published(task: str) -> list[dict[str, Any]]:

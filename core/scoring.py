@@ -8,6 +8,8 @@ from tqdm import tqdm
 
 from model import GPT
 
+NEAR_TIE = 1e-5  # log-probabilities closer than this may change places with another batch size or device
+
 
 @dataclass(frozen=True)
 class Question:
@@ -23,6 +25,7 @@ class Score:
 
     logprobs: list[float]  # of each token, given all before it
     is_greedy: list[bool]  # whether each token is the likeliest there
+    near_tie: bool = False  # whether somewhere the two likeliest ids are within NEAR_TIE
 
     @property
     def total(self) -> float:
@@ -98,7 +101,9 @@ def _score_batch(model: GPT, batch: list[_Row], banned_first: Tensor | None) -> 
     if banned_first is not None:
         first = torch.tensor([i == 0 for row in batch for i in range(len(row.targets))], device=model.device)  # (n,)
         logits = logits.masked_fill(first[:, None] & banned_first.to(model.device), -torch.inf)
-    greedy = logits.argmax(dim=-1) == targets  # (n,)
+    best = logits.topk(2, dim=-1)  # (n, 2)
+    greedy = best.indices[:, 0] == targets  # (n,)
+    near = best.values[:, 0] - best.values[:, 1] < NEAR_TIE  # (n,)
     sizes = [len(row.targets) for row in batch]
-    pairs = zip(logprobs.cpu().split(sizes), greedy.cpu().split(sizes), strict=True)
-    return [Score(p.tolist(), g.tolist()) for p, g in pairs]
+    columns = (values.cpu().split(sizes) for values in (logprobs, greedy, near))
+    return [Score(p.tolist(), g.tolist(), bool(n.any())) for p, g, n in zip(*columns, strict=True)]

@@ -168,7 +168,9 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     for shard in shards:
         problem, _ = results[shard["file"]]
         if problem:
-            raise ValueError(f"{dataset.folder / shard['file']} {problem}; write the folder again with fineweb.py")
+            raise ValueError(
+                f"{dataset.folder / shard['file']} {problem}; write the folder again with fineweb.py --overwrite"
+            )
     if ranks.is_main:
         with contextlib.suppress(OSError):  # a read-only data folder is as good, only checked again at each start
             write_json(memory_path, {file: stamp for file, (_, stamp) in results.items()})
@@ -195,7 +197,9 @@ def _open_shard(path: Path, tokens: int) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, the manifest lists it; write the folder again with fineweb.py") from None
+        raise ValueError(
+            f"{path} is missing, the manifest lists it; write the folder again with fineweb.py --overwrite"
+        ) from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no .npy file, or cut short: {error}") from None
     if ids.dtype != np.uint16 or ids.shape != (tokens,):

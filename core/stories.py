@@ -11,6 +11,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,18 @@ def write_cloze(path: Path, rng: random.Random, count: int, slot: str) -> None:
 
 
 def floor(stories: Path, val_documents: int, val_tokens: int) -> float:
-    """The generator's own loss on the validation stories, which are the corpus's first: nats a token."""
-    with open(stories) as file:
-        return math.fsum(json.loads(next(file))["nats"] for _ in range(val_documents)) / val_tokens
+    """The generator's own loss on the validation stories, which are the corpus's first: nats a token.
+
+    Raises ValueError where the file isn't the corpus that the stories' generator wrote.
+    """
+    try:
+        with open(stories) as file:
+            nats = [json.loads(line)["nats"] for line in islice(file, val_documents)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--floor {stories} is not the stories.jsonl of core/stories.py ({error!r})") from None
+    if len(nats) < val_documents:
+        raise ValueError(f"--floor {stories} holds {len(nats)} stories, the run's validation {val_documents}")
+    return math.fsum(nats) / val_tokens
 
 
 if __name__ == "__main__":

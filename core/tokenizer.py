@@ -63,6 +63,8 @@ def _from_folder(folder: Path) -> "tiktoken.Encoding":
         ranks = {bytes(to_byte[char] for char in token): rank for token, rank in vocab.items()}
     except KeyError as error:
         raise ValueError(f"{folder / 'tokenizer.json'} is no byte-level BPE: {error} stands for no byte") from None
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError(f"{folder / 'tokenizer.json'} is no byte-level BPE: some single bytes have no token")
     return tiktoken.Encoding(folder.name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -84,6 +86,10 @@ def read_vocab(folder: Path) -> dict[str, int]:
         raise ValueError(f"{path} is no Hugging Face tokenizer file: {error!r}") from None
     if END_OF_TEXT not in vocab:
         raise ValueError(f"{path} has no {END_OF_TEXT}, which begins every document")
+    if set(vocab.values()) != set(range(len(vocab))):
+        raise ValueError(
+            f"{path} is damaged: its {len(vocab)} tokens don't have the ids 0 to {len(vocab) - 1}, each once"
+        )
     return vocab
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, TRAIN, run
 
 import train
+from core import checkpoint
 from core.runlog import METRICS, read_metrics
 
 torch.set_num_threads(1)  # as conftest's processes have; two threads on busy cores wait for each other
@@ -46,9 +47,9 @@ def settings(**changes):
 
 def go_back(folder, step):
     """Forget all checkpoints after a step."""
-    for checkpoint in (folder / "checkpoints").iterdir():
-        if checkpoint.name > f"step_{step:06d}":
-            shutil.rmtree(checkpoint)
+    for path in (folder / "checkpoints").iterdir():
+        if path.name > f"step_{step:06d}":
+            shutil.rmtree(path)
 
 
 def start_and_kill(world, command, moment):
@@ -88,12 +89,20 @@ def assert_like(folder, whole):
     assert not list((folder / "checkpoints").glob(".*")), "remains of an unfinished checkpoint"
 
 
-@pytest.mark.parametrize("steps", [[2], [12, 23]], ids=["before-a-checkpoint", "twice"])
-def test_killed_at_a_step(world, whole, steps):
-    name = f"killed-{steps[0]}"
-    folder, command = world / "logs" / name, (*COMMAND, "--save-every", 5, "--run", name)
-    for step in steps:
-        start_and_kill(world, command, lambda step=step: reached(folder, step))
+def test_killed_before_the_first_checkpoint(world, whole):
+    folder, command = world / "logs/killed-early", (*COMMAND, "--save-every", 5, "--run", "killed-early")
+    start_and_kill(world, command, lambda: reached(folder, 2))
+    run("train.py", *command, cwd=world)
+    assert_like(folder, whole)
+
+
+def test_killed_again_and_again(world, whole):
+    """As soon as a checkpoint shows, which must then be whole, and within the last steps."""
+    folder, command = world / "logs/killed-twice", (*COMMAND, "--save-every", 5, "--run", "killed-twice")
+    shown = folder / "checkpoints/step_000010"
+    start_and_kill(world, command, shown.exists)
+    assert checkpoint.problem(shown) is None
+    start_and_kill(world, command, lambda: reached(folder, 23))
     run("train.py", *command, cwd=world)
     assert_like(folder, whole)
 

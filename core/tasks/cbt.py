@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.scoring import Question, Score
+from core.scoring import NEAR_TIE, Question, Score
 from core.tasks import hub
 
 PROTOCOLS = ("paper", "sentence")
 TYPES = ("NE", "CN", "V", "P")
 HUB = "cam-cst/cbt"
 BLANK = "XXXXX"
-NEAR_TIE = 1e-5  # two scores closer than this may change places with another batch size or device
 
 Encode = Callable[[str], list[int]]
 
@@ -74,7 +73,10 @@ def _parse(block: list[str], place: str) -> Cloze:
             f"{place}: a question has 21 lines, the last `question TAB answer TAB TAB candidates`; this one has "
             f"{len(texts)} lines and {len(fields)} fields: the file was cut short, or has another format"
         )
-    return checked(Cloze(texts[:-1], fields[0], fields[1], fields[3].split("|")), place)
+    options = fields[3].split("|")
+    if len(options) != 10:
+        raise ValueError(f"{place}: a question has ten candidates, this one {len(options)}: the file was cut short?")
+    return checked(Cloze(texts[:-1], fields[0], fields[1], options), place)
 
 
 def checked(cloze: Cloze, place: str) -> Cloze:
@@ -124,6 +126,8 @@ def detokenize(tokens: list[str]) -> str:
     text = ""
     for before, token in zip(["", *tokens], tokens, strict=False):
         joined = not before or before in OPENING or CLOSING.fullmatch(token)
+        if before == token == "'":  # one quotation ends and another begins; '' would be a Treebank quote again
+            joined = False
         text += ("" if joined else " ") + PTB.get(token, token)
     return text
 

@@ -41,6 +41,7 @@ class Verdict:
 
     correct: bool
     logprob: float  # of the target
+    near_tie: bool  # at some token of the target the two likeliest ids were within scoring.NEAR_TIE
 
 
 def allowed(text: str) -> list[str]:
@@ -108,7 +109,7 @@ def straighten(text: str) -> str:
 
 def judge(scores: list[list[Score]]) -> list[Verdict]:
     """Correct where every token of the target is the likeliest, given the true tokens before it."""
-    return [Verdict(all(score.is_greedy), score.total) for (score,) in scores]
+    return [Verdict(all(score.is_greedy), score.total, score.near_tie) for (score,) in scores]
 
 
 def perplexity(verdicts: list[Verdict]) -> float:
@@ -122,5 +123,7 @@ def stop_word_mask(encoding: Any, vocab_size: int) -> Any:
 
     lines = (Path(__file__).parent / "stop_words.txt").read_text().splitlines()
     stop_words = {word for line in lines if not line.startswith("#") for word in line.split()}
-    words = (encoding.decode([i]).strip().lower() for i in range(vocab_size))
-    return torch.tensor([word in stop_words for word in words])
+    known = min(vocab_size, encoding.n_vocab)  # a vocabulary that was saved with its padding has more ids than words
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[:known] = torch.tensor([encoding.decode([i]).strip().lower() in stop_words for i in range(known)])
+    return mask
