@@ -40,8 +40,7 @@ class Config:
     data: str = DEFAULT_DATA
     """Folder of shards that fineweb.py wrote."""
     run: Annotated[str | None, tyro.conf.arg(aliases=["--run-name"])] = None
-    """Name of the run: all it writes is in logs/RUN. Default: the preset's name. Write --run-name under torchrun,
-    which takes --run for an option of its own cut short."""
+    """Name of the run, logs/RUN; else the preset's. Under torchrun, which has a --run-path, write --run-name."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
     """Size of the model: 124M, 355M, 774M, 1558M, and two small ones for the demo and tests."""
     steps: int = 19_073
@@ -125,7 +124,13 @@ def main(config: Config) -> None:
             restore(run, optimizer, state)
         if run.step == config.steps:
             return ranks.say(f"{folder} is finished: {config.steps} steps, {found}")
-        train(run, optimizer)
+        try:
+            train(run, optimizer)
+        except torch.OutOfMemoryError:
+            micro = config.micro_batch
+            raise ValueError(
+                f"out of memory at --micro-batch {micro}: take --micro-batch {max(micro // 2, 1)}"
+            ) from None
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:

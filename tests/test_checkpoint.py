@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_resume_takes_the_checkpoint_before_a_damaged_one(here, finished, capsys
     train.main(settings())
     said = capsys.readouterr().out
     assert f"passed over {newest.parent}: model.safetensors was cut short or altered" in said
-    assert "resuming logs/short/checkpoints/step_000004" in said
+    assert re.search("resuming .*step 4 of 6", said)
     assert newest.read_bytes() == (finished / newest).read_bytes()
     assert checkpoint.problem(newest.parent) is None
 

@@ -1,6 +1,7 @@
 """Promise 3: a run killed at any moment and started again by the same command ends as one never killed, bit for bit."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -116,7 +117,7 @@ def test_killed_while_a_checkpoint_is_written(world, whole):
     start_and_kill(world, command, writing)
     assert writing()
     said = run("train.py", *command, cwd=world).stdout
-    assert "resuming logs/killed-writing/checkpoints/step_0000" in said
+    assert re.search(f"resuming .*step [3-9] of {STEPS}", said)
     assert_like(folder, whole)
 
 
@@ -132,6 +133,7 @@ def test_a_finished_run_says_so_and_is_left_alone(world, whole):
 @pytest.mark.parametrize(
     "change, was",
     [
+        ({"preset": "demo"}, "tiny"),
         ({"seed": 7}, 1337),
         ({"lr": 0.001}, 0.0006),
         ({"steps": 30}, STEPS),
@@ -148,14 +150,9 @@ def test_a_finished_run_says_so_and_is_left_alone(world, whole):
 def test_another_setting_is_refused_with_both_values(copied, change, was):
     ((name, now),) = change.items()
     go_back(copied, 20)
-    with pytest.raises(ValueError, match=f"logs/whole was begun with {name} {was}, now it is {now}"):
+    with pytest.raises(ValueError, match=f"whole was begun with {name} {was}, now it is {now}"):
         train.main(settings(**change))
     assert not (copied / "checkpoints/step_000024").exists()
-
-
-def test_another_preset_is_refused_with_both_shapes(copied):
-    with pytest.raises(ValueError, match=r"logs/whole.*n_embd=32.*--preset demo.*n_embd=128"):
-        train.main(settings(preset="demo"))
 
 
 def test_other_data_are_refused_with_both_hashes(world, copied):
@@ -171,7 +168,7 @@ def test_free_settings_may_change(copied, capsys):
     expected = read_metrics(copied)
     go_back(copied, 15)
     train.main(settings(micro_batch=8, val_every=4, save_every=3, log_every=1))
-    assert "resuming logs/whole/checkpoints/step_000015: step 15 of 24" in capsys.readouterr().out
+    assert re.search("resuming .*step 15 of 24", capsys.readouterr().out)
     metrics = read_metrics(copied)
     assert [line["step"] for line in metrics if line["split"] == "val"] == [0, 6, 12, 16, 20, 24]
     assert sorted(p.name for p in (copied / "checkpoints").iterdir())[-3:] == [
