@@ -33,6 +33,9 @@ class GPTConfig:
     vocab_size: int = 50257
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -123,8 +126,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config: GPTConfig, seed: int = 0) -> None:
-        """Random weights, the same on every device for the same seed."""
+    def __init__(self, config: GPTConfig, seed: int | None = 0) -> None:
+        """Random weights, the same on every device for the same seed; None leaves them to be loaded."""
         super().__init__()
         self.config = config
         with torch.device("meta"):  # torch's own initial values would be drawn only to be overwritten
@@ -137,7 +140,8 @@ class GPT(nn.Module):
                 }
             )
         self.to_empty(device="cpu")
-        self._initialize(torch.Generator().manual_seed(seed))
+        if seed is not None:
+            self._initialize(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator) -> None:
@@ -194,7 +198,7 @@ class GPT(nn.Module):
         folder = Path(name_or_folder)
         if not folder.is_dir():
             folder = download(str(name_or_folder))
-        model = cls(read_config(folder / "config.json"))
+        model = cls(read_config(folder / "config.json"), seed=None)
         model.load_hf_state(read_weights(folder))
         return model
 
@@ -232,6 +236,7 @@ class GPT(nn.Module):
             if given[name].shape != target.shape:
                 raise ValueError(f"{name} has shape {tuple(given[name].shape)}, config.json says {tuple(target.shape)}")
             target.copy_(given[name])
+        self.transformer["wte"].weight[self.config.vocab_size :] = 0.0
 
     def _unpadded(self, name: str, p: Tensor) -> Tensor:
         """A view of a parameter in Hugging Face's shape."""
@@ -273,15 +278,15 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f"{path} is missing: a model folder holds config.json and model.safetensors")
     try:
         hf = json.loads(path.read_text())
-        shape = {key: int(hf[key]) for key in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        config = GPTConfig(**{field: int(hf[field]) for field in GPTConfig.__dataclass_fields__})
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the config.json of a GPT-2: {error!r}") from None
     for key in ARCHITECTURE_KEYS:
         if hf.get(key, HF_CONSTANTS[key]) != HF_CONSTANTS[key]:
             raise ValueError(f"{path}: {key} is {hf[key]!r}, GPT-2 has {HF_CONSTANTS[key]!r}")
-    if hf.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, GPT-2 has {4 * shape['n_embd']}")
-    return GPTConfig(**shape)
+    if hf.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, GPT-2 has {4 * config.n_embd}")
+    return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -297,9 +302,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{weights} is cut short or damaged: {error}") from None
     if pickled.is_file():
         try:
-            return torch.load(pickled, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{pickled} can't be read as plain tensors: {str(error).splitlines()[0]}") from None
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+            return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        except Exception as error:  # a damaged or hostile pickle can make the reader raise anything
+            raise ValueError(f"{pickled} is damaged or holds more than tensors ({type(error).__name__})") from None
     raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli
 from core.distributed import Ranks, autocast, process_group
-from core.optim import adamw, learning_rate, set_learning_rate
-from core.runlog import RunLog, StepReports, versions
+from core.optim import adamw, check_batch, learning_rate, set_learning_rate
+from core.runlog import METRICS, RunLog, StepReports, versions
 from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
 from core.validation import Validation, in_bits
 from model import GPT, PRESETS
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
         folder = Path("logs") / str(config.run)
         found = find_checkpoint(config, folder, ranks)
         state = load_state(config, dataset, found) if found and not config.eval_only else None
-        source = found or (checkpoint.resolve(config.init_from) if config.init_from else None)
+        source = found or (checkpoint.resolve(config.init_from, "--init-from") if config.init_from else None)
         model = load_model(config, dataset, source).to(ranks.device)
         if config.eval_only:
             return evaluate_only(config, ranks, dataset, model, source)
@@ -135,38 +135,27 @@ def main(config: Config) -> None:
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     """Check every setting before the first step and fill in those that follow from others."""
-    shape = PRESETS[config.preset]
-    world, micro, seq_len = ranks.world_size, config.micro_batch, config.seq_len
     positive = ("steps", "batch_tokens", "micro_batch", "seq_len", "val_every", "val_tokens", "save_every", "log_every")
     cli.check_positive(**{name: getattr(config, name) for name in (*positive, "lr", "grad_clip")})
-    if seq_len > shape.n_positions:
-        raise ValueError(
-            f"--seq-len {seq_len} passes the context of {config.preset}: take --seq-len {shape.n_positions}"
-        )
-    sequences = config.batch_tokens // seq_len
-    if config.batch_tokens % seq_len or sequences % (micro * world):
-        unit = micro * world * seq_len
-        nearest = max(round(config.batch_tokens / unit), 1) * unit
-        fitting = [m for m in range(1, micro + 1) if config.batch_tokens % (m * world * seq_len) == 0]
-        remedy = f", or --micro-batch {fitting[-1]}" if fitting else ""
-        raise ValueError(
-            f"--batch-tokens {config.batch_tokens} is no multiple of --micro-batch {micro} x --seq-len {seq_len} x "
-            f"{world} rank{'s' if world > 1 else ''} = {unit}: take --batch-tokens {nearest}{remedy}"
-        )
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = round(config.steps * WARMUP_FRACTION)
-    if not 0 <= warmup <= config.steps:
-        raise ValueError(f"--warmup-steps {warmup} must lie between 0 and --steps {config.steps}")
+    cli.check_between(0, 1, weight_decay=config.weight_decay, final_lr_fraction=config.final_lr_fraction)
+    cli.check_between(0, 2**63 - 1, seed=config.seed, sample_every=config.sample_every)
+    warmup = round(config.steps * WARMUP_FRACTION) if config.warmup_steps is None else config.warmup_steps
+    cli.check_between(0, config.steps, warmup_steps=warmup)
+    context = PRESETS[config.preset].n_positions
+    if config.seq_len > context:
+        raise ValueError(f"--seq-len {config.seq_len} passes the context of {config.preset}: take --seq-len {context}")
+    check_batch(config.batch_tokens, config.micro_batch, config.seq_len, ranks.world_size)
+    run = config.run or config.preset
+    if Path(run).name != run:
+        raise ValueError(f"--run {run} is no plain name: the run's folder is logs/RUN")
+    if config.sample_every and not (dataset.folder / "tokenizer.json").is_file():
+        raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing: take 0")
     for split in ("train", "val"):
-        Windows(dataset, split, seq_len)
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
-    compiled = config.compile
-    if compiled == "auto":
-        compiled = "on" if ranks.device.type == "cuda" else "off"
-    return replace(config, warmup_steps=warmup, dtype=dtype, compile=compiled, run=config.run or config.preset)
+        Windows(dataset, split, config.seq_len)
+    on_cuda = ranks.device.type == "cuda"
+    dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
+    compiled = ("on" if on_cuda else "off") if config.compile == "auto" else config.compile
+    return replace(config, warmup_steps=warmup, dtype=dtype, compile=compiled, run=run)
 
 
 def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -181,7 +170,7 @@ def find_checkpoint(config: Config, folder: Path, ranks: Ranks) -> Path | None:
     if config.eval_only and config.init_from:
         return None
     if config.resume == "never" and not config.eval_only:
-        if (folder / "checkpoints").is_dir():
+        if (folder / METRICS).is_file():
             raise ValueError(f"{folder} holds a run already: take another --run, or --resume auto to go on with it")
         return None
     found, passed_over = ranks.from_main(checkpoint.newest(folder) if ranks.is_main else None)
@@ -252,6 +241,8 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
                     report_validation(run, validation, log)
                 if sample and log is not None:
                     log.say(sample_text(run))
+                if save:
+                    refuse_poisoned(run)
                 if save and log is not None:
                     log.say(f"saved {save_checkpoint(run, optimizer)}")
                 reports.restart_clock()
@@ -343,6 +334,12 @@ def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, model: GPT, so
     loss, tokens = result["loss"], validation.tokens
     ranks.say(f"{source} on {tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
     ranks.say(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}{in_bits(result)}")
+
+
+def refuse_poisoned(run: Run) -> None:
+    """Raise ValueError, on every rank, where the last update made a weight infinite: its loss was still finite."""
+    if not all(bool(p.isfinite().all()) for p in run.model.parameters()):
+        raise ValueError(f"step {run.step} made weights that aren't finite; no checkpoint has them. Lower --lr")
 
 
 def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer) -> Path:

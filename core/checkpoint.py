@@ -66,7 +66,8 @@ def problem(folder: Path) -> str | None:
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """A run's newest checkpoint that verifies (None if there is none), and why newer ones were passed over."""
     passed_over = []
-    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+    folders = [path for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
         reason = problem(folder)
         if reason is None:
             return folder, passed_over
@@ -78,8 +79,8 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     return torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
 
 
-def resolve(ckpt: str) -> str:
-    """What `--ckpt` names, as a model folder or a hub name.
+def resolve(ckpt: str, option: str = "--ckpt") -> str:
+    """What `--ckpt` (or another `option`) names, as a model folder or a hub name.
 
     A checkpoint folder, a run folder (its newest valid checkpoint), a Hugging Face folder, or a hub name (gpt2,
     gpt2-medium, gpt2-large, gpt2-xl). Raises ValueError for a folder that is none of these, or a damaged checkpoint.
@@ -87,19 +88,19 @@ def resolve(ckpt: str) -> str:
     folder = Path(ckpt)
     if not folder.is_dir():
         if folder.exists() or ckpt.startswith((".", "/", "logs/")):
-            raise ValueError(f"--ckpt {ckpt} is no folder; {known_runs()}")
+            raise ValueError(f"{option} {ckpt} is no folder; {known_runs()}")
         return ckpt
     if (folder / "checkpoints").is_dir():
         found, passed_over = newest(folder)
         for line in passed_over:
             print(line)
         if found is None:
-            raise ValueError(f"--ckpt {ckpt}: the run has no checkpoint that verifies")
+            raise ValueError(f"{option} {ckpt}: the run has no checkpoint that verifies")
         return str(found)
     if (folder / CHECKSUMS).is_file() and (reason := problem(folder)):
-        raise ValueError(f"--ckpt {ckpt}: {reason}")
+        raise ValueError(f"{option} {ckpt}: {reason}")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--ckpt {ckpt} holds neither checkpoints nor a config.json; {known_runs()}")
+        raise ValueError(f"{option} {ckpt} holds neither checkpoints nor a config.json; {known_runs()}")
     return str(folder)
 
 

@@ -1,5 +1,6 @@
 """One dataclass a script is its command line, its help and its logged config."""
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +30,14 @@ def run(main: Callable[[Config], None], config_type: type[Config], description: 
 
 
 def check_positive(**values: float) -> None:
-    """Raise ValueError for a setting that isn't above 0, by the name of its option."""
+    """Raise ValueError for a setting that isn't above 0 and finite, by the name of its option."""
     for name, value in values.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+
+
+def check_between(low: float, high: float, **values: float) -> None:
+    """Raise ValueError for a setting outside [low, high], by the name of its option."""
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must lie between {low:g} and {high:g}")

@@ -58,10 +58,9 @@ def generate(
 def check_prompt(prompt: list[int], vocab_size: int) -> None:
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token, such as end-of-text")
-    if max(prompt) >= vocab_size:
-        raise ValueError(
-            f"token id {max(prompt)} is outside the model's vocabulary of {vocab_size}: another tokenizer?"
-        )
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token id {token} is outside the model's vocabulary of {vocab_size}: another tokenizer?")
 
 
 def pick(

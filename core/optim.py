@@ -17,6 +17,20 @@ def learning_rate(step: int, steps: int, warmup_steps: int, peak: float, final_f
     return peak * (final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
+def check_batch(batch_tokens: int, micro_batch: int, seq_len: int, world_size: int) -> None:
+    """Raise ValueError, naming what would fit, where the batch doesn't divide into micro-batches on all ranks."""
+    unit = micro_batch * world_size * seq_len
+    if batch_tokens % unit == 0:
+        return
+    nearest = max(round(batch_tokens / unit), 1) * unit
+    fitting = [m for m in range(1, micro_batch) if batch_tokens % (m * world_size * seq_len) == 0]
+    remedy = f", or --micro-batch {fitting[-1]}" if fitting else ""
+    raise ValueError(
+        f"--batch-tokens {batch_tokens} is no multiple of --micro-batch {micro_batch} x --seq-len {seq_len} x "
+        f"{world_size} rank{'s' if world_size > 1 else ''} = {unit}: take --batch-tokens {nearest}{remedy}"
+    )
+
+
 def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW that decays matrices alone: biases and LayerNorm gains are left free. The rate is set at each step."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]

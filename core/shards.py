@@ -147,11 +147,18 @@ def open_dataset(folder: str | Path) -> Dataset:
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
-        for key in ("vocab_size", "end_of_text_id", "shards"):
-            manifest[key]
+        check_types(manifest, vocab_size=int, end_of_text_id=int, shards=list)
+        for shard in manifest["shards"]:
+            check_types(shard, file=str, split=str, tokens=int, documents=int, sha256=str)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): write the folder again with fineweb.py --overwrite") from None
     return Dataset(folder, manifest, hashlib.sha256(raw).hexdigest())
+
+
+def check_types(entry: dict[str, Any], **types: type) -> None:
+    for key, kind in types.items():
+        if not isinstance(entry[key], kind):
+            raise TypeError(f"{key} is {entry[key]!r}")
 
 
 def verify(dataset: Dataset, ranks: "Ranks") -> None:
@@ -160,8 +167,7 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     Raises ValueError, on every rank, naming the first shard that differs. What was checked is remembered by size and
     time of change, so that the next start reads only what is new.
     """
-    memory_path = dataset.folder / VERIFIED
-    memory = json.loads(memory_path.read_text()) if memory_path.is_file() else {}
+    memory = _remembered(dataset.folder)
     shards = dataset.manifest["shards"]
     mine = {shard["file"]: _check_shard(dataset, shard, memory) for shard in shards[ranks.rank :: ranks.world_size]}
     results = {file: result for part in ranks.gather(mine) for file, result in part.items()}
@@ -173,7 +179,16 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
             )
     if ranks.is_main:
         with contextlib.suppress(OSError):  # a read-only data folder is as good, only checked again at each start
-            write_json(memory_path, {file: stamp for file, (_, stamp) in results.items()})
+            write_json(dataset.folder / VERIFIED, {file: stamp for file, (_, stamp) in results.items()})
+
+
+def _remembered(folder: Path) -> dict[str, Any]:
+    """What earlier starts verified; nothing where that can't be read, as it can be found out again."""
+    try:
+        memory = json.loads((folder / VERIFIED).read_text())
+    except (OSError, ValueError):
+        return {}
+    return memory if isinstance(memory, dict) else {}
 
 
 def _check_shard(dataset: Dataset, shard: dict[str, Any], memory: dict[str, Any]) -> tuple[str, list[Any]]:
@@ -200,8 +215,8 @@ def _open_shard(path: Path, tokens: int) -> np.ndarray:
         raise ValueError(
             f"{path} is missing, the manifest lists it; write the folder again with fineweb.py --overwrite"
         ) from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no .npy file, or cut short: {error}") from None
+    except Exception as error:  # a damaged header can make numpy raise anything
+        raise ValueError(f"{path} is no .npy file, or cut short ({error!r}); write the folder again") from None
     if ids.dtype != np.uint16 or ids.shape != (tokens,):
         raise ValueError(f"{path} holds {ids.dtype} {ids.shape}, the manifest says uint16 ({tokens},)")
     return ids

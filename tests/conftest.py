@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # as the processes below have: for products this small a second thread only waits
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ("--preset", "tiny", "--seq-len", "64", "--batch-tokens", "2048", "--micro-batch", "16", "--device", "cpu")

@@ -180,7 +180,6 @@ def test_two_best_candidates_that_lie_close_are_counted(gap, near):
 
 def save_model(folder, seed):
     """A model of random weights, some tokens much likelier than others, with the stories' tokenizer."""
-    torch.set_num_threads(1)  # for products this small a second thread only waits
     shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=ENCODING.n_vocab)
     model = GPT(shape, seed)
     with torch.no_grad():

@@ -17,8 +17,6 @@ from core.distributed import Ranks
 from core.shards import VERIFIED, open_dataset, sha256, verify
 from model import GPT
 
-torch.set_num_threads(1)  # as conftest's processes have; two threads on busy cores wait for each other
-
 ALONE = Ranks(0, 1, torch.device("cpu"))
 FILES = (
     "checksums.json",

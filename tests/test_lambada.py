@@ -147,7 +147,6 @@ def test_whole_files_of_known_names_are_read(tmp_path):
 
 def save_model(folder, seed, vocab_size=ENCODING.n_vocab):
     """A model of random weights, some tokens much likelier than others, with the stories' tokenizer."""
-    torch.set_num_threads(1)  # for products this small a second thread only waits
     shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=vocab_size)
     model = GPT(shape, seed)
     with torch.no_grad():

@@ -16,8 +16,6 @@ import train
 from core import checkpoint
 from core.runlog import METRICS, read_metrics
 
-torch.set_num_threads(1)  # as conftest's processes have; two threads on busy cores wait for each other
-
 STEPS = 24
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--warmup-steps", 3)
 TIMES = ("seconds", "tokens_per_second")  # the one thing that may differ

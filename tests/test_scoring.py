@@ -13,7 +13,6 @@ VOCAB, POSITIONS = 97, 32  # padded to 128: padded ids must never win
 @pytest.fixture(scope="module")
 def model():
     """Random weights, large enough that some tokens are much likelier than others."""
-    torch.set_num_threads(1)  # for products this small a second thread only waits
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=VOCAB), seed=3)
     with torch.no_grad():
         for p in model.parameters():

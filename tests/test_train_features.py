@@ -19,8 +19,6 @@ from core.runlog import METRICS, read_metrics
 from core.shards import open_dataset
 from model import GPT
 
-torch.set_num_threads(1)  # as conftest's processes have; two threads on busy cores wait for each other
-
 STEPS = 10
 RECIPE = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--save-every", 5, "--lr", "2e-3")
 HEAVY = ("datasets", "transformers", "wandb", "matplotlib", "tiktoken")
