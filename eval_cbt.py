@@ -1,8 +1,10 @@
 """Score a model on the Children's Book Test: which of ten words fills the blank, by protocol.
 
-python eval_cbt.py --ckpt logs/gpt2                              # a run; NE and CN, validation, from the hub
-python eval_cbt.py --ckpt gpt2 gpt2-medium --types NE CN V P --split test --protocol all
-python eval_cbt.py --ckpt logs/gpt2 --data cbtest_NE_valid_2000ex.txt cbtest_CN_valid_2000ex.txt
+    python eval_cbt.py --ckpt logs/gpt2                              # a run; NE and CN, validation, from the hub
+    python eval_cbt.py --ckpt gpt2 gpt2-medium --types NE CN V P --split test --protocol all
+    python eval_cbt.py --ckpt logs/gpt2 --data cbtest_NE_valid_2000ex.txt cbtest_CN_valid_2000ex.txt
+
+Results go to logs/results/, where report.py finds them.
 """
 
 import re
@@ -25,14 +27,14 @@ class Config:
     """Models: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...)."""
     data: tuple[str, ...] = ()
     """Files in the data set's own format (21 numbered lines a question). Default: the hub's data set."""
-    types: tuple[Literal["NE", "CN", "V", "P"], ...] = ("NE", "CN")
+    types: tuple[Literal[cbt.TYPES], ...] = ("NE", "CN")
     """Types of words, from the hub: named entities, common nouns, verbs, prepositions."""
     split: Literal["validation", "test"] = "validation"
     """Of the hub's data set. The GPT-2 paper reports validation."""
-    protocol: tuple[Literal["all", "paper", "sentence"], ...] = ("paper",)
+    protocol: tuple[Literal[("all", *cbt.PROTOCOLS)], ...] = ("paper",)
     """How to score; README tells them apart."""
     batch_size: int = 32
-    """Sequences a forward. Has no effect on the result."""
+    """Sequences a forward. Changes the result by rounding alone."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     out: str | None = None
@@ -73,6 +75,8 @@ def main(config: Config) -> None:
     if any(questions.official for questions in sets):
         print("Published, OpenAI's weights, accuracy %:\n")
         print(results.published_table("cbt", protocols))
+    reduced = sum(len(cloze.options) < 10 for questions in sets for cloze in questions.clozes)
+    print(f"questions with fewer than ten different candidates: {reduced}")
     print(results.near_ties_line(found))
     if config.items:
         results.save_items(items, config.items)
@@ -93,8 +97,10 @@ def load_questions(config: Config) -> list[QuestionSet]:
     sets = []
     for name in config.data:
         path = Path(name)
-        official = re.fullmatch(r"cbtest_(?:NE|CN|V|P)_(?:valid_2000ex|test_2500ex)\.txt", path.name) is not None
-        sets.append(QuestionSet(path.stem, official, cbt.read(path), results.data_facts(path, "")))
+        clozes = cbt.read(path)
+        whole = re.fullmatch(r"cbtest_(?:NE|CN|V|P)_(?:valid_(2000)|test_(2500))ex\.txt", path.name)
+        official = whole is not None and len(clozes) == int(whole[1] or whole[2])
+        sets.append(QuestionSet(path.stem, official, clozes, results.data_facts(path, "")))
     return sets
 
 

@@ -1,8 +1,10 @@
 """Score a model on LAMBADA: how often it knows a passage's last word, by protocol.
 
-python eval_lambada.py --ckpt logs/gpt2                          # a run; the test set comes from the hub
-python eval_lambada.py --ckpt gpt2 gpt2-medium --protocol all    # OpenAI's weights, every protocol
-python eval_lambada.py --ckpt logs/gpt2 --data lambada_test_plain_text.txt
+    python eval_lambada.py --ckpt logs/gpt2                          # a run; the test set comes from the hub
+    python eval_lambada.py --ckpt gpt2 gpt2-medium --protocol all    # OpenAI's weights, every protocol
+    python eval_lambada.py --ckpt logs/gpt2 --data lambada_test_plain_text.txt
+
+Results go to logs/results/, where report.py finds them.
 """
 
 import time
@@ -28,10 +30,10 @@ class Config:
     text: Literal["openai", "standard", "other"] | None = None
     """Which text --data holds: OpenAI's, the tokenised standard one, or one of your own. Known from LAMBADA's own
     file names; lines can't tell."""
-    protocol: tuple[Literal["all", "openai", "standard", "last-token", "last-token-norm", "stop-filter"], ...] = ()
+    protocol: tuple[Literal[("all", *lambada.PROTOCOLS)], ...] = ()
     """How to score; `all` that the data allow. Default: openai, on a standard text standard."""
     batch_size: int = 32
-    """Passages a forward. Has no effect on the result."""
+    """Passages a forward. Changes the result by rounding alone."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     out: str | None = None
@@ -73,7 +75,7 @@ def which_text(config: Config) -> str | None:
     """The text that --data holds, None for the hub's. Raises ValueError where nothing tells."""
     if config.data is None:
         return None
-    known = lambada.FILE_TEXTS.get(Path(config.data).name)
+    known, _ = lambada.FILES.get(Path(config.data).name, (None, 0))
     if config.text is None and known is None:
         raise ValueError(
             f"--data {config.data}: lines can't tell which text they are; add --text openai (as OpenAI's "
@@ -121,7 +123,7 @@ def evaluate(
         model=results.short_name(source),
         correct=sum(verdict.correct for verdict in verdicts),
         total=len(verdicts),
-        perplexity=lambada.perplexity(verdicts),
+        perplexity=lambada.perplexity(protocol, verdicts),
         seconds=time.perf_counter() - begin,
         near_ties=sum(verdict.near_tie for verdict in verdicts),
         has_published=config.text != "other",

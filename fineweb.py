@@ -1,11 +1,14 @@
 """Turn text into token shards: FineWeb-Edu from the Hugging Face hub, or local parquet, jsonl or txt files.
 
-python fineweb.py                                                # the 10-billion-token sample, about 20 GB of shards
-python fineweb.py --source 'my/*.parquet' --out data/mine        # a `text` column; jsonl: a `text` field a line
-python fineweb.py --source 'books/*.txt' --out data/books        # one document a file
+    python fineweb.py                                                # the 10-billion-token sample: 20 GB of shards
+    python fineweb.py --source 'my/*.parquet' --out data/mine        # a `text` column; jsonl: a `text` field a line
+    python fineweb.py --source 'books/*.txt' --out data/books        # one document a file
+
+The defaults write what train.py reads by default.
 """
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -86,7 +89,7 @@ def main(config: Config) -> None:
     out = Path(config.out)
     if (out / MANIFEST).is_file() and not config.overwrite:
         refuse_other_settings(out, settings)
-        print(f"{out} is finished already, from the same source with the same settings")
+        print(f"{out} is finished already: same files by name and size, same settings. --overwrite writes it again")
         return
     clear(out)
     tokenizer.save(encoding, out)
@@ -118,8 +121,8 @@ def clear(out: Path) -> None:
     """Make the folder; remove what an earlier or interrupted call left of shards, the manifest first."""
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
-    for pattern in ("val_*.npy", "train_*.npy", ".*.unfinished"):
-        for path in out.glob(pattern):
+    for path in out.iterdir():
+        if re.fullmatch(r"(?:val|train)_\d{6}\.npy|\..*\.npy\.unfinished", path.name):
             path.unlink()
 
 
@@ -176,7 +179,7 @@ def pin_revision(pattern: str) -> tuple[str, str | None]:
             f"the hub could not be asked for {pattern} ({reason}): check the name and the network, or give "
             "local files with --source 'folder/*.parquet'"
         ) from None
-    return pattern.replace(place.repo_id, f"{place.repo_id}@{commit}", 1), commit
+    return re.sub(r"^(hf://(?:datasets/)?[^/]+/[^/@]+)(?:@[^/]+)?", rf"\1@{commit}", pattern), commit
 
 
 def list_units(url: str, source_file: int, size: int) -> list[Unit]:

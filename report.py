@@ -1,7 +1,9 @@
 """Draw the loss curves of runs and gather all results in one Markdown page; also while a run goes on.
 
-python report.py                                                 # every run in logs/
-python report.py --runs gpt2 gpt2-medium --out logs/sizes        # these runs over one another
+    python report.py                                                 # every run in logs/
+    python report.py --runs gpt2 gpt2-medium --out logs/sizes        # these runs over one another
+
+The page and the pictures go to logs/.
 """
 
 import json
@@ -144,7 +146,7 @@ def runs_table(runs: list[RunFacts]) -> str:
                 f"{run.floor:.4f} (+{val['loss'] / run.floor - 1:.1%})" if run.floor and val else "",
                 f"{done['tokens'] / done['seconds'] / 1e3:,.1f}" if done else "",
                 f"{done['seconds'] / 60:,.1f}" if done else "",
-                f"{facts['world_size']} x {facts['versions']['gpu'] or 'CPU'}",
+                f"{facts['world_size']} x {facts['versions']['device']}",
             ]
         )
     header = ["run", "model", "steps", "tokens", "validation loss", "bits per byte", "floor (loss above it)"]

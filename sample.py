@@ -1,7 +1,9 @@
 """Let a model write.
 
-python sample.py --ckpt logs/gpt2 --prompt "The history of the telescope"
-python sample.py --ckpt gpt2-xl --tokens 200 --top-p 0.9 --samples 3 --seed 7
+    python sample.py --ckpt logs/gpt2 --prompt "The history of the telescope"
+    python sample.py --ckpt gpt2-xl --tokens 200 --top-p 0.9 --samples 3 --seed 7
+
+Without --prompt the model begins a document of its own.
 """
 
 from dataclasses import dataclass

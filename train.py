@@ -48,7 +48,7 @@ class Config:
     batch_tokens: int = 524_288
     """Tokens an optimizer step, over all ranks: 2**19, near the 0.5M of GPT-3's table 2.1."""
     micro_batch: int = 64
-    """Sequences a rank computes at once; halve it when memory runs out. Has no effect on the result."""
+    """Sequences a rank computes at once; halve it when memory runs out. Changes the result by rounding alone."""
     seq_len: int = 1024
     """Tokens a sequence, at most the preset's context."""
     seed: int = 1337
@@ -127,10 +127,8 @@ def main(config: Config) -> None:
         try:
             train(run, optimizer)
         except torch.OutOfMemoryError:
-            micro = config.micro_batch
-            raise ValueError(
-                f"out of memory at --micro-batch {micro}: take --micro-batch {max(micro // 2, 1)}"
-            ) from None
+            smaller = "--micro-batch" if config.micro_batch > 1 else "--seq-len or --preset"
+            raise ValueError(f"out of memory at --micro-batch {config.micro_batch}: take a smaller {smaller}") from None
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
@@ -160,7 +158,17 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
 
 def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run may not change, or its steps would not be those of one that was never interrupted."""
-    names = ("preset", "seed", "seq_len", "batch_tokens", "steps", "lr", "final_lr_fraction", "warmup_steps")
+    names = (
+        "preset",
+        "seed",
+        "seq_len",
+        "batch_tokens",
+        "steps",
+        "lr",
+        "final_lr_fraction",
+        "warmup_steps",
+        "val_tokens",
+    )
     settings = {name: getattr(config, name) for name in (*names, "weight_decay", "grad_clip", "init_from")}
     return settings | {"manifest_hash": dataset.manifest_hash}
 
@@ -176,6 +184,8 @@ def find_checkpoint(config: Config, folder: Path, ranks: Ranks) -> Path | None:
     found, passed_over = ranks.from_main(checkpoint.newest(folder) if ranks.is_main else None)
     for line in passed_over:
         ranks.say(line)
+    if passed_over and found is None:
+        raise ValueError(f"{folder} has no checkpoint that verifies: move the folder away to begin anew")
     if config.eval_only and found is None:
         raise ValueError(f"{folder} has no checkpoint to evaluate: name weights with --init-from")
     return found
@@ -263,7 +273,10 @@ def open_log(run: Run) -> AbstractContextManager[RunLog | None]:
     if not run.ranks.is_main:
         return nullcontext()
     facts = asdict(run.config) | {"manifest_hash": run.dataset.manifest_hash, "world_size": run.ranks.world_size}
-    facts |= {"versions": versions(), "parameters": sum(p.numel() for p in run.model.hf_state().values())}
+    facts |= {
+        "versions": versions(run.ranks.device),
+        "parameters": sum(p.numel() for p in run.model.hf_state().values()),
+    }
     return RunLog(run.folder, facts, run.config.steps, run.step, run.config.wandb_project)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from core.shards import sha256, write_json
-from model import GPT
+from model import GPT, PRESETS
 
 CHECKSUMS = "checksums.json"
 TRAINING_STATE = "training_state.pt"
@@ -132,6 +132,6 @@ def load_encoding(source: str, vocab_size: int) -> Any:
     folder = Path(source)
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         return tokenizer.load(folder)
-    if vocab_size != tokenizer.GPT2_VOCAB_SIZE:
+    if vocab_size != PRESETS["gpt2"].vocab_size:
         raise ValueError(f"{source} has a vocabulary of {vocab_size} and no tokenizer.json to encode text with")
     return tokenizer.load("gpt2")

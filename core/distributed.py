@@ -75,11 +75,16 @@ def pick_device(name: str) -> torch.device:
 @contextmanager
 def process_group(device_name: str) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined by NCCL on CUDA and gloo elsewhere; or this process alone."""
-    if "WORLD_SIZE" not in os.environ:
-        yield Ranks(rank=0, world_size=1, device=pick_device(device_name))
-        return
-    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     device = pick_device(device_name)
+    if "WORLD_SIZE" not in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # cuda:1's events belong on its own stream, not on cuda:0's
+        yield Ranks(rank=0, world_size=1, device=device)
+        return
+    missing = [key for key in ("RANK", "LOCAL_RANK") if key not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is set in the environment but not {' and '.join(missing)}: start with torchrun")
+    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -123,7 +128,7 @@ class DeviceClock:
 
 
 # Dense bf16 tensor-core rates from the vendors' data sheets, FLOP/s; the SXM form where there are several.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
 
 
 def peak_flops(device: torch.device) -> float | None:

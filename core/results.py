@@ -36,8 +36,8 @@ class Result:
 
 def short_name(source: str) -> str:
     """`demo/step_001000` for logs/demo/checkpoints/step_001000; a folder or hub name as it is."""
-    path = Path(source)
-    return f"{path.parts[-3]}/{path.name}" if "checkpoints" in path.parts[-2:-1] else source.rstrip("/")
+    path = Path(source).resolve()
+    return f"{path.parts[-3]}/{path.name}" if path.parent.name == "checkpoints" else source.rstrip("/")
 
 
 def data_facts(path: Path | None, hub_name: str) -> dict[str, str | None]:

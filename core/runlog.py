@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -157,12 +158,10 @@ def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:
         return None
 
 
-def versions() -> dict[str, str | None]:
+def versions(device: torch.device) -> dict[str, str | None]:
     """What produced a result: interpreter, torch, device, and the git revision with a + where files were changed."""
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"python": platform.python_version(), "torch": torch.__version__, "gpu": gpu, "git": git_revision()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": name, "git": git_revision()}
 
 
 def git_revision() -> str | None:

@@ -149,7 +149,7 @@ def open_dataset(folder: str | Path) -> Dataset:
         manifest = json.loads(raw)
         check_types(manifest, vocab_size=int, end_of_text_id=int, shards=list)
         for shard in manifest["shards"]:
-            check_types(shard, file=str, split=str, tokens=int, documents=int, sha256=str)
+            check_types(shard, file=str, split=str, tokens=int, sha256=str)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): write the folder again with fineweb.py --overwrite") from None
     return Dataset(folder, manifest, hashlib.sha256(raw).hexdigest())
@@ -200,9 +200,12 @@ def _check_shard(dataset: Dataset, shard: dict[str, Any], memory: dict[str, Any]
     stamp = [status.st_size, status.st_mtime_ns, shard["sha256"]]
     if memory.get(shard["file"]) == stamp:
         return "", stamp
-    if sha256(path) != shard["sha256"]:
-        return "was cut short or altered: its sha256 is not the manifest's", []
-    largest = int(_open_shard(path, shard["tokens"]).max())
+    try:
+        if sha256(path) != shard["sha256"]:
+            return "was cut short or altered: its sha256 is not the manifest's", []
+        largest = int(_open_shard(path, shard["tokens"]).max())
+    except (OSError, ValueError) as error:  # returned, not raised, as the other ranks wait for this one's result
+        return f"can't be read: {error}", []
     if largest >= dataset.vocab_size:
         return f"holds token id {largest}, outside the vocabulary of {dataset.vocab_size}", []
     return "", stamp

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 2**16  # shards hold uint16
-GPT2_VOCAB_SIZE = 50257
 NAMES = ("gpt2", "r50k_base")  # tiktoken's encodings whose split of text tokenizer.json's ByteLevel can say
 
 
@@ -102,7 +101,7 @@ def token_bytes(folder: Path) -> np.ndarray:
     return lengths
 
 
-def save(encoding: "tiktoken.Encoding", folder: Path, max_length: int = 1024) -> None:
+def save(encoding: "tiktoken.Encoding", folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, which `transformers.AutoTokenizer` reads."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -121,7 +120,7 @@ def save(encoding: "tiktoken.Encoding", folder: Path, max_length: int = 1024) ->
     assert tokenizer.token_to_id(END_OF_TEXT) == end_of_text_id(encoding)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": max_length} | names
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | names
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -187,7 +187,7 @@ def save_model(folder, seed):
             if p.dim() == 2:
                 p.mul_(8)
     model.save_pretrained(folder, ENCODING.eot_token)
-    tokenizer.save(ENCODING, folder, POSITIONS)
+    tokenizer.save(ENCODING, folder)
     return model
 
 

@@ -22,7 +22,7 @@ def write_dataset(folder, sizes):
     for number, size in enumerate(sizes):
         name = f"train_{number:06d}.npy"
         np.save(folder / name, np.arange(first, first + size, dtype=np.uint16))
-        shards.append({"file": name, "split": "train", "tokens": size})
+        shards.append({"file": name, "split": "train", "tokens": size, "sha256": ""})
         first += size
     (folder / "manifest.json").write_text(json.dumps({"vocab_size": first, "end_of_text_id": 0, "shards": shards}))
     return open_dataset(folder)

@@ -17,7 +17,7 @@ def write_run(folder, name, data, end="", losses=None, val_losses=(6.0, 3.5, 2.5
     path = folder / "logs" / name
     path.mkdir(parents=True)
     facts = {"data": str(data), "preset": "tiny", "parameters": 1_234_567, "steps": 40, "world_size": 1}
-    (path / "run.json").write_text(json.dumps(facts | {"versions": {"gpu": None}}))
+    (path / "run.json").write_text(json.dumps(facts | {"versions": {"device": "CPU"}}))
     losses = losses or [6.5 * math.exp(-step / 20) + 1 for step in range(1, 31)]
     lines = []
     for step, loss in enumerate(losses, 1):

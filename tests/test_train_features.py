@@ -144,7 +144,7 @@ def test_run_json_holds_all_settings_and_what_decided_the_numbers(finished):
     weights = load_file(finished / f"checkpoints/step_{STEPS:06d}/model.safetensors")
     assert facts["parameters"] == sum(weight.numel() for weight in weights.values())
     assert facts["versions"]["torch"] == torch.__version__
-    assert facts["versions"].keys() == {"python", "torch", "gpu", "git"}
+    assert facts["versions"].keys() == {"python", "torch", "device", "git"}
 
 
 def read_strictly(path):

@@ -19,17 +19,12 @@ from core.tasks import hub
 PROTOCOLS = {"openai": "openai", "standard": "standard", "last-token": "openai", "last-token-norm": "openai"}
 PROTOCOLS["stop-filter"] = "openai"
 HUB = {"openai": ("EleutherAI/lambada_openai", "default"), "standard": ("cimec/lambada", "plain_text")}
+PER_WORD = ("openai", "standard", "stop-filter")  # the others' targets are tokens, and their perplexities no word's
 TEST_PASSAGES = 5153
-# Of LAMBADA's own files: the text each holds, and its passages.
-FILE_TEXTS = {
-    "lambada_development_plain_text.txt": "standard",
-    "lambada_test_plain_text.txt": "standard",
-    "lambada_test.jsonl": "openai",
-}
-WHOLE_FILES = {
-    "lambada_development_plain_text.txt": 4869,
-    "lambada_test_plain_text.txt": 5153,
-    "lambada_test.jsonl": 5153,
+FILES = {  # LAMBADA's own files: the text each holds, and how many passages
+    "lambada_development_plain_text.txt": ("standard", 4869),
+    "lambada_test_plain_text.txt": ("standard", TEST_PASSAGES),
+    "lambada_test.jsonl": ("openai", TEST_PASSAGES),
 }
 
 Encode = Callable[[str], list[int]]
@@ -64,7 +59,7 @@ def read(path: Path) -> list[str]:
         if len(passage.split()) < 2:
             raise ValueError(f"{path}, line {number}: a passage has at least two words, this is {passage[:40]!r}")
         passages.append(passage)
-    whole = WHOLE_FILES.get(path.name, len(passages))
+    _, whole = FILES.get(path.name, (None, len(passages)))
     if len(passages) != whole or not passages:
         raise ValueError(
             f"{path} holds {len(passages)} passages of {whole or 'none'}: it was cut short; fetch it again"
@@ -112,8 +107,10 @@ def judge(scores: list[list[Score]]) -> list[Verdict]:
     return [Verdict(all(score.is_greedy), score.total, score.near_tie) for (score,) in scores]
 
 
-def perplexity(verdicts: list[Verdict]) -> float:
-    """exp of the mean negative log-probability of a whole target: per word, not per token."""
+def perplexity(protocol: str, verdicts: list[Verdict]) -> float | None:
+    """exp of the mean negative log-probability of a word; None for a protocol whose targets are single tokens."""
+    if protocol not in PER_WORD:
+        return None
     return math.exp(-math.fsum(verdict.logprob for verdict in verdicts) / len(verdicts))
 
 
