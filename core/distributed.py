@@ -67,9 +67,12 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} is no device; take auto, cuda, cuda:1, mps or cpu") from None
     if not available.get(device.type, False):
         raise ValueError(f"--device {name} is not available on this machine; take --device cpu, or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    index = device.index or 0  # torch.cuda.set_device refuses a device without one
+    if index >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    return device
+    return torch.device("cuda", index)
 
 
 @contextmanager
