@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from core import stories, tokenizer
+from model import GPT, GPTConfig
+
 torch.set_num_threads(1)  # as the processes below have: for products this small a second thread only waits
 
 ROOT = Path(__file__).parent.parent
+ENCODING = stories.encoding()
+POSITIONS = 48  # save_model's context; most of the stories' questions are longer
 TRAIN = ("--preset", "tiny", "--seq-len", "64", "--batch-tokens", "2048", "--micro-batch", "16", "--device", "cpu")
 
 
@@ -40,6 +45,19 @@ def refused(result):
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ")
     return result.stderr.removeprefix("error: ").strip()
+
+
+def save_model(folder, seed, vocab_size=ENCODING.n_vocab):
+    """Save a model of random weights, some tokens much likelier than others, with the stories' tokenizer."""
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=vocab_size)
+    model = GPT(shape, seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.mul_(8)
+    model.save_pretrained(folder, ENCODING.eot_token)
+    tokenizer.save(ENCODING, folder)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import ENCODING, POSITIONS, run, save_model
 
-from core import stories, tokenizer
 from core.scoring import Score
 from core.stats import wilson
 from core.tasks import cbt
 from core.tasks.cbt import Cloze, detokenize
-from model import GPT, GPTConfig
-
-ENCODING = stories.encoding()
-POSITIONS = 48  # the stories' questions are longer
 
 
 @pytest.mark.parametrize(
@@ -176,19 +171,6 @@ def test_two_best_candidates_that_lie_close_are_counted(gap, near):
     assert cbt.judge("paper", cloze, [group]).near_tie == near
     assert cbt.judge("sentence", cloze, [[score] for score in group]).near_tie == near
     assert not cbt.judge("paper", Cloze([], "XXXXX", "one", ["one"]), [group[:1]]).near_tie
-
-
-def save_model(folder, seed):
-    """A model of random weights, some tokens much likelier than others, with the stories' tokenizer."""
-    shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=ENCODING.n_vocab)
-    model = GPT(shape, seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.mul_(8)
-    model.save_pretrained(folder, ENCODING.eot_token)
-    tokenizer.save(ENCODING, folder)
-    return model
 
 
 @torch.no_grad()

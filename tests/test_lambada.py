@@ -6,17 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import refused, run
+from conftest import ENCODING, POSITIONS, refused, run, save_model
 
 import eval_lambada
-from core import stories, tokenizer
 from core.scoring import Score
 from core.stats import wilson
 from core.tasks import lambada
-from model import GPT, GPTConfig
-
-ENCODING = stories.encoding()
-POSITIONS = 48  # most of the stories' passages are longer
 
 
 def asked(protocol, passage):
@@ -144,19 +139,6 @@ def test_a_file_that_holds_no_passages_is_refused_by_file_and_line(tmp_path, nam
 def test_whole_files_of_known_names_are_read(tmp_path):
     (tmp_path / "lambada_test_plain_text.txt").write_text("two words\n" * 5153)
     assert len(lambada.read(tmp_path / "lambada_test_plain_text.txt")) == 5153
-
-
-def save_model(folder, seed, vocab_size=ENCODING.n_vocab):
-    """A model of random weights, some tokens much likelier than others, with the stories' tokenizer."""
-    shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=vocab_size)
-    model = GPT(shape, seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.mul_(8)
-    model.save_pretrained(folder, ENCODING.eot_token)
-    tokenizer.save(ENCODING, folder)
-    return model
 
 
 @torch.no_grad()
