@@ -113,7 +113,9 @@ def main(config: Config) -> None:
             verify(dataset, ranks)
         folder = Path("logs") / str(config.run)
         found = find_checkpoint(config, folder, ranks)
-        state = load_state(config, dataset, found) if found and not config.eval_only else None
+        state = None
+        if found and not config.eval_only:
+            state = checkpoint.load_training_state(found, must_agree(config, dataset))
         source = found or (checkpoint.resolve(config.init_from, "--init-from") if config.init_from else None)
         model = load_model(config, dataset, source).to(ranks.device)
         if config.eval_only:
@@ -203,18 +205,6 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
             f"preset of these weights, and shards of their vocabulary"
         )
     return model
-
-
-def load_state(config: Config, dataset: Dataset, found: Path) -> dict[str, Any]:
-    """A checkpoint's training state. Raises ValueError where a setting that must agree differs."""
-    state = checkpoint.load_training_state(found)
-    for name, value in must_agree(config, dataset).items():
-        if state["settings"].get(name) != value:
-            raise ValueError(
-                f"run {config.run} was begun with {name} {state['settings'].get(name)}, now it is {value}: restore the "
-                f"setting to go on, or take another --run"
-            )
-    return state
 
 
 def restore(run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -75,8 +75,17 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def load_training_state(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+def load_training_state(folder: Path, must_agree: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's training state. Raises ValueError where a setting that must agree differs from the run's."""
+    state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+    for name, value in must_agree.items():
+        begun_with = state["settings"].get(name)
+        if begun_with != value:
+            raise ValueError(
+                f"run {folder.parent.parent.name} was begun with {name} {begun_with}, now it is {value}: restore the "
+                f"setting to go on, or take another --run"
+            )
+    return state
 
 
 def resolve(ckpt: str, option: str = "--ckpt") -> str:
