@@ -73,7 +73,7 @@ def main(config: Config) -> None:
                     items.append(facts | {"index": i, "correct": v.correct, "chosen": v.chosen, "answer": cloze.answer})
     print(f"\n{results.results_table(found)}\n")
     if any(questions.official for questions in sets):
-        print("Published, OpenAI's weights, accuracy %:\n")
+        print("Published, accuracy %; OpenAI's weights unless the source says otherwise:\n")
         print(results.published_table("cbt", protocols))
     reduced = sum(len(cloze.options) < 10 for questions in sets for cloze in questions.clozes)
     print(f"questions with fewer than ten different candidates: {reduced}")

@@ -63,7 +63,10 @@ def main(config: Config) -> None:
             ]
     print(f"\n{results.results_table(found)}\n")
     if any(result.has_published for result in found):
-        print(f"On the test set of {lambada.TEST_PASSAGES:,} passages, OpenAI's weights, accuracy % (perplexity):\n")
+        print(
+            f"On the test set of {lambada.TEST_PASSAGES:,} passages, accuracy % (perplexity); OpenAI's weights unless"
+        )
+        print("the source says otherwise:\n")
         print(results.published_table("lambada", protocols))
     print(results.near_ties_line(found))
     if config.items:
@@ -74,6 +77,8 @@ def main(config: Config) -> None:
 def which_text(config: Config) -> str | None:
     """The text that --data holds, None for the hub's. Raises ValueError where nothing tells."""
     if config.data is None:
+        if config.text is not None:
+            raise ValueError(f"--text {config.text} says what --data holds: give --data, or choose by --protocol")
         return None
     known, _ = lambada.FILES.get(Path(config.data).name, (None, 0))
     if config.text is None and known is None:

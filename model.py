@@ -160,6 +160,10 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.transformer["wte"].weight.device
 
+    def num_parameters(self) -> int:
+        """How many weights the model has, padding left out: 124,439,808 for gpt2."""
+        return sum(self._unpadded(name, p).numel() for name, p in self.named_parameters())
+
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The last layer's output, normalised: (B, T) -> (B, T, C). With a cache, `tokens` are those it lacks."""
         start = cache.length if cache is not None else 0

@@ -160,18 +160,9 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
 
 def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run may not change, or its steps would not be those of one that was never interrupted."""
-    names = (
-        "preset",
-        "seed",
-        "seq_len",
-        "batch_tokens",
-        "steps",
-        "lr",
-        "final_lr_fraction",
-        "warmup_steps",
-        "val_tokens",
-    )
-    settings = {name: getattr(config, name) for name in (*names, "weight_decay", "grad_clip", "init_from")}
+    names = ("preset", "seed", "seq_len", "batch_tokens", "steps", "lr", "final_lr_fraction", "warmup_steps")
+    more = ("weight_decay", "grad_clip", "val_tokens", "init_from")
+    settings = {name: getattr(config, name) for name in (*names, *more)}
     return settings | {"manifest_hash": dataset.manifest_hash}
 
 
@@ -263,10 +254,7 @@ def open_log(run: Run) -> AbstractContextManager[RunLog | None]:
     if not run.ranks.is_main:
         return nullcontext()
     facts = asdict(run.config) | {"manifest_hash": run.dataset.manifest_hash, "world_size": run.ranks.world_size}
-    facts |= {
-        "versions": versions(run.ranks.device),
-        "parameters": sum(p.numel() for p in run.model.hf_state().values()),
-    }
+    facts |= {"versions": versions(run.ranks.device), "parameters": run.model.num_parameters()}
     return RunLog(run.folder, facts, run.config.steps, run.step, run.config.wandb_project)
 
 

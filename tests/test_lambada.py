@@ -236,6 +236,7 @@ def test_a_wrong_call_ends_in_one_sentence(world, model, passages, arguments, pa
         ("models/a", {"batch_size": 0}, "--batch-size 0 must be above 0"),
         ("models/a", {"device": "abacus"}, "--device abacus"),
         ("models/a", {"data": "data/none.txt"}, "data/none.txt"),
+        ("models/a", {"data": None, "text": "openai"}, "--text openai says what --data holds"),
         ("models/small", {}, "outside the model's vocabulary of 300"),
         ("models/bare", {}, "models/bare has a vocabulary of 664 and no tokenizer.json"),
         ("data/stories", {}, "--ckpt data/stories holds neither checkpoints nor a config.json"),

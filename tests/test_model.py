@@ -145,7 +145,7 @@ def test_initial_weights_have_the_papers_spread():
             std /= math.sqrt(2 * 12) if name.endswith("c_proj.weight") else 1
             assert p.std().item() == pytest.approx(std, rel=0.01), name
             assert abs(p.mean().item()) < 0.01 * std, name
-    assert sum(p.numel() for p in model.hf_state().values()) == 124_439_808
+    assert model.num_parameters() == sum(p.numel() for p in model.hf_state().values()) == 124_439_808
 
 
 def test_the_seed_draws_the_weights():
