@@ -23,87 +23,10 @@ if TYPE_CHECKING:  # fineweb.py needs no torch, and starts sooner without it
 
 DEFAULT_DATA = "data/fineweb-edu"  # what fineweb.py writes and train.py reads unless told otherwise
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"  # the folder of what fineweb.py has not joined yet
 VERIFIED = ".verified.json"
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokenised documents joined, each begun by the end-of-text token."""
-
-    ids: np.ndarray  # (n,) uint16
-    starts: np.ndarray  # (d,) where each document begins in ids
-    rows: np.ndarray  # (d,) each document's row in its source file
-
-    @property
-    def ends(self) -> np.ndarray:
-        return np.append(self.starts[1:], len(self.ids))  # (d,)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, some: slice) -> "Documents":
-        starts = self.starts[some]
-        if not len(starts):
-            return Documents(self.ids[:0], starts, starts)
-        begin, end = starts[0], self.ends[some][-1]
-        return Documents(self.ids[begin:end], starts - begin, self.rows[some])
-
-
-class ShardWriter:
-    """Cuts a stream of documents into shards, none of which spans two source files or both splits."""
-
-    def __init__(self, folder: Path, shard_tokens: int, token_bytes: np.ndarray, end_of_text_id: int) -> None:
-        self.folder = folder
-        self.token_bytes = token_bytes  # (vocab_size,) bytes of text that each id stands for
-        self.shards: list[dict[str, Any]] = []  # the manifest's entries
-        self._buffer = np.empty(shard_tokens, dtype=np.uint16)
-        self._size = 0
-        self._begin: dict[str, Any] = {}  # split and place in the source of the buffer's first token
-        self._end_of_text_id = end_of_text_id
-
-    def add(self, split: str, source_file: int, documents: Documents) -> None:
-        """Append documents, writing each shard as it fills."""
-        if not len(documents):
-            return
-        if self._size and (self._begin["split"], self._begin["source_file"]) != (split, source_file):
-            self.flush()
-        done = 0
-        while done < len(documents.ids):
-            if not self._size:
-                i = int(np.searchsorted(documents.starts, done, side="right")) - 1
-                place = {"row": int(documents.rows[i]), "token": done - int(documents.starts[i])}
-                self._begin = {"split": split, "source_file": source_file, "begin": place}
-            part = documents.ids[done : done + len(self._buffer) - self._size]
-            self._buffer[self._size : self._size + len(part)] = part
-            self._size += len(part)
-            done += len(part)
-            if self._size == len(self._buffer):
-                self.flush()
-
-    def flush(self) -> None:
-        """Write what is buffered as a shard, by rename, and list it."""
-        if not self._size:
-            return
-        ids = self._buffer[: self._size]
-        name = f"{self._begin['split']}_{len(self.shards):06d}.npy"
-        unfinished = self.folder / f".{name}.unfinished"
-        with open(unfinished, "wb") as file:
-            np.save(file, ids, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        entry = {
-            "file": name,
-            "split": self._begin["split"],
-            "tokens": self._size,
-            "documents": int(np.count_nonzero(ids == self._end_of_text_id)),
-            "bytes": int(self.token_bytes[ids].sum()),
-            "sha256": sha256(unfinished),
-            "source_file": self._begin["source_file"],
-            "begin": self._begin["begin"],
-        }
-        os.replace(unfinished, self.folder / name)
-        self.shards.append(entry)
-        self._size = 0
+BIN_MAGIC = 20240520
+REMEDY = "write the folder again with fineweb.py --overwrite"
 
 
 def sha256(path: Path) -> str:
@@ -142,8 +65,11 @@ def open_dataset(folder: str | Path) -> Dataset:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        unfinished = ", which fineweb.py writes last: it was interrupted there" if any(folder.glob("*.npy")) else ""
-        raise ValueError(f"no shards in {folder}: {path} is missing{unfinished}. Run: python fineweb.py --out {folder}")
+        begun = (folder / UNFINISHED).is_dir() or any(folder.glob("*.npy"))
+        interrupted = ", which fineweb.py writes last: it is at work there or was interrupted" if begun else ""
+        raise ValueError(
+            f"no shards in {folder}: {path} is missing{interrupted}. Run: python fineweb.py --out {folder}"
+        )
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
@@ -203,7 +129,7 @@ def _check_shard(dataset: Dataset, shard: dict[str, Any], memory: dict[str, Any]
     try:
         if sha256(path) != shard["sha256"]:
             return "was cut short or altered: its sha256 is not the manifest's", []
-        largest = int(_open_shard(path, shard["tokens"]).max())
+        largest = int(open_shard(path, shard["tokens"]).max())
     except (OSError, ValueError) as error:  # returned, not raised, as the other ranks wait for this one's result
         return f"can't be read: {error}", []
     if largest >= dataset.vocab_size:
@@ -211,18 +137,32 @@ def _check_shard(dataset: Dataset, shard: dict[str, Any], memory: dict[str, Any]
     return "", stamp
 
 
-def _open_shard(path: Path, tokens: int) -> np.ndarray:
+def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
+    """A shard's ids (n,) uint16, memory-mapped: from .npy, or from .bin with llm.c's header.
+
+    Raises ValueError where it is neither, or doesn't hold `tokens`.
+    """
     try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+        ids = _map_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing, the manifest lists it; write the folder again with fineweb.py --overwrite"
-        ) from None
+        raise ValueError(f"{path} is missing, the manifest lists it; {REMEDY}") from None
     except Exception as error:  # a damaged header can make numpy raise anything
-        raise ValueError(f"{path} is no .npy file, or cut short ({error!r}); write the folder again") from None
-    if ids.dtype != np.uint16 or ids.shape != (tokens,):
-        raise ValueError(f"{path} holds {ids.dtype} {ids.shape}, the manifest says uint16 ({tokens},)")
+        raise ValueError(f"{path} is no shard of tokens, or cut short ({error!r}); {REMEDY}") from None
+    if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) != (len(ids) if tokens is None else tokens) or not len(ids):
+        wanted = "ids in one row" if tokens is None else f"({tokens},)"
+        raise ValueError(f"{path} holds {ids.dtype} {ids.shape}, and should hold uint16 {wanted}")
     return ids
+
+
+def _map_bin(path: Path) -> np.ndarray:
+    """llm.c's format for GPT-2: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 ids."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != 1:
+        raise ValueError(f"its header begins with {header[:3].tolist()}, llm.c's with [{BIN_MAGIC}, 1, tokens]")
+    size = path.stat().st_size
+    if size != 1024 + 2 * int(header[2]):
+        raise ValueError(f"it has {size} bytes, and {1024 + 2 * int(header[2])} by its header's {header[2]} tokens")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
 class Windows:
@@ -235,7 +175,7 @@ class Windows:
     def __init__(self, dataset: Dataset, split: str, seq_len: int) -> None:
         self.seq_len = seq_len
         shards = dataset.shards(split)
-        self._ids = [_open_shard(dataset.folder / shard["file"], shard["tokens"]) for shard in shards]
+        self._ids = [open_shard(dataset.folder / shard["file"], shard["tokens"]) for shard in shards]
         self._ends = np.cumsum([(len(ids) - 1) // seq_len for ids in self._ids], dtype=np.int64)
         if not len(self):
             raise ValueError(

@@ -4,8 +4,9 @@ An encoding comes by tiktoken's name (`gpt2`) or from a folder that holds a `tok
 `tiktoken.Encoding`, so that every script encodes alike.
 """
 
-import itertools
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,12 @@ def load(name_or_folder: str | Path) -> "tiktoken.Encoding":
 
 def end_of_text_id(encoding: "tiktoken.Encoding") -> int:
     return encoding.encode_single_token(END_OF_TEXT)
+
+
+def fingerprint(encoding: "tiktoken.Encoding") -> str:
+    """The sha256 of all tokens in the order of their ids, which tells an encoding from another of the same name."""
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
+    return hashlib.sha256(b"".join(len(token).to_bytes(4, "little") + token for token in tokens)).hexdigest()
 
 
 def _by_name(name: str) -> "tiktoken.Encoding":
@@ -108,7 +115,7 @@ def save(encoding: "tiktoken.Encoding", folder: Path) -> None:
     characters = _byte_characters()
 
     def text(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
+        return token.decode("latin-1").translate(characters)
 
     ranks = encoding._mergeable_ranks
     merges = [(text(a), text(b)) for a, b in _merges(ranks)]
@@ -118,7 +125,9 @@ def save(encoding: "tiktoken.Encoding", folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     assert tokenizer.token_to_id(END_OF_TEXT) == end_of_text_id(encoding)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    unfinished = folder / f".tokenizer.json.{os.getpid()}"  # by rename, as several processes may write the same
+    tokenizer.save(str(unfinished))
+    os.replace(unfinished, folder / "tokenizer.json")
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | names
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -133,14 +142,19 @@ def _byte_characters() -> dict[int, str]:
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair that each token was merged from, in order: what BPE makes of it with the earlier merges alone."""
+    never = len(ranks)
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            best = min(range(len(pairs)), key=pairs.__getitem__)
-            assert pairs[best] < rank, f"{token!r} can't be reached by merges"
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
+        edges = list(range(len(token) + 1))  # of the parts that the token is in
+        pairs = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]  # the rank of each two neighbours
+        while len(pairs) > 1:
+            i = pairs.index(min(pairs))
+            assert pairs[i] < rank, f"{token!r} can't be reached by merges"
+            del edges[i + 1], pairs[i]
+            if i:
+                pairs[i - 1] = ranks.get(token[edges[i - 1] : edges[i + 1]], never)
+            if i < len(pairs):
+                pairs[i] = ranks.get(token[edges[i] : edges[i + 2]], never)
+        if pairs:
+            merges.append((token[: edges[1]], token[edges[1] :]))
     return merges

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import refused, run
 
-import fineweb
-from core import tokenizer
+from core import sources, tokenizer
 
 SHARD_TOKENS, VAL_TOKENS = 700, 900
 WORDS = (
@@ -178,7 +177,8 @@ def test_the_manifest_names_source_and_encoding(made, encoding):
     files = sorted(made.arguments[0].parent.iterdir())
     assert source["name"] == made.arguments[0].name
     assert source["revision"] is None
-    assert source["files"] == [{"name": path.name, "bytes": path.stat().st_size} for path in files]
+    assert [(file["name"], file["bytes"]) for file in source["files"]] == [(f.name, f.stat().st_size) for f in files]
+    assert len({file["fingerprint"] for file in source["files"]}) == len(files)
     assert (made.manifest["encoding"], made.manifest["vocab_size"]) == ("stories", encoding.n_vocab)
 
 
@@ -242,7 +242,7 @@ def test_a_folder_that_lost_a_shard_is_not_called_finished(world, tmp_path):
 
 @pytest.mark.parametrize("range_bytes", [1, 7, 64, 1000, 10**6])
 def test_each_line_of_a_jsonl_file_falls_into_one_range(tmp_path, monkeypatch, range_bytes):
-    monkeypatch.setattr(fineweb, "JSONL_RANGE", range_bytes)
+    monkeypatch.setattr(sources, "JSONL_RANGE", range_bytes)
     rng = random.Random(range_bytes)
     texts = [rng.choice(WORDS) * rng.randint(0, 40) for _ in range(60)]
     lines = [json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5).encode() for text in texts]
@@ -250,11 +250,11 @@ def test_each_line_of_a_jsonl_file_falls_into_one_range(tmp_path, monkeypatch, r
     path = tmp_path / "lines.jsonl"
     for ending in (b"", b"\n"):
         path.write_bytes(b"\n".join(lines) + ending)
-        units = fineweb.list_units(f"file://{path}", 0, path.stat().st_size)
+        units = sources.list_units(str(path), path.stat().st_size)
         assert sum(unit.bytes for unit in units) == path.stat().st_size
-        assert [text for unit in units for text in fineweb.read_texts(unit)] == texts
+        assert [text for unit in units for text in sources.read_texts(unit)] == texts
         with fsspec.open(str(path)).open() as file:
-            places = [place for unit in units for place, _ in fineweb.json_lines(file, unit)]
+            places = [place for unit in units for place, _ in sources.json_lines(file, unit)]
         assert len(set(places)) == len(texts)
 
 
