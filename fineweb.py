@@ -230,9 +230,11 @@ def write_part(
             if part.last:
                 break
     except ValueError:
+        writer.wait()
         part.drop()
         raise
     writer.flush()
+    writer.wait()
     part.before = after
     part.close()
     progress.say(f"{part.source['name']}: {part.tokens:,} tokens in {len(part.shards)} shards")
@@ -279,8 +281,10 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
+        if kind is KeyboardInterrupt:
+            print("stopped: the same command goes on after the last whole shard", flush=True)
 
     def add(self, unit: sources.Unit, tokens: int) -> None:
         self._bytes += unit.bytes
@@ -296,7 +300,7 @@ def finish(out: Path, source: sources.Source, head: dict[str, Any]) -> None:
     """Join the parts if all are complete; else say which other processes are at work on."""
     if (out / MANIFEST).is_file():
         return  # another process has joined them
-    parts = [load_part(out, i, facts, 0) for i, facts in enumerate(head["source"]["files"])]
+    parts = [load_part(out, i, facts) for i, facts in enumerate(head["source"]["files"])]
     missing = [part.source["name"] for part in parts if not part.complete]
     if missing:
         return print(

@@ -182,6 +182,7 @@ def stage_shares(files: tuple[sources.SourceFile, ...], folder: Path) -> dict[st
                     seconds[stage] += spent
             begin = time.perf_counter()
             writer.flush()
+            writer.wait()
             seconds["write, sync, hash"] += time.perf_counter() - begin
         result[name] = dict(seconds)
     return result

@@ -16,8 +16,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Part:
 
     folder: Path
     source: dict[str, Any]  # name, bytes and fingerprint of the file
-    val_bytes: float  # validation takes no more text than this
+    val_bytes: int  # validation takes no more text than this
     shards: list[dict[str, Any]] = field(default_factory=list)
     before: Counts = field(default_factory=Counts)  # the units whose documents are all in shards
     row: int = -1  # the shards end in this row of the file,
@@ -105,10 +105,13 @@ class Part:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def load_part(out: Path, number: int, source: dict[str, Any], val_bytes: float) -> Part:
-    """What is done of a source file. Raises ValueError where the file has changed since."""
+def load_part(out: Path, number: int, source: dict[str, Any], val_bytes: int | None = None) -> Part:
+    """What is done of a source file. Raises ValueError where the file has changed since.
+
+    `val_bytes` gives who claimed the file: what can't be gone on from is removed. Who only looks gives none.
+    """
     folder = out / UNFINISHED / f"{number:06d}"
-    new = Part(folder, source, val_bytes)
+    new = Part(folder, source, val_bytes or 0)
     try:
         state = json.loads((folder / "part.json").read_text())
         part = Part(folder=folder, **state | {"before": Counts(**state["before"])})
@@ -118,15 +121,16 @@ def load_part(out: Path, number: int, source: dict[str, Any], val_bytes: float) 
         raise ValueError(
             f"{folder / 'part.json'} is damaged ({error!r}): delete {folder}, and this file is made again"
         ) from None
-    if distrusted(out) and "fastokens" in part.encoders:
-        part.drop()
-        return new
     if part.source != source:
         if part.shards:
             raise ValueError(
                 f"{source['name']} has changed since shards were made of it ({part.source} then, {source} now): delete "
                 f"{folder} to make this file's shards again, or start anew with --overwrite"
             )
+        return new
+    if (distrusted(out) and "fastokens" in part.encoders) or val_bytes not in (None, part.val_bytes):
+        if val_bytes is not None:  # another file of the source has changed, and with it validation's share
+            part.drop()
         return new
     return part
 
@@ -137,8 +141,10 @@ class PartWriter:
     def __init__(self, shard_tokens: int, token_bytes: np.ndarray) -> None:
         self.part: Part  # the one that is written to
         self._token_bytes = token_bytes  # (vocab_size,) bytes of text that each id stands for
-        self._buffer = np.empty(shard_tokens, dtype=np.uint16)
+        self._buffer, self._spare = (np.empty(shard_tokens, dtype=np.uint16) for _ in range(2))
         self._entry: dict[str, Any] = {}  # the manifest's, of the shard in the buffer
+        self._thread = ThreadPoolExecutor(1)  # writes a shard while the next one fills
+        self._written: tuple[Future[str], dict[str, Any], Part] | None = None  # the shard in its hands
 
     def add(self, split: str, documents: Documents) -> None:
         """Append documents, without what the part's shards hold already, writing each shard as it fills."""
@@ -146,7 +152,7 @@ class PartWriter:
             return
         if self._entry and self._entry["split"] != split:
             self.flush()
-        done = self._written(documents)
+        done = self._known(documents)
         while done < len(documents.ids):
             if not self._entry:
                 i = documents.at(done)
@@ -164,7 +170,7 @@ class PartWriter:
             if self._entry["tokens"] == len(self._buffer):
                 self.flush()
 
-    def _written(self, documents: Documents) -> int:
+    def _known(self, documents: Documents) -> int:
         """How many of the documents' tokens are in the part's shards or in the buffer."""
         i = int(np.searchsorted(documents.rows, self.part.row))
         if i == len(documents):
@@ -177,14 +183,23 @@ class PartWriter:
         return int(documents.text_bytes[:i].sum()) + int(self._token_bytes[cut].sum())
 
     def flush(self) -> None:
-        """Write what is buffered as a shard, by rename, and save the part with it."""
+        """Have what is buffered written as a shard. Raises OSError for the shard before it."""
+        self.wait()
         if not self._entry:
             return
-        name = f"{self._entry['split']}_{len(self.part.shards):06d}.npy"
-        digest = write_shard(self.part.folder / name, self._buffer[: self._entry["tokens"]])
-        self.part.shards.append({"file": name} | self._entry | {"sha256": digest})
+        entry = {"file": f"{self._entry['split']}_{len(self.part.shards):06d}.npy"} | self._entry
+        path, ids = self.part.folder / entry["file"], self._buffer[: entry["tokens"]]
+        self._written = self._thread.submit(write_shard, path, ids), entry, replace(self.part)
         self._entry = {}
-        self.part.save()
+        self._buffer, self._spare = self._spare, self._buffer
+
+    def wait(self) -> None:
+        """Until the last shard is on disk; then save the part as it was when the shard was full. Raises OSError."""
+        if self._written:
+            digest, entry, part = self._written
+            self._written = None
+            part.shards.append(entry | {"sha256": digest.result()})
+            part.save()
 
 
 def write_shard(path: Path, ids: np.ndarray) -> str:
@@ -193,7 +208,8 @@ def write_shard(path: Path, ids: np.ndarray) -> str:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
-            np.save(file, ids, allow_pickle=False)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
+            file.write(ids.data)  # np.save says nothing where the last bytes don't fit on the disk
             file.flush()
             os.fsync(file.fileno())
         digest = sha256(unfinished)
@@ -220,16 +236,15 @@ class Claims:
         self._out = out
         self._file = open(out / ".lock", "ab")  # noqa: SIM115  open as long as the process lives
 
-    def take(self, number: int, wait: bool = False) -> None:
-        """Raises ValueError where another process holds it."""
+    def take(self, number: int, wait: bool = False, count: int = 1) -> None:
+        """Claim `count` files from `number` on. Raises ValueError where another process holds one."""
         import fcntl
 
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
+            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, number)
         except (BlockingIOError, PermissionError):
             raise ValueError(
-                f"another process is writing {self._out} (source file {number}): let it end, or stop it, or take "
-                "another --out"
+                f"another process is writing {self._out}: let it end, or stop it, or take another --out"
             ) from None
         except OSError as error:
             print(f"{self._out} is on a file system without locks ({error}): start no second process on it", flush=True)
@@ -308,8 +323,7 @@ def distrusted(out: Path) -> bool:
 
 def clear(out: Path, claims: Claims) -> None:
     """Remove what earlier calls left, the manifest first. Raises ValueError where a process is at work there."""
-    for path in (out / UNFINISHED).glob("[0-9]*"):
-        claims.take(int(path.name))
+    claims.take(0, count=JOIN)
     with claims.alone():
         (out / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
@@ -318,7 +332,10 @@ def clear(out: Path, claims: Claims) -> None:
 
 def remove_shards(out: Path, keep: set[str]) -> None:
     for path in out.iterdir():
-        if re.fullmatch(r"(?:val|train)_\d{6}\.npy|\..*\.npy\.unfinished", path.name) and path.name not in keep:
+        if (
+            re.fullmatch(r"(?:val|train)_\d{6}\.npy|\..*\.(?:unfinished|json\.\d+)", path.name)
+            and path.name not in keep
+        ):
             path.unlink()
 
 

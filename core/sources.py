@@ -129,7 +129,7 @@ def find_source(pattern: str, revision: str | None) -> Source:
     files = []
     for name, facts in sorted(found.items()):
         url = name if is_local(pinned) else fs.unstrip_protocol(name)
-        if facts["type"] == "file":
+        if facts["type"] != "directory":  # a link to a file is a file
             files.append(SourceFile(url, name.rsplit("/", 1)[-1], facts["size"], fingerprint(fs, name, facts)))
     if not files:
         raise ValueError(f"--source {pattern} matches no file; quote the glob, as in --source 'folder/*.parquet'")
@@ -156,7 +156,9 @@ def cut(files: list[SourceFile]) -> list[list[Unit]]:
     remote = not all(is_local(file.url) for file in files)
     with ThreadPoolExecutor(16 if remote else 1) as pool:
         tasks = pool.map(lambda file: persist(partial(list_units, file.url, file.bytes), file.url), files)
-        return list(tqdm(tasks, "looking at the files", len(files), leave=False, delay=1, disable=None))
+        units = list(tqdm(tasks, "looking at the files", len(files), leave=False, delay=1, disable=None))
+    open_parquet.cache_clear()  # a forked worker must not read through this process's open file
+    return units
 
 
 def list_units(url: str, size: int) -> list[Unit]:
@@ -189,7 +191,8 @@ def open_parquet(url: str) -> tuple[Any, int]:
 
     try:
         # Without read-ahead: a column chunk comes in one request, and the units after it go to other workers.
-        file = pq.ParquetFile(url if is_local(url) else fsspec.open(url, cache_type="none").open(), pre_buffer=False)
+        fs, path = fsspec.core.url_to_fs(url)
+        file = pq.ParquetFile(url if is_local(url) else fs.open(path, cache_type="none"), pre_buffer=False)
     except ArrowInvalid as error:
         raise ValueError(f"{url} is no parquet file, or cut short: {error}") from None
     schema, stored = file.schema_arrow, file.metadata.schema

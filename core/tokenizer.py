@@ -126,7 +126,7 @@ def save(encoding: "tiktoken.Encoding", folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     assert tokenizer.token_to_id(END_OF_TEXT) == end_of_text_id(encoding)
     unfinished = folder / f".tokenizer.json.{os.getpid()}"  # by rename, as several processes may write the same
-    tokenizer.save(str(unfinished))
+    unfinished.write_text(tokenizer.to_str(pretty=True))
     os.replace(unfinished, folder / "tokenizer.json")
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False} | names
