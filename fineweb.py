@@ -98,13 +98,13 @@ def main(config: Config) -> None:
         clear(out, claims)
     with claims.alone():
         source, head = agree(config, out, encoding)
-    if (out / MANIFEST).is_file():
-        return print(f"{out} is finished already: the same source and settings. --overwrite writes it again")
     mine = range(rank, len(source.files), ranks)
     for number in mine:
         claims.take(number)
+    if (out / MANIFEST).is_file():
+        return print(f"{out} is finished already: the same source and settings. --overwrite writes it again")
     tokenizer.save(encoding, out)
-    prepare(config, out, source, mine)
+    prepare(config, out, source, head, mine)
     with claims.alone():
         finish(out, source, head)
 
@@ -129,7 +129,10 @@ def place_among_ranks() -> tuple[int, int]:
     """Rank and number of ranks, from torchrun or a Slurm array; 0 and 1 without."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"])
+        rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
+        if not 0 <= rank < ranks:
+            raise ValueError(f"RANK {rank} of WORLD_SIZE {ranks}: ranks count from 0 to {ranks - 1}")
+        return rank, ranks
     if "SLURM_ARRAY_TASK_ID" in env:
         task, low, high, count = (int(env[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
         if (low, high) != (0, count - 1):
@@ -153,15 +156,14 @@ def agree(config: Config, out: Path, encoding: Any) -> tuple[sources.Source, dic
     return source, head
 
 
-def prepare(config: Config, out: Path, source: sources.Source, mine: range) -> None:
+def prepare(config: Config, out: Path, source: sources.Source, head: dict[str, Any], mine: range) -> None:
     """Make the shards of the files `mine`, by tiktoken alone once fastokens has given another id."""
-    facts = source.facts()["files"]
     chosen = range(len(source.files)) if 0 in mine else mine  # validation is a share of all
     units = dict(zip(chosen, sources.cut([source.files[i] for i in chosen]), strict=True))
     val_bytes = sum(unit.bytes for unit in itertools.chain(*units.values())) // 100
     val_bytes = val_bytes if config.val_tokens is None else NO_LIMIT
     while True:
-        parts = {i: load_part(out, i, facts[i], val_bytes if i == 0 else 0) for i in mine}
+        parts = {i: load_part(out, i, head, val_bytes if i == 0 else 0) for i in mine}
         left = {i: [] if part.complete else units[i][part.before.units :] for i, part in parts.items()}
         check_disk(config, out, left)
         encoder = "tiktoken" if distrusted(out) else encoders.choose(config.encoder)
@@ -195,7 +197,7 @@ def write_parts(config: Config, encoder: str, parts: dict[int, Part], left: dict
     units = list(itertools.chain(*left.values()))
     stream = encode_in_order(units, config.workers, encoder, config.encoding, Path(config.out))
     writer = PartWriter(config.shard_tokens, tokenizer.token_bytes(Path(config.out)))
-    with Progress(done, left) as progress, contextlib.closing(stream):
+    with Progress(done, left) as progress, contextlib.closing(stream), contextlib.closing(writer):
         for i, part in parts.items():
             if ended or (not part.complete and not left[i]):
                 part.close()
@@ -254,8 +256,10 @@ def held_out(config: Config, documents: Documents, before: Counts, val_bytes: fl
 def count(config: Config, before: Counts, encoded: Encoded, kept: Documents, n_val: int) -> Counts:
     """What the units up to this one held. Raises ValueError for broken documents, unless they may be skipped."""
     if encoded.broken and not config.skip_broken:
-        raise ValueError(f"{encoded.broken[0]}; --skip-broken leaves such documents out and lists them in the manifest")
-    broken = before.broken + encoded.broken
+        where = f"{encoded.unit.url}, {encoded.broken[0]}"
+        raise ValueError(f"{where}; --skip-broken leaves such documents out and lists them in the manifest")
+    name = encoded.unit.url.rsplit("/", 1)[-1]
+    broken = before.broken + [f"{name}, {place}" for place in encoded.broken]
     if len(broken) > MAX_BROKEN:
         raise ValueError(f"{encoded.unit.url} has more than {MAX_BROKEN} broken documents; the last: {broken[-1]}")
     return Counts(
@@ -300,7 +304,7 @@ def finish(out: Path, source: sources.Source, head: dict[str, Any]) -> None:
     """Join the parts if all are complete; else say which other processes are at work on."""
     if (out / MANIFEST).is_file():
         return  # another process has joined them
-    parts = [load_part(out, i, facts) for i, facts in enumerate(head["source"]["files"])]
+    parts = [load_part(out, i, head) for i in range(len(source.files))]
     missing = [part.source["name"] for part in parts if not part.complete]
     if missing:
         return print(

@@ -166,7 +166,7 @@ def stage_shares(files: tuple[sources.SourceFile, ...], folder: Path) -> dict[st
         encoder = encoders.Encoder(name, "gpt2", folder)
         for number, file in enumerate(files):
             writer = parts.PartWriter(100_000_000, sizes)
-            writer.part = parts.Part(folder / name / str(number), {}, 0)
+            writer.part = parts.Part(folder / name / str(number), {}, [], 0)
             row = 0
             for unit in sources.list_units(file.url, file.bytes):
                 begin = time.perf_counter()

@@ -93,6 +93,8 @@ def _misplaced(shards: list[dict[str, Any]]) -> list[str]:
 
 def _check_sample(dataset: Dataset) -> list[str]:
     encoding = tokenizer.load(dataset.folder)
+    if dataset.manifest.get("encoding_sha256", found := tokenizer.fingerprint(encoding)) != found:
+        return ["tokenizer.json is not the encoding that the manifest names"]
     problems = []
     for split in ("val", "train"):
         for name, number, ids in _sample(dataset, split):

@@ -37,7 +37,7 @@ def choose(name: str) -> str:
         from fastokens import _native
 
         _native.Tokenizer.encode_batch_flat  # noqa: B018
-    except (ImportError, AttributeError):
+    except Exception:  # not there, too old, or built for another machine
         if name == "auto":
             return "tiktoken"
         raise ValueError(
@@ -79,12 +79,14 @@ class Encoder:
     def _by_fastokens(self, texts: list[str], checked: int) -> list[np.ndarray]:
         try:
             flat, offsets = self._fast_tokenizer.encode_batch_flat(texts, split_special_tokens=True)
+            parts = np.split(np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64))
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # a panic in Rust is no Exception
             raise EncodersDifferError(f"it failed: {error!r}") from None
-        parts = np.split(np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64))
-        if not np.array_equal(parts[checked], *self._by_tiktoken(texts[checked : checked + 1])):
+        if len(parts) != len(texts) or not np.array_equal(
+            parts[checked], *self._by_tiktoken(texts[checked : checked + 1])
+        ):
             raise EncodersDifferError(f"in the document that begins with {texts[checked][:80]!r}")
         return parts
 

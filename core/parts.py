@@ -78,7 +78,8 @@ class Part:
 
     folder: Path
     source: dict[str, Any]  # name, bytes and fingerprint of the file
-    val_bytes: int  # validation takes no more text than this
+    others: list[str]  # fingerprints of the source's files where a share of them all is for validation
+    val_bytes: int  # and how much text that share is
     shards: list[dict[str, Any]] = field(default_factory=list)
     before: Counts = field(default_factory=Counts)  # the units whose documents are all in shards
     row: int = -1  # the shards end in this row of the file,
@@ -105,13 +106,15 @@ class Part:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def load_part(out: Path, number: int, source: dict[str, Any], val_bytes: int | None = None) -> Part:
-    """What is done of a source file. Raises ValueError where the file has changed since.
+def load_part(out: Path, number: int, head: dict[str, Any], val_bytes: int | None = None) -> Part:
+    """What is done of a source file, under the settings `head`. Raises ValueError where it has changed since.
 
     `val_bytes` gives who claimed the file: what can't be gone on from is removed. Who only looks gives none.
     """
-    folder = out / UNFINISHED / f"{number:06d}"
-    new = Part(folder, source, val_bytes or 0)
+    folder, files = out / UNFINISHED / f"{number:06d}", head["source"]["files"]
+    source = files[number]
+    others = [file["fingerprint"] for file in files] if number == 0 and head["val_tokens"] is None else []
+    new = Part(folder, source, others, val_bytes or 0)
     try:
         state = json.loads((folder / "part.json").read_text())
         part = Part(folder=folder, **state | {"before": Counts(**state["before"])})
@@ -128,8 +131,8 @@ def load_part(out: Path, number: int, source: dict[str, Any], val_bytes: int | N
                 f"{folder} to make this file's shards again, or start anew with --overwrite"
             )
         return new
-    if (distrusted(out) and "fastokens" in part.encoders) or val_bytes not in (None, part.val_bytes):
-        if val_bytes is not None:  # another file of the source has changed, and with it validation's share
+    if (distrusted(out) and "fastokens" in part.encoders) or part.others != others:
+        if val_bytes is not None:
             part.drop()
         return new
     return part
@@ -192,6 +195,10 @@ class PartWriter:
         self._written = self._thread.submit(write_shard, path, ids), entry, replace(self.part)
         self._entry = {}
         self._buffer, self._spare = self._spare, self._buffer
+
+    def close(self) -> None:
+        """Write no more, also not what is being written."""
+        self._thread.shutdown()
 
     def wait(self) -> None:
         """Until the last shard is on disk; then save the part as it was when the shard was full. Raises OSError."""

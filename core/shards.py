@@ -37,8 +37,14 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write by rename, so that a reader finds the old file or the whole new one."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} can't be written ({error.strerror}): see to it and give the same command again"
+        ) from None
 
 
 @dataclass(frozen=True)

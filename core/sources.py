@@ -61,7 +61,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Broken:
-    """A document that can't be read as text: where it stands and why."""
+    """A document that can't be read as text: where in its file and why."""
 
     place: str
     reason: str
@@ -214,7 +214,7 @@ def _read_parquet(unit: Unit) -> list[str | Broken | None]:
     import pyarrow as pa
 
     file, _ = open_parquet(unit.url)
-    place = f"{unit.url}, row group {unit.row_group}"
+    place = f"row group {unit.row_group}"
     try:
         if unit.end == file.metadata.row_group(unit.row_group).num_rows and not unit.begin:
             column = file.read_row_group(unit.row_group, columns=["text"], use_threads=False)["text"]
@@ -223,7 +223,7 @@ def _read_parquet(unit: Unit) -> list[str | Broken | None]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and not is_local(unit.url):
             raise
-        raise ValueError(f"{place} is damaged: {error}") from None
+        raise ValueError(f"{unit.url}, {place} is damaged: {error}") from None
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -253,7 +253,7 @@ def _read_jsonl(unit: Unit) -> list[str | Broken | None]:
     import fsspec
 
     with fsspec.open(unit.url).open() as file:
-        return [_read_json_line(line, f"{unit.url}, the line at byte {byte}") for byte, line in json_lines(file, unit)]
+        return [_read_json_line(line, f"the line at byte {byte}") for byte, line in json_lines(file, unit)]
 
 
 def json_lines(file: Any, unit: Unit) -> Iterator[tuple[int, bytes]]:
@@ -284,7 +284,7 @@ def _read_txt(unit: Unit) -> list[str | Broken | None]:
     import fsspec
 
     with fsspec.open(unit.url).open() as file:
-        return [_decode(file.read(), unit.url)]
+        return [_decode(file.read(), "the whole file")]
 
 
 def _decode(raw: bytes, place: str) -> str | Broken:

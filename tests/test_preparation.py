@@ -456,7 +456,7 @@ def test_broken_documents_may_be_left_out_and_are_listed(world, damaged, tmp_pat
     del files[1][30]
     assert texts_in(tmp_path / "out") == [text for texts in files for text in texts]
     (broken,) = json.loads((tmp_path / "out/manifest.json").read_text())["broken_documents"]
-    assert f"{path}, " in broken
+    assert broken.startswith(f"{path.name}, ")
     assert place in broken
 
 
