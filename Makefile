@@ -1,10 +1,10 @@
-# make demo, make test, make lint: each installs what it needs into .venv first.
+# make demo, make test, make lint, make soak: each installs what it needs into .venv first.
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint soak setup
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed
@@ -26,6 +26,9 @@ demo: setup
 
 test: setup
 	python -m pytest -q
+
+soak: setup
+	SOAK_KILLS=30 python -m pytest -q tests/test_preparation.py -k killed_again
 
 lint: setup
 	ruff check .

@@ -23,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from core import audit, cli, encoders, sources, tokenizer
+from core.claims import Claims
 from core.encoders import Encoded, encode_in_order
 from core.parts import (
-    Claims,
     Counts,
     Documents,
     Part,

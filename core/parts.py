@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,11 +23,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from core.claims import ALL, Claims
 from core.shards import MANIFEST, UNFINISHED, open_dataset, sha256, write_json
 
 SETTINGS = "settings.json"
 DISTRUST = "fastokens-differs"
-JOIN = 2**30  # the byte of the lock file that the process locks which joins the parts
 
 
 @dataclass(frozen=True)
@@ -232,43 +231,6 @@ def write_shard(path: Path, ids: np.ndarray) -> str:
     return digest
 
 
-class Claims:
-    """Which source files this process alone works on.
-
-    They are locked bytes of a file, which the system frees when the process ends, however it ends, and which hold
-    between machines where the file system has POSIX locks.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._file = open(out / ".lock", "ab")  # noqa: SIM115  open as long as the process lives
-
-    def take(self, number: int, wait: bool = False, count: int = 1) -> None:
-        """Claim `count` files from `number` on. Raises ValueError where another process holds one."""
-        import fcntl
-
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, number)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"another process is writing {self._out}: let it end, or stop it, or take another --out"
-            ) from None
-        except OSError as error:
-            print(f"{self._out} is on a file system without locks ({error}): start no second process on it", flush=True)
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time: the others wait here."""
-        import fcntl
-
-        self.take(JOIN, wait=True)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, JOIN)
-
-
 def recorded(out: Path) -> dict[str, Any]:
     """The settings that the folder was made with, or is being made with; empty where there are none."""
     if (out / MANIFEST).is_file():
@@ -330,7 +292,7 @@ def distrusted(out: Path) -> bool:
 
 def clear(out: Path, claims: Claims) -> None:
     """Remove what earlier calls left, the manifest first. Raises ValueError where a process is at work there."""
-    claims.take(0, count=JOIN)
+    claims.take(0, count=ALL)
     with claims.alone():
         (out / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
