@@ -106,7 +106,7 @@ def main(config: Config) -> None:
     tokenizer.save(encoding, out)
     prepare(config, out, source, head, mine)
     with claims.alone():
-        finish(out, source, head)
+        finish(config, out, source, head)
 
 
 def check(config: Config) -> tuple[int, int]:
@@ -205,6 +205,8 @@ def write_parts(config: Config, encoder: str, parts: dict[int, Part], left: dict
                 part.encoders = sorted({*part.encoders, encoder})
                 writer.part = part
                 write_part(config, writer, itertools.islice(stream, len(left[i])), earlier, progress)
+            if i == 0:
+                check_split(config, [part], "val")
             ended = ended or part.last
             earlier += part.tokens
 
@@ -300,7 +302,16 @@ class Progress:
         tqdm.write(text)
 
 
-def finish(out: Path, source: sources.Source, head: dict[str, Any]) -> None:
+def check_split(config: Config, parts: list[Part], split: str) -> None:
+    if not any(shard["split"] == split for part in parts for shard in part.shards):
+        where = f"{parts[0].source['name']}, the first file," if split == "val" else f"--source {config.source}"
+        raise ValueError(
+            f"{where} leaves no {split} document with --max-tokens {config.max_tokens} and --val-tokens "
+            f"{config.val_tokens}: start with --overwrite and more text, more --max-tokens or fewer --val-tokens"
+        )
+
+
+def finish(config: Config, out: Path, source: sources.Source, head: dict[str, Any]) -> None:
     """Join the parts if all are complete; else say which other processes are at work on."""
     if (out / MANIFEST).is_file():
         return  # another process has joined them
@@ -311,13 +322,7 @@ def finish(out: Path, source: sources.Source, head: dict[str, Any]) -> None:
             f"done here. {len(missing)} of {len(parts)} files, {missing[0]} the first, are left to the other processes "
             "and the last to end joins all. Should it not, the same command without torchrun or Slurm does"
         )
-    for split in ("val", "train"):
-        if not any(shard["split"] == split for part in parts for shard in part.shards):
-            raise ValueError(
-                f"--source {source.name} leaves no {split} document with --max-tokens {head['max_tokens']} and "
-                f"--val-tokens {head['val_tokens']}: start with --overwrite and more text, more --max-tokens or fewer "
-                "--val-tokens"
-            )
+    check_split(config, parts, "train")
     join(out, parts, head)
     audit.summarize(open_dataset(out))
 

@@ -53,7 +53,8 @@ def main(config: Config) -> None:
         return plain_loop(config)
     files = sources.find_source(config.source, None).files
     text = sum(unit.bytes for units in sources.cut(list(files)) for unit in units)
-    with tempfile.TemporaryDirectory(dir=Path(config.out).parent.mkdir(parents=True, exist_ok=True) or ".") as folder:
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(config.out).parent) as folder:
         results = measure(config, Path(folder))
         four = write_four_times(files, Path(folder))
         memory = {name: peak_memory(config, Path(folder), glob) for name, glob in (("1x", config.source), ("4x", four))}

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core import tokenizer
-from core.shards import MANIFEST, Dataset, open_dataset, open_shard, sha256, write_json
+from core.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard, sha256, write_json
 
 DOCUMENTS = 50  # of each split are decoded and encoded again
 
@@ -62,7 +62,7 @@ def _problem(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> str:
         found = _counts(open_shard(path, shard["tokens"]), dataset.manifest["end_of_text_id"], sizes)
     except (OSError, ValueError) as error:
         return f"can't be read: {error}"
-    differing = [f"{key} {found[key]}, not {shard[key]}" for key in found if found[key] != shard[key]]
+    differing = [f"{key} {found[key]}, not {shard.get(key)}" for key in found if found[key] != shard.get(key)]
     return f"holds {', '.join(differing)}" if differing else ""
 
 
@@ -125,6 +125,8 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     """
     if (folder / MANIFEST).is_file() and not overwrite:
         raise ValueError(f"{folder} has a manifest already: --verify checks it, --overwrite writes a new one")
+    if (folder / UNFINISHED).exists():
+        raise ValueError(f"fineweb.py has begun {folder} and not ended: give its command again")
     paths = sorted([*folder.glob("*.npy"), *folder.glob("*.bin")])
     splits = {path.name: "val" if "val" in path.name else "train" for path in paths}
     for split in ("val", "train"):

@@ -131,7 +131,7 @@ def encode_unit(unit: Unit, number: int) -> Encoded:
 
 
 def encode_in_order(units: list[Unit], workers: int, encoder: str, encoding: str, folder: Path) -> Iterator[Encoded]:
-    """Every unit tokenised, in order, by `workers` processes; two a worker are in flight, so that memory stays flat."""
+    """Every unit tokenised, in order, by `workers` processes; four for each are in flight, so memory stays flat."""
     in_flight: deque[Future] = deque()
     arguments = (encoder, encoding, folder)
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=arguments) as pool:

@@ -274,7 +274,9 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
         return _difference(f"{name} {key}", old.get(key), new.get(key))
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{len(old)} {name}", "", f"{len(new)} of them"
         i = next(i for i in range(len(old)) if old[i] != new[i])
         label = old[i].get("name", i) if isinstance(old[i], dict) else i
         return _difference(f"{name} {label}", old[i], new[i])
@@ -302,7 +304,7 @@ def clear(out: Path, claims: Claims) -> None:
 def remove_shards(out: Path, keep: set[str]) -> None:
     for path in out.iterdir():
         if (
-            re.fullmatch(r"(?:val|train)_\d{6}\.npy|\..*\.(?:unfinished|json\.\d+)", path.name)
+            re.fullmatch(r"(?:val|train)_\d{6}\.npy|\..*\.(?:unfinished|json\.[0-9a-f]+)", path.name)
             and path.name not in keep
         ):
             path.unlink()

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write by rename, so that a reader finds the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         unfinished.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(unfinished, path)
@@ -83,7 +84,7 @@ def open_dataset(folder: str | Path) -> Dataset:
         for shard in manifest["shards"]:
             check_types(shard, file=str, split=str, tokens=int, sha256=str)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): write the folder again with fineweb.py --overwrite") from None
+        raise ValueError(f"{path} is damaged ({error!r}): {REMEDY}") from None
     return Dataset(folder, manifest, hashlib.sha256(raw).hexdigest())
 
 
@@ -106,9 +107,7 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     for shard in shards:
         problem, _ = results[shard["file"]]
         if problem:
-            raise ValueError(
-                f"{dataset.folder / shard['file']} {problem}; write the folder again with fineweb.py --overwrite"
-            )
+            raise ValueError(f"{dataset.folder / shard['file']} {problem}; {REMEDY}")
     if ranks.is_main:
         with contextlib.suppress(OSError):  # a read-only data folder is as good, only checked again at each start
             write_json(dataset.folder / VERIFIED, {file: stamp for file, (_, stamp) in results.items()})

@@ -85,8 +85,10 @@ def persist(read: Callable[[], T], url: str) -> T:
         except (ValueError, ImportError):
             raise
         except Exception as error:  # each protocol's library has its own errors
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            final = isinstance(error, FileNotFoundError) or (400 <= status < 500 and status not in LATER)
+            status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", 500))
+            final = isinstance(error, FileNotFoundError | PermissionError) or (
+                400 <= status < 500 and status not in LATER
+            )
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             if is_local(url) or final or pause is None:
                 raise OSError(f"{url} can't be read: {reason}") from error
@@ -112,7 +114,8 @@ def pin_revision(pattern: str, revision: str | None) -> tuple[str, str | None]:
                 f"the hub could not be asked for {pattern} ({reason}): check the name and the network, or give "
                 "local files with --source 'folder/*.parquet'"
             ) from None
-    return re.sub(r"^(hf://(?:datasets/)?[^/]+/[^/@]+)(?:@[^/]+)?", rf"\1@{revision}", pattern), revision
+    named = r"@(?:refs/(?:convert|pr)/[^/]+|[^/]+)"  # the two kinds of revision that hold slashes
+    return re.sub(rf"^(hf://(?:datasets/)?[^/]+/[^/@]+)(?:{named})?", rf"\1@{revision}", pattern), revision
 
 
 def source_name(pattern: str) -> str:
@@ -124,7 +127,10 @@ def find_source(pattern: str, revision: str | None) -> Source:
     import fsspec
 
     pinned, revision = pin_revision(pattern, revision)
-    fs, path = fsspec.core.url_to_fs(pinned)
+    try:
+        fs, path = fsspec.core.url_to_fs(pinned)
+    except ImportError as error:
+        raise ValueError(f"--source {pattern}: {error}") from None
     found: dict[str, dict[str, Any]] = persist(lambda: fs.glob(path, detail=True), pinned)
     files = []
     for name, facts in sorted(found.items()):
@@ -177,7 +183,7 @@ def list_units(url: str, size: int) -> list[Unit]:
 
 
 def _cut_row_group(url: str, row_group: int, rows: int, size: int) -> list[Unit]:
-    parts = min(-(-size // ROW_GROUP_PART), rows)
+    parts = min(max(-(-size // ROW_GROUP_PART), 1), rows)
     edges = [rows * i // parts for i in range(parts + 1)] if parts else []
     return [Unit(url, size // parts, begin, end, row_group) for begin, end in itertools.pairwise(edges)]
 

@@ -7,6 +7,7 @@ An encoding comes by tiktoken's name (`gpt2`) or from a folder that holds a `tok
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,7 +126,7 @@ def save(encoding: "tiktoken.Encoding", folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     assert tokenizer.token_to_id(END_OF_TEXT) == end_of_text_id(encoding)
-    unfinished = folder / f".tokenizer.json.{os.getpid()}"  # by rename, as several processes may write the same
+    unfinished = folder / f".tokenizer.json.{uuid.uuid4().hex}"  # by rename, as several processes may write the same
     unfinished.write_text(tokenizer.to_str(pretty=True))
     os.replace(unfinished, folder / "tokenizer.json")
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
