@@ -86,9 +86,8 @@ def persist(read: Callable[[], T], url: str) -> T:
             raise
         except Exception as error:  # each protocol's library has its own errors
             status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", 500))
-            final = isinstance(error, FileNotFoundError | PermissionError) or (
-                400 <= status < 500 and status not in LATER
-            )
+            refused = 400 <= status < 500 and status not in LATER
+            final = refused or isinstance(error, FileNotFoundError | PermissionError)
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             if is_local(url) or final or pause is None:
                 raise OSError(f"{url} can't be read: {reason}") from error
