@@ -87,18 +87,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None, visible: Tensor | None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if cache is None or cache.length == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            if cache is not None:
-                cache.append(layer, k, v)
-        else:
+        if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
-            # A query sees the cached tokens and, of the new ones, those up to itself.
-            visible = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # (T, S)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -120,8 +114,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), layer, cache)
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None, visible: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layer, cache, visible)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -164,15 +158,29 @@ class GPT(nn.Module):
         """How many weights the model has, padding left out: 124,439,808 for gpt2."""
         return sum(self._unpadded(name, p).numel() for name, p in self.named_parameters())
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The last layer's output, normalised: (B, T) -> (B, T, C). With a cache, `tokens` are those it lacks."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """The last layer's output, normalised: (B, T) -> (B, T, C). With a cache, `tokens` are those it lacks.
+
+        A token stands one place after the one before it and sees all before it, unless `positions` (B, T) and
+        `visible` (B, 1, T, T) bool say otherwise: sequences that branch can share their beginning so.
+        """
+        T = tokens.size(1)
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)  # (T,)
+        if positions is None:
+            positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
+        if start:  # a query sees the cached tokens and, of the new ones, those up to itself
+            visible = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)  # (B, T, C)
         for layer, block in enumerate(self.transformer["h"]):
-            x = block(x, layer, cache)
+            x = block(x, layer, cache, visible)
         if cache is not None:
-            cache.length += tokens.size(1)
+            cache.length += T
         return self.transformer["ln_f"](x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from core.shards import open_dataset
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
+SPLITS = ("train", "val", "lambada")
+
 
 @dataclass
 class Config:
@@ -37,6 +39,7 @@ class RunFacts:
     facts: dict[str, Any]  # run.json
     train: list[dict[str, Any]]
     val: list[dict[str, Any]]
+    lambada: list[dict[str, Any]]
     floor: float | None
 
 
@@ -69,8 +72,8 @@ def load_run(name: str, floor: str | None) -> RunFacts:
         raise ValueError(f"{folder} holds no run; runs here: {', '.join(find_runs())}")
     facts = json.loads((folder / "run.json").read_text())
     metrics = read_metrics(folder)
-    by_split = {split: [line for line in metrics if line["split"] == split] for split in ("train", "val")}
-    return RunFacts(name, facts, by_split["train"], by_split["val"], load_floor(facts, floor) if floor else None)
+    train, val, lambada = ([line for line in metrics if line["split"] == split] for split in SPLITS)
+    return RunFacts(name, facts, train, val, lambada, load_floor(facts, floor) if floor else None)
 
 
 def load_floor(facts: dict[str, Any], floor: str) -> float | None:
@@ -83,40 +86,66 @@ def load_floor(facts: dict[str, Any], floor: str) -> float | None:
 
 
 def draw(runs: list[RunFacts], path: Path) -> Path:
-    """Loss against tokens: training faint, validation as marked lines, the floor dashed."""
+    """Loss against tokens, and below it LAMBADA's accuracy where a run has scored it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        train = [line for line in run.train if line["loss"] is not None]
-        axes.plot(*columns(train), color=colour, alpha=0.35, linewidth=0.8, label=f"{run.name}, training")
-        # No line from step 0: it would cut across the steep part, where there was no validation.
-        later = [line for line in run.val if line["step"] > 0 and line["loss"] is not None]
-        last = f": {later[-1]['loss']:.3f} at the end" if later else ""
-        label = f"{run.name}, validation{last}"
-        axes.plot(*columns(later), color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
-        if run.floor is not None:
-            label = f"the least possible: {run.floor:.3f} (the stories' entropy)"
-            axes.axhline(run.floor, color="black", linestyle="--", linewidth=1, label=label)
-    shown = [line["loss"] for run in runs for line in [*run.train, *run.val] if line["loss"] is not None]
-    axes.set(xlabel="tokens seen", ylabel="loss (nats a token)", xlim=(0, None))
-    if shown and max(shown) > 3 * min(shown):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    scored = any(run.lambada for run in runs)
+    rows = {"nrows": 2, "height_ratios": (2, 1), "sharex": True, "figsize": (8, 7)} if scored else {"figsize": (8, 5)}
+    figure, panels = plt.subplots(squeeze=False, layout="constrained", **rows)
+    draw_losses(panels[0, 0], runs)
+    if scored:
+        draw_lambada(panels[1, 0], runs)
+    for axes in panels[:, 0]:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    panels[-1, 0].set(xlabel="tokens seen", xlim=(0, None))
+    panels[-1, 0].xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
 
 
-def columns(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    return [line["tokens"] for line in lines], [line["loss"] for line in lines]
+def draw_losses(axes: Any, runs: list[RunFacts]) -> None:
+    """Training faint, validation as marked lines, the floor dashed."""
+    from matplotlib.ticker import FormatStrFormatter
+
+    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
+        train = [line for line in run.train if line["loss"] is not None]
+        axes.plot(*columns(train, "loss"), color=colour, alpha=0.35, linewidth=0.8, label=f"{run.name}, training")
+        # No line from step 0: it would cut across the steep part, where there was no validation.
+        later = [line for line in run.val if line["step"] > 0 and line["loss"] is not None]
+        last = f": {later[-1]['loss']:.3f} at the end" if later else ""
+        draw_marked(axes, columns(later, "loss"), colour, f"{run.name}, validation{last}")
+        if run.floor is not None:
+            label = f"the least possible: {run.floor:.3f} (the stories' entropy)"
+            axes.axhline(run.floor, color="black", linestyle="--", linewidth=1, label=label)
+    shown = [line["loss"] for run in runs for line in [*run.train, *run.val] if line["loss"] is not None]
+    axes.set(ylabel="loss (nats a token)")
+    if shown and max(shown) > 3 * min(shown):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+
+
+def draw_lambada(axes: Any, runs: list[RunFacts]) -> None:
+    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
+        if run.lambada:
+            last = run.lambada[-1]
+            tokens, accuracies = columns(run.lambada, "accuracy")
+            label = f"{run.name}, {last['protocol']}: {last['correct']:,} of {last['total']:,} at the end"
+            draw_marked(axes, (tokens, [100 * accuracy for accuracy in accuracies]), colour, label)
+    axes.set(ylabel="LAMBADA accuracy (%)", ylim=(0, None))
+
+
+def draw_marked(axes: Any, points: tuple[list[int], list[float]], colour: str, label: str) -> None:
+    axes.plot(*points, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+
+
+def columns(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    return [line["tokens"] for line in lines], [line[name] for line in lines]
 
 
 def write_page(runs: list[RunFacts], found: list[Result], pictures: list[Path], out: Path) -> str:

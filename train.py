@@ -27,7 +27,7 @@ from core.distributed import Ranks, autocast, process_group
 from core.optim import adamw, check_batch, learning_rate, set_learning_rate
 from core.runlog import METRICS, RunLog, StepReports, versions
 from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
-from core.validation import Validation, in_bits
+from core.validation import LambadaCurve, Validation
 from model import GPT, PRESETS
 
 BETAS = (0.9, 0.95)
@@ -69,6 +69,10 @@ class Config:
     """Steps between validations; there is one at step 0 and one after the last step too."""
     val_tokens: int = 10_485_760
     """Validation tokens at most, always the same ones."""
+    eval_lambada: str | None = None
+    """File of LAMBADA passages to score while the run goes on: the accuracy's curve beside the loss's."""
+    eval_every: int = 250
+    """Steps between those scores; there is one at step 0 and one after the last step too."""
     save_every: int = 1000
     """Steps between checkpoints; there is one after the last step too."""
     sample_every: int = 0
@@ -135,8 +139,9 @@ def main(config: Config) -> None:
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     """Check every setting before the first step and fill in those that follow from others."""
-    positive = ("steps", "batch_tokens", "micro_batch", "seq_len", "val_every", "val_tokens", "save_every", "log_every")
-    cli.check_positive(**{name: getattr(config, name) for name in (*positive, "lr", "grad_clip")})
+    counts = ("steps", "batch_tokens", "micro_batch", "seq_len", "val_tokens")
+    intervals = ("val_every", "eval_every", "save_every", "log_every")
+    cli.check_positive(**{name: getattr(config, name) for name in (*counts, *intervals, "lr", "grad_clip")})
     cli.check_between(0, 1, weight_decay=config.weight_decay, final_lr_fraction=config.final_lr_fraction)
     cli.check_between(0, 2**63 - 1, seed=config.seed, sample_every=config.sample_every)
     warmup = round(config.steps * WARMUP_FRACTION) if config.warmup_steps is None else config.warmup_steps
@@ -210,13 +215,14 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
     config, ranks = run.config, run.ranks
     windows = Windows(run.dataset, "train", config.seq_len)
     order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
-    validation = fixed_validation(config, run.dataset, ranks)
+    measures = open_measures(config, run.dataset, ranks)
     model = parallel(run.model, config, ranks)
     if config.compile == "on":
         warm_up(model, micro_batches(run, windows, order), config, ranks)
     with open_log(run) as log:
         if run.step == 0:
-            report_validation(run, validation, log)
+            for _, measure in measures:
+                report(run, measure, log)
         flops_per_token = run.model.config.flops_per_token(config.seq_len)
         reports = StepReports(log, ranks, config.steps, config.log_every, run.seconds, flops_per_token)
         while run.step < config.steps:
@@ -225,11 +231,12 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
             stats = train_step(model, optimizer, micro_batches(run, windows, order), config, ranks)
             run.step, run.tokens = run.step + 1, run.tokens + config.batch_tokens
             reports.launched(run.step, run.tokens, config.batch_tokens, lr, stats)
-            val, sample, save = (is_due(run, n) for n in (config.val_every, config.sample_every, config.save_every))
-            if val or sample or save:
+            due = [measure for every, measure in measures if is_due(run, every)]
+            sample, save = is_due(run, config.sample_every), is_due(run, config.save_every)
+            if due or sample or save:
                 run.seconds = reports.flush()
-                if val:
-                    report_validation(run, validation, log)
+                for measure in due:
+                    report(run, measure, log)
                 if sample and log is not None:
                     log.say(sample_text(run))
                 if save:
@@ -239,9 +246,15 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
                 reports.restart_clock()
 
 
-def fixed_validation(config: Config, dataset: Dataset, ranks: Ranks) -> Validation:
+def open_measures(config: Config, dataset: Dataset, ranks: Ranks) -> list[tuple[int, Any]]:
+    """What is measured while the run goes on, each with the steps between."""
     batch = min(config.micro_batch, VAL_BATCH)
-    return Validation(dataset, ranks, config.seq_len, config.val_tokens, batch, config.dtype)
+    validation = Validation(dataset, ranks, config.seq_len, config.val_tokens, batch, config.dtype)
+    if config.eval_lambada is None:
+        return [(config.val_every, validation)]
+    context = PRESETS[config.preset].n_positions
+    curve = LambadaCurve(config.eval_lambada, dataset, ranks, context, config.dtype)
+    return [(config.val_every, validation), (config.eval_every, curve)]
 
 
 def is_due(run: Run, every: int) -> bool:
@@ -312,19 +325,20 @@ def warm_up(model: Any, batches: Iterator[tuple[Tensor, Tensor]], config: Config
     ranks.say(f"compiled in {time.perf_counter() - begin:.0f} s")
 
 
-def report_validation(run: Run, validation: Validation, log: RunLog | None) -> None:
-    result = validation.run(run.model)
+def report(run: Run, measure: Validation | LambadaCurve, log: RunLog | None) -> None:
+    result = measure.run(run.model)
     if log is not None:
-        log.write(step=run.step, tokens=run.tokens, split="val", **result, seconds=run.seconds)
-        log.say(f"step {run.step:>6,}/{run.config.steps:,}  validation loss {result['loss']:.4f}{in_bits(result)}")
+        log.write(step=run.step, tokens=run.tokens, split=measure.split, **result, seconds=run.seconds)
+        log.say(f"step {run.step:>6,}/{run.config.steps:,}  {measure.describe(result)}")
 
 
 def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, model: GPT, source: Path | str | None) -> None:
-    validation = fixed_validation(config, dataset, ranks)
+    (_, validation), *others = open_measures(config, dataset, ranks)
     result = validation.run(model)
-    loss, tokens = result["loss"], validation.tokens
-    ranks.say(f"{source} on {tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
-    ranks.say(f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}{in_bits(result)}")
+    ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
+    ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
+    for _, measure in others:
+        ranks.say(measure.describe(measure.run(model)))
 
 
 def refuse_poisoned(run: Run) -> None:

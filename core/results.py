@@ -3,13 +3,16 @@
 import json
 import re
 from dataclasses import asdict, dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from core.shards import sha256, write_json
-from core.stats import wilson
+from core.shards import write_json
+from core.stats import mcnemar, wilson
+from core.tasks.files import read_lines
 
 RESULTS = Path("logs/results")  # where report.py looks
+ITEM = {"task": str, "protocol": str, "model": str, "subset": str, "index": int, "question": str, "correct": bool}
 SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
 
@@ -20,31 +23,34 @@ class Result:
     task: str
     protocol: str
     model: str
+    size: str | None  # the GPT-2 of this shape, a key of SIZES
+    dtype: str
     data: str
     sha256: str | None  # of the data's file; None for the hub's
+    subset: str  # as published figures name it, such as `NE validation`
     correct: int
-    total: int
+    total: int  # every question of the data: those left unscored count as wrong
+    unscored: dict[str, int]  # how many, by reason
+    remarks: dict[str, int]  # what was odd about questions that were scored
     perplexity: float | None
-    seconds: float
-    has_published: bool  # whether published figures speak of questions of this kind
+    seconds: float  # of the pass that scored it; protocols of one pass share it
+    has_published: bool  # whether published figures speak of these very questions
     near_ties: int  # questions whose outcome another batch size or device may turn
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.total
 
-
-def short_name(source: str) -> str:
-    """`demo/step_001000` for logs/demo/checkpoints/step_001000; a folder or hub name as it is."""
-    path = Path(source).resolve()
-    return f"{path.parts[-3]}/{path.name}" if path.parent.name == "checkpoints" else source.rstrip("/")
+    @property
+    def protocol_and_dtype(self) -> str:
+        return self.protocol if self.dtype == "float32" else f"{self.protocol} ({self.dtype})"
 
 
-def data_facts(path: Path | None, hub_name: str) -> dict[str, str | None]:
-    """How results name their questions."""
-    if path is None:
-        return {"data": hub_name, "sha256": None}
-    return {"data": path.name, "sha256": sha256(path)}
+def short_names(sources: list[str]) -> list[str]:
+    """`demo/step_001000` for logs/demo/checkpoints/step_001000, unless another has that name; else as it is."""
+    paths = [Path(source).resolve() for source in sources]
+    short = [f"{p.parts[-3]}/{p.name}" if p.parent.name == "checkpoints" else "" for p in paths]
+    return [s if s and short.count(s) == 1 else source.rstrip("/") for s, source in zip(short, sources, strict=True)]
 
 
 def save(results: list[Result], out: str | None) -> Path:
@@ -56,7 +62,7 @@ def save(results: list[Result], out: str | None) -> Path:
         return Path(out)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for r, row in zip(results, rows, strict=True):
-        name = re.sub(r"[^\w.-]+", "-", f"{r.task}-{r.protocol}-{r.model}-{r.data}")
+        name = re.sub(r"[^\w.-]+", "-", f"{r.task}-{r.protocol_and_dtype}-{r.model}-{r.data}")
         write_json(RESULTS / f"{name}.json", [row])
     return RESULTS
 
@@ -65,6 +71,23 @@ def save_items(items: list[dict[str, Any]], path: str) -> None:
     """One question a line."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def load_items(path: str) -> list[dict[str, Any]]:
+    """What `save_items` wrote. Raises ValueError with file and line where it isn't that."""
+    items = []
+    for number, line in enumerate(read_lines(Path(path)), 1):
+        try:
+            item = json.loads(line)
+            odd = [name for name, kind in ITEM.items() if type(item[name]) is not kind]
+            if odd:
+                raise TypeError(f"{odd[0]} is {item[odd[0]]!r}")
+            items.append(item)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not what --items writes ({error!r})") from None
+    if not items:
+        raise ValueError(f"{path} is empty: write it with --items {path}")
+    return items
 
 
 def load_all() -> list[Result]:
@@ -81,11 +104,15 @@ def load_all() -> list[Result]:
     return found
 
 
-def near_ties_line(results: list[Result]) -> str:
-    """How many answers are too close to be sure of."""
-    return (
-        f"near ties, whose answer another batch size or device may turn: {sum(result.near_ties for result in results)}"
-    )
+def footnotes(results: list[Result]) -> str:
+    """What an accuracy doesn't say: questions left unscored, odd ones, and those too close to be sure of."""
+    lines = []
+    for r in results:
+        name = f"{r.model}, {r.data}, {r.protocol_and_dtype}"
+        lines += [f"{name}: {n} not scored, counted as wrong: {reason}" for reason, n in r.unscored.items()]
+        lines += [f"{name}: {n} scored all the same: {reason}" for reason, n in r.remarks.items()]
+    ties = sum(r.near_ties for r in results)
+    return "\n".join([*lines, f"near ties, whose answer another batch size or device may turn: {ties}"])
 
 
 def published(task: str) -> list[dict[str, Any]]:
@@ -93,16 +120,72 @@ def published(task: str) -> list[dict[str, Any]]:
     return json.loads((Path(__file__).parent / "tasks" / "published.json").read_text())[task]
 
 
+def published_figure(result: Result) -> list[Any] | None:
+    """Accuracy % and perplexity published for OpenAI's weights of this size, by this protocol on these questions."""
+    if result.has_published:
+        for figure in published(result.task):
+            subset = " ".join(figure[key] for key in ("type", "split") if key in figure)
+            is_openai = "model" not in figure
+            if is_openai and (figure["protocol"], subset) == (result.protocol, result.subset):
+                return figure.get(result.size)
+    return None
+
+
 def results_table(results: list[Result]) -> str:
+    """A row a result; beside it, where there is one, the figure published for OpenAI's weights of the same size."""
+    header = ["model", "task", "protocol", "questions", "accuracy %", "95 % interval", "correct", "perplexity"]
+    compared = any(published_figure(r) for r in results)
     rows = []
     for r in results:
-        low, high = wilson(r.correct, r.total)
-        interval = f"{100 * low:.2f} to {100 * high:.2f}"
-        perplexity = f"{r.perplexity:.2f}" if r.perplexity else ""
-        row = [r.model, r.task, r.protocol, r.data, f"{100 * r.accuracy:.2f}", interval]
-        rows.append([*row, f"{r.correct:,} of {r.total:,}", perplexity])
-    header = ["model", "task", "protocol", "questions", "accuracy %", "95 % interval", "correct", "perplexity"]
-    return table(header, rows)
+        low, high = (100 * bound for bound in wilson(r.correct, r.total))
+        perplexity = f"{r.perplexity:,.2f}" if r.perplexity else ""
+        row = [r.model, r.task, r.protocol_and_dtype, r.data, f"{100 * r.accuracy:.2f}", f"{low:.2f} to {high:.2f}"]
+        row += [f"{r.correct:,} of {r.total:,}", perplexity]
+        if compared:
+            figure = published_figure(r)
+            row += [format_figure(figure), f"{100 * r.accuracy - figure[0]:+.2f}" if figure else ""]
+        rows.append(row)
+    return table(header + ["published, same size", "difference"] * compared, rows)
+
+
+def comparison_table(items_a: list[dict[str, Any]], items_b: list[dict[str, Any]] | None = None) -> str | None:
+    """McNemar's exact test of each model of A against each of B, or of A's among themselves; None if nothing pairs.
+
+    Raises ValueError where two models weren't asked the same questions.
+    """
+    a = answers(items_a)
+    pairs = combinations(a.items(), 2) if items_b is None else product(a.items(), answers(items_b).items())
+    rows = []
+    for ((*kind, model_a), answers_a), ((*kind_b, model_b), answers_b) in pairs:
+        if kind != kind_b:
+            continue
+        task, protocol, subset = kind
+        if answers_a.keys() != answers_b.keys():
+            raise ValueError(
+                f"{task} {protocol} {subset}: {model_a} answered {len(answers_a):,} questions, {model_b} "
+                f"{len(answers_b):,}, {len(answers_a.keys() & answers_b.keys()):,} of them the same: score both on one "
+                f"set of questions"
+            )
+        outcomes = [(answers_a[key], answers_b[key]) for key in answers_a]
+        only_a, only_b = outcomes.count((True, False)), outcomes.count((False, True))
+        right = [f"{100 * sum(side) / len(outcomes):.2f}" for side in zip(*outcomes, strict=True)]
+        row = [task, protocol, subset, model_a, model_b, *right, f"{only_a:,}", f"{only_b:,}"]
+        rows.append([*row, format_p(mcnemar(only_a, only_b))])
+    header = ["task", "protocol", "questions", "A", "B", "A %", "B %", "only A right", "only B right", "p (McNemar)"]
+    return table(header, rows) if rows else None
+
+
+def answers(items: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[tuple[int, str], bool]]:
+    """(task, protocol, subset, model) -> (index, question) -> whether it was answered right."""
+    found: dict[tuple[str, ...], dict[tuple[int, str], bool]] = {}
+    for item in items:
+        key = (item["task"], item["protocol"], item["subset"], item["model"])
+        found.setdefault(key, {})[item["index"], item["question"]] = item["correct"]
+    return found
+
+
+def format_p(p: float) -> str:
+    return f"{p:.4f}" if p >= 1e-4 else f"{p:.1e}"
 
 
 def published_table(task: str, protocols: list[str]) -> str:
@@ -116,7 +199,7 @@ def published_table(task: str, protocols: list[str]) -> str:
     return table([f"{task}, published", *SIZES.values(), "source"], rows)
 
 
-def format_figure(figure: list[float] | None) -> str:
+def format_figure(figure: list[float | None] | None) -> str:
     """Accuracy, with the perplexity in brackets where it was published."""
     if figure is None:
         return ""

@@ -1,16 +1,21 @@
-"""The validation loss: on a fixed set of tokens, the work shared among the ranks."""
+"""What is measured while a run goes on, the work shared among the ranks: the validation loss, and LAMBADA."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from core import evaluation, tokenizer
 from core.distributed import Ranks, autocast
 from core.shards import Dataset, Windows
-from core.tokenizer import token_bytes
+from core.tasks import QuestionSet, lambada
 from model import GPT
 
 
 class Validation:
+    split = "val"  # in metrics.jsonl
+
     def __init__(
         self, dataset: Dataset, ranks: Ranks, seq_len: int, max_tokens: int, batch_size: int, dtype: str
     ) -> None:
@@ -18,7 +23,8 @@ class Validation:
         self._windows = Windows(dataset, "val", seq_len)
         self._ranks, self._dtype, self._batch_size = ranks, dtype, batch_size
         self._count = min(max(max_tokens // seq_len, 1), len(self._windows))
-        self._token_bytes = token_bytes(dataset.folder) if (dataset.folder / "tokenizer.json").is_file() else None
+        has_tokenizer = (dataset.folder / "tokenizer.json").is_file()
+        self._token_bytes = tokenizer.token_bytes(dataset.folder) if has_tokenizer else None
         self.tokens = self._count * seq_len
 
     @torch.no_grad()
@@ -38,6 +44,34 @@ class Validation:
         nats, tokens, text_bytes = ranks.sum([nats, sum(sizes), text_bytes])
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None}
 
+    def describe(self, result: dict[str, Any]) -> str:
+        bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
+        return f"validation loss {result['loss']:.4f} nats a token{bits}"
 
-def in_bits(result: dict[str, float | None]) -> str:
-    return f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
+
+class LambadaCurve:
+    """LAMBADA by the rule that the file's text allows: `standard` for the tokenised one, `openai` for all others."""
+
+    split = "lambada"
+
+    def __init__(self, file: str, dataset: Dataset, ranks: Ranks, n_positions: int, dtype: str) -> None:
+        """Read and encode the passages once. Raises ValueError for a broken file, or shards without a tokenizer."""
+        if not (dataset.folder / "tokenizer.json").is_file():
+            raise ValueError(f"--eval-lambada needs {dataset.folder / 'tokenizer.json'}, which is missing")
+        self.protocol = lambada.allowed(lambada.text_of(Path(file)) or "other")[0]
+        questions = QuestionSet(lambada.read(Path(file)), [self.protocol], Path(file).name, None)
+        encode = tokenizer.load(dataset.folder).encode_ordinary
+        self._asked = evaluation.ask(lambada.TASK, questions, encode, n_positions)
+        self._how = {"ranks": ranks, "dtype": dtype, "label": "LAMBADA"}
+
+    def run(self, model: GPT) -> dict[str, Any]:
+        """Accuracy, counts, and perplexity a word. All ranks must call it."""
+        verdicts = evaluation.answer(lambada.TASK, model, self._asked, **self._how)
+        correct = sum(verdict.correct for verdict in verdicts)
+        facts = {"protocol": self.protocol, "accuracy": correct / len(verdicts), "correct": correct}
+        return facts | {"total": len(verdicts), "perplexity": lambada.perplexity(self.protocol, verdicts)}
+
+    def describe(self, result: dict[str, Any]) -> str:
+        perplexity = f", perplexity {result['perplexity']:,.2f}" if result["perplexity"] else ""
+        counts = f"{result['correct']:,} of {result['total']:,}"
+        return f"LAMBADA {result['protocol']} {result['accuracy']:.2%}, {counts}{perplexity}"

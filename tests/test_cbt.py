@@ -3,18 +3,25 @@
 import hashlib
 import json
 import os
-import random
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENCODING, POSITIONS, run, save_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from core.scoring import Score
+import eval_cbt
+from core.scoring import Score, score
 from core.stats import wilson
-from core.tasks import cbt
-from core.tasks.cbt import Cloze, detokenize
+from core.tasks import UnscorableError, Verdict, cbt
+from core.tasks.cbt import BLANK, Cloze, detokenize
+
+DRAWN = settings(derandomize=True, deadline=None, max_examples=150)
+CUT = f"context cut to the model's {POSITIONS} tokens"
+TOO_LONG = f"longer than the model's context of {POSITIONS} tokens"
 
 
 @pytest.mark.parametrize(
@@ -25,18 +32,25 @@ from core.tasks.cbt import Cloze, detokenize
         ("Well ... what ?! No !!", "Well... what?! No!!"),
         ("`` Come , '' said he . `` Now ! ''", '"Come," said he. "Now!"'),
         ("`` ` Tis ' he said ''", "\"'Tis' he said\""),
+        ("` Tis the boys ' ' he said", "'Tis the boys' ' he said"),
+        ("`` the boys ' '' he said", '"the boys\'" he said'),
         ("-LRB- one -RRB- two", "(one) two"),
         ("-LSB- one -RSB- two", "[one] two"),
         ("-LCB- one -RCB- two", "{one} two"),
         ("( one ) [ two ] { three }", "(one) [two] {three}"),
+        ("-LRB- `` No ! '' -RRB- .", '("No!").'),
         ("I do n't . DO N'T !", "I don't. DON'T!"),
         ("Ana 's lamp and ANA 'S", "Ana's lamp and ANA'S"),
         ("I 'm , he 'd , you 're , we 've , they 'll", "I'm, he'd, you're, we've, they'll"),
+        ("I 'M , HE 'D , YOU 'RE , WE 'VE , THEY 'LL", "I'M, HE'D, YOU'RE, WE'VE, THEY'LL"),
         ("the boys ' lamp", "the boys' lamp"),
         ("50 % of $ 5 is # 2", "50% of $5 is #2"),
         ("yes -- no - so", "yes -- no - so"),
         ("o'clock 'em 'T was", "o'clock 'em 'T was"),
         ("'s first", "'s first"),
+        ("` ' Tis", "' ' Tis"),
+        ("said ' 's", "said' 's"),
+        (". first", ". first"),
         ("", ""),
     ],
 )
@@ -44,14 +58,42 @@ def test_tokens_are_joined_as_in_ordinary_text(tokens, text):
     assert detokenize(tokens.split()) == text
 
 
-def test_the_text_of_a_lists_beginning_is_the_beginning_of_its_text():
-    rng = random.Random(1)
-    tokens = ["Ana", "lamp", "the", *cbt.PTB, *cbt.OPENING, *".,!?;:%)]}", "'", "''", "n't", "'s", "'ll", "--", "..."]
-    tokens.sort()  # sets have no order of their own
-    for _ in range(300):
-        drawn = rng.choices(tokens, k=rng.randint(1, 15))
-        whole = detokenize(drawn)
-        assert all(whole.startswith(detokenize(drawn[:k])) for k in range(len(drawn) + 1))
+MARKS = [*cbt.PTB, *cbt.OPENING, *".,!?;:%)]}", "'", "...", "?!"]
+ENDINGS = ["n't", "N'T", *(f"'{end}" for end in ("s", "m", "d", "re", "ve", "ll", "S", "M", "D", "RE", "VE", "LL"))]
+WORDS = st.text("Aalz'-.\u2019\u00e9", min_size=1, max_size=4).filter(lambda word: not cbt.CLOSING.fullmatch(word))
+TOKENS = st.one_of(WORDS, st.sampled_from(sorted({*MARKS, *ENDINGS, "--"})))
+
+
+@DRAWN
+@given(st.lists(TOKENS, max_size=15))
+def test_the_text_of_a_lists_beginning_is_the_beginning_of_its_text(tokens):
+    whole = detokenize(tokens)
+    assert all(whole.startswith(detokenize(tokens[:k])) for k in range(len(tokens) + 1))
+
+
+@DRAWN
+@given(st.lists(TOKENS, max_size=15))
+def test_no_character_but_spaces_and_treebank_marks_is_changed(tokens):
+    written = "".join(cbt.PTB.get(token, token) for token in tokens)
+    assert detokenize(tokens).replace(" ", "") == written
+
+
+@DRAWN
+@given(st.lists(WORDS))
+def test_words_are_joined_by_single_spaces(words):
+    assert detokenize(words) == " ".join(words)
+
+
+# A quotation may begin with s, as in: the word 'string'.
+TREEBANK = re.compile(r"-[LR][RSC]B-|`|''| n't| N'T| '(?:s|m|d|re|ve|ll)(?!\w)| [.,;:?!%)\]}]|[(\[{$#] ", re.IGNORECASE)
+PLAIN_WORDS = st.text("Aalz\u00e9", min_size=1, max_size=4)
+
+
+@DRAWN
+@given(st.lists(st.tuples(PLAIN_WORDS, st.sampled_from(sorted({*MARKS, *ENDINGS})))))
+def test_no_treebank_token_is_left_among_words(pairs):
+    text = detokenize([token for pair in pairs for token in pair] + ["end"])
+    assert not TREEBANK.search(text)
 
 
 TEN = "bell|boat|book|drum|flute|kite|lamp|ring|rope|sack"
@@ -76,9 +118,80 @@ def test_questions_are_read_from_blocks_of_21_lines(tmp_path, ending):
     assert second == Cloze(sentences, "Ana took the XXXXX .", "ring", TEN.split("|"))
 
 
-def test_empty_and_repeated_candidates_are_left_out(tmp_path):
-    (cloze,) = read(tmp_path, write_lines(options="|boat|lamp|boat||lamp| |ring|lamp|"))
-    assert cloze.options == ["boat", "lamp", "ring"]
+# \r ends a line where \n follows; \t and | stand between fields; a zero byte is refused.
+FIELDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n\r\t|\0"), max_size=20)
+CLOZES = st.builds(
+    Cloze,
+    sentences=st.lists(FIELDS, min_size=20, max_size=20),
+    question=st.tuples(FIELDS, FIELDS).map(BLANK.join).filter(lambda text: text.count(BLANK) == 1),
+    answer=FIELDS,
+    candidates=st.lists(FIELDS, min_size=10, max_size=10).filter(lambda drawn: drawn[-1]),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("drawn")
+
+
+@settings(DRAWN, max_examples=60)
+@given(clozes=st.lists(CLOZES, min_size=1, max_size=2), ending=st.sampled_from(["\n", "\r\n"]))
+def test_questions_that_were_written_are_read_as_they_are(folder, clozes, ending):
+    blocks = []
+    for cloze in clozes:
+        last = f"{cloze.question}\t{cloze.answer}\t\t{'|'.join(cloze.candidates)}"
+        blocks.append("".join(f"{i} {text}{ending}" for i, text in enumerate([*cloze.sentences, last], 1)))
+    (folder / "a.txt").write_text(ending.join(blocks), encoding="utf-8", newline="")
+    assert cbt.read(folder / "a.txt") == clozes
+
+
+@pytest.mark.parametrize(
+    ("candidates", "options", "remarks"),
+    [
+        (TEN, TEN, ()),
+        (TEN[:-5], TEN[:-5], ("not 10 candidates",)),
+        (TEN + "|hat", TEN + "|hat", ("not 10 candidates",)),
+        (TEN.replace("rope", "lamp"), TEN.replace("rope|", ""), ("a repeated candidate",)),
+        (TEN.replace("boat", " "), TEN.replace("boat|", ""), ("an empty candidate",)),
+        (
+            "|boat|lamp|boat||lamp| |ring|lamp|",
+            "boat|lamp|ring",
+            ("an empty candidate", "a repeated candidate"),
+        ),
+    ],
+)
+def test_odd_candidates_are_kept_in_mind_and_empty_and_repeated_ones_not_asked(tmp_path, candidates, options, remarks):
+    cloze, _ = read(tmp_path, write_lines(options=candidates), write_lines())
+    assert cloze.candidates == candidates.split("|")
+    assert cloze.options == options.split("|")
+    assert cloze.remarks == remarks
+    assert len(cbt.requests("paper", cloze, ENCODING.encode_ordinary)) == len(cloze.options)
+    assert len(cbt.requests("sentence", cloze, ENCODING.encode_ordinary)) == len(cloze.options)
+
+
+@pytest.mark.parametrize("protocol", cbt.PROTOCOLS)
+@pytest.mark.parametrize(
+    ("answer", "candidates", "reason"),
+    [
+        ("hat", ["lamp", "ring"], "the answer is not among the candidates"),
+        ("", ["lamp", "", "ring"], "the answer is not among the candidates"),
+        ("lamp", ["lamp", " ", "lamp", ""], "fewer than two candidates"),
+        ("lamp", [""], "the answer is not among the candidates"),
+    ],
+)
+def test_what_no_model_can_be_asked_says_why(protocol, answer, candidates, reason):
+    cloze = Cloze(["Ana ."], "Ana took the XXXXX .", answer, candidates)
+    with pytest.raises(UnscorableError, match=reason):
+        cbt.requests(protocol, cloze, ENCODING.encode_ordinary)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "sentences", "reason"),
+    [("paper", ["", " "], "no context before the blank"), ("sentence", ["Ana ."], "a question of one token")],
+)
+def test_a_blank_that_nothing_precedes_is_unscorable(protocol, sentences, reason):
+    with pytest.raises(UnscorableError, match=reason):
+        cbt.requests(protocol, Cloze(sentences, BLANK, "a", ["a", "b"]), ENCODING.encode_ordinary)
 
 
 @pytest.mark.parametrize(
@@ -91,43 +204,60 @@ def test_empty_and_repeated_candidates_are_left_out(tmp_path):
         (write_lines(21), "line 22 of the question should begin with its number, up to 21"),
         (write_lines()[1:], "line 1 of the question should begin with its number, up to 21: '2 Sentence"),
         (["Ana took the lamp ."], "line 1 of the question should begin with its number"),
-        (write_lines(answer="hat"), "the answer 'hat' is not among the candidates 'bell|boat|"),
-        (write_lines(answer=""), "the answer '' is not among the candidates"),
         (write_lines(question="Ana took the lamp ."), "the question holds XXXXX 0 times, not once"),
         (write_lines(question="XXXXX took XXXXX ."), "the question holds XXXXX 2 times, not once"),
     ],
 )
-def test_what_is_no_question_is_refused_by_file_and_line(tmp_path, block, problem):
+@pytest.mark.parametrize("after", [[], [write_lines()]])
+def test_what_is_no_question_is_refused_by_file_and_line(tmp_path, block, problem, after):
     with pytest.raises(ValueError, match=f"{tmp_path}/questions.txt, line 23: ") as caught:
-        read(tmp_path, write_lines(), block)
+        read(tmp_path, write_lines(), block, *after)
     assert problem in str(caught.value)
 
 
-def test_a_file_cut_within_the_last_candidates_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path}/questions.txt, line 23: .*cut short"):
-        read(tmp_path, write_lines(), write_lines(options=TEN[: TEN.index("|rope")]), ending="")
+@pytest.mark.parametrize("kept", range(1, 10))
+def test_a_file_cut_within_the_last_candidates_is_refused(tmp_path, kept):
+    cut = "|".join(TEN.split("|")[:kept])
+    with pytest.raises(ValueError, match=rf"{tmp_path}/questions.txt, line 43: .* {kept} of 10 .*cut short"):
+        read(tmp_path, write_lines(), write_lines(options=cut), ending="")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00"])
+def test_a_file_cut_before_the_last_candidate_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/questions.txt, line 43: .*cut short"):
+        read(tmp_path, write_lines(), write_lines(options=TEN.removesuffix("sack")), ending="")
+
+
+def test_a_file_without_blank_lines_is_not_read_into_memory(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{i} {'Ana took it . ' * 10}\n" for i in range(1, 40_000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"{tmp_path}/a.txt, line 1: "):
+            cbt.read(tmp_path / "a.txt")
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b" \n\t\n"])
 def test_a_file_without_questions_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"{tmp_path}/a.txt (holds no question|is not UTF-8 text)"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.txt holds no question"):
         cbt.read(tmp_path / "a.txt")
 
 
 def asked(protocol, cloze):
-    """Context and continuations of each question, as text."""
-    questions = cbt.question(protocol, cloze, ENCODING.encode_ordinary)
-    return [(ENCODING.decode(q.context), [ENCODING.decode(ids) for ids in q.continuations]) for q in questions]
+    """Context and continuation of each candidate, as text."""
+    found = cbt.requests(protocol, cloze, ENCODING.encode_ordinary)
+    return [(ENCODING.decode(request.context), ENCODING.decode(request.continuation)) for request in found]
 
 
 def test_paper_puts_the_sentences_before_and_scores_candidate_and_rest():
     cloze = Cloze(["`` Ana !", "It 's he . ''"], "She did n't take the XXXXX , Ben .", "lamp", ["lamp", "hat", "'s"])
     context = "\"Ana! It's he.\" She didn't take the"
-    assert asked("paper", cloze) == [(context, [" lamp, Ben.", " hat, Ben.", "'s, Ben."])]
-    (question,) = cbt.question("paper", cloze, ENCODING.encode_ordinary)
-    assert question.context == ENCODING.encode_ordinary(context)
-    assert question.continuations[0] == ENCODING.encode_ordinary(" lamp, Ben.")
+    assert asked("paper", cloze) == [(context, end) for end in (" lamp, Ben.", " hat, Ben.", "'s, Ben.")]
+    first, *_ = cbt.requests("paper", cloze, ENCODING.encode_ordinary)
+    assert first.context == ENCODING.encode_ordinary(context)
+    assert first.continuation == ENCODING.encode_ordinary(" lamp, Ben.")
 
 
 @pytest.mark.parametrize(
@@ -142,64 +272,113 @@ def test_paper_puts_the_sentences_before_and_scores_candidate_and_rest():
     ],
 )
 def test_paper_splits_before_the_word_of_the_blank(blank, context, continuation):
-    assert asked("paper", Cloze(["Ana ."], blank, "Ben", ["Ben"])) == [(context, [continuation])]
+    assert asked("paper", Cloze(["Ana ."], blank, "Ben", ["Ben", "Ana"]))[0] == (context, continuation)
+
+
+LINES = st.lists(TOKENS, max_size=8).map(" ".join)
+
+
+@DRAWN
+@given(
+    sentences=st.lists(LINES, max_size=3),
+    ends=st.tuples(LINES, LINES),
+    glue=st.sampled_from([" ", "", "-"]),
+    options=st.lists(st.lists(TOKENS, min_size=1, max_size=2).map(" ".join), min_size=2, max_size=4, unique=True),
+)
+def test_paper_asks_for_the_whole_texts_cut_in_two_at_one_place(sentences, ends, glue, options):
+    question = glue.join([ends[0], BLANK, ends[1]])
+    cloze = Cloze(["Then", *sentences], question, options[0], options)
+    found = cbt.requests("paper", cloze, ENCODING.encode_ordinary)
+    assert len({tuple(request.context) for request in found}) == 1
+    for request, option in zip(found, options, strict=True):
+        whole = " ".join([*cloze.sentences, question.replace(BLANK, option)])
+        assert ENCODING.decode(request.context + request.continuation) == detokenize(whole.split())
 
 
 def test_sentence_scores_the_question_alone_as_it_is_written():
     cloze = Cloze(["Ana ."], "He did n't take the XXXXX .", "lamp", ["lamp", "hat"])
     found = asked("sentence", cloze)
-    assert [context + rest for context, (rest,) in found] == ["He did n't take the lamp .", "He did n't take the hat ."]
-    questions = cbt.question("sentence", cloze, ENCODING.encode_ordinary)
-    assert [len(question.context) for question in questions] == [1, 1]
+    assert [context + rest for context, rest in found] == ["He did n't take the lamp .", "He did n't take the hat ."]
+    assert [len(request.context) for request in cbt.requests("sentence", cloze, ENCODING.encode_ordinary)] == [1, 1]
 
 
 def scored(*logprobs):
-    return [Score(list(tokens), [False] * len(tokens)) for tokens in logprobs]
+    return [Score(list(tokens), [0.0] * len(tokens), [0.0] * len(tokens)) for tokens in logprobs]
 
 
 def test_paper_takes_the_highest_sum_and_sentence_the_highest_mean():
     cloze = Cloze([], "XXXXX", "long", ["long", "short", "bad"])
-    group = scored([-1.0, -1.0, -1.0], [-1.5], [-9.0])
-    assert cbt.judge("paper", cloze, [group]) == cbt.Verdict(False, "short", False)
-    assert cbt.judge("sentence", cloze, [[score] for score in group]) == cbt.Verdict(True, "long", False)
+    scores = scored([-1.0, -1.0, -1.0], [-1.5], [-9.0])
+    odd = {"remarks": ("not 10 candidates",)}
+    assert cbt.judge("paper", cloze, scores) == Verdict(False, chosen="short", **odd)
+    assert cbt.judge("sentence", cloze, scores) == Verdict(True, chosen="long", **odd)
 
 
+def test_scores_belong_to_the_candidates_that_were_asked():
+    cloze = Cloze([], "XXXXX", "two", ["", "one", "one", "two", "three"])
+    assert cbt.judge("paper", cloze, scored([-2.0], [-1.0], [-3.0])).chosen == "two"
+
+
+@pytest.mark.parametrize("protocol", cbt.PROTOCOLS)
 @pytest.mark.parametrize(("gap", "near"), [(0.0, True), (9e-6, True), (2e-5, False)])
-def test_two_best_candidates_that_lie_close_are_counted(gap, near):
+def test_two_best_candidates_that_lie_close_are_counted(protocol, gap, near):
     cloze = Cloze([], "XXXXX", "one", ["one", "two", "three"])
-    group = scored([-1.0], [-1.0 - gap], [-1.00001 - gap])
-    assert cbt.judge("paper", cloze, [group]).near_tie == near
-    assert cbt.judge("sentence", cloze, [[score] for score in group]).near_tie == near
-    assert not cbt.judge("paper", Cloze([], "XXXXX", "one", ["one"]), [group[:1]]).near_tie
+    assert cbt.judge(protocol, cloze, scored([-1.0], [-1.0 - gap], [-1.00001 - gap])).near_tie == near
+    assert cbt.judge(protocol, cloze, scored([-2.0], [-1.0 - gap], [-1.0])).near_tie == near
+    assert not cbt.judge(protocol, cloze, scored([-1.0], [-3.0], [-3.0 - gap])).near_tie
 
 
 @torch.no_grad()
-def plain(model, protocol, cloze):
-    """The candidate that a protocol chooses, one sequence at a time."""
+def values_by_hand(model, protocol, cloze):
+    """Each candidate's sum or mean of log-probabilities, one sequence at a time; the stories' only mark is the full
+    stop."""
+    before, after = cloze.question.split(BLANK)
+    if protocol == "paper":
+        told = " ".join([*cloze.sentences, before]).split()
+        context = ENCODING.encode_ordinary(" ".join(told).replace(" .", "."))
+        ends = [ENCODING.encode_ordinary(" " + option + after.replace(" .", ".")) for option in cloze.options]
+        context = context[-(POSITIONS + 1 - max(map(len, ends))) :]  # alike for all; the last token is no input
+        halves = [(context, end) for end in ends]
+    else:
+        wholes = [ENCODING.encode_ordinary(before + option + after) for option in cloze.options]
+        halves = [(whole[:1], whole[1:]) for whole in wholes]
     values = []
-    longest = max(len(ids) for q in cbt.question(protocol, cloze, ENCODING.encode_ordinary) for ids in q.continuations)
-    for option in cloze.options:
-        told = " ".join(cloze.sentences) + " " if protocol == "paper" else ""
-        before, after = cloze.question.split("XXXXX")
-        if protocol == "paper":  # the stories' only mark is the full stop
-            context = ENCODING.encode_ordinary((told + before).strip().replace(" .", "."))
-            ids = ENCODING.encode_ordinary(" " + option + after.replace(" .", "."))
-        else:
-            first, *ids = ENCODING.encode_ordinary(before + option + after)
-            context = [first]
-        inputs = context[-(POSITIONS + 1 - longest) :] + ids
-        logprobs = model(torch.tensor([inputs[:-1]]))[0, -len(ids) :].log_softmax(-1)
-        total = sum(logprobs[i, token].item() for i, token in enumerate(ids))
-        values.append(total if protocol == "paper" else total / len(ids))
+    for context, end in halves:
+        logprobs = model(torch.tensor([[*context, *end[:-1]]]))[0, -len(end) :].log_softmax(-1)
+        total = sum(logprobs[i, token].item() for i, token in enumerate(end))
+        values.append(total if protocol == "paper" else total / len(end))
+    return values
+
+
+def plain(model, protocol, cloze):
+    values = values_by_hand(model, protocol, cloze)
     return cloze.options[values.index(max(values))]
 
 
-def test_the_command_line_writes_what_a_plain_computation_finds(world):
-    models = {f"models/{name}": save_model(world / "models" / name, seed) for name, seed in (("one", 1), ("two", 2))}
+@pytest.fixture(scope="module")
+def models(world):
+    return {f"models/{name}": save_model(world / "models" / name, seed) for name, seed in (("one", 1), ("two", 2))}
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 10**4])
+def test_a_context_too_long_is_cut_from_the_left_alike_for_all_candidates(models, batch_tokens):
+    model, names = models["models/one"], ["Ana", "Anastasia", "Bartholomew", "Ben"]
+    clozes = [Cloze(["Ana met Ben ."] * n, "Then XXXXX met Ana .", "Ana", names) for n in range(6, 30)]
+    groups = [cbt.requests("paper", cloze, ENCODING.encode_ordinary) for cloze in clozes]
+    lengths = [{len(request.context) + len(request.continuation) for request in group} for group in groups]
+    assert all(len(found) > 2 for found in lengths)
+    assert any(max(found) <= POSITIONS for found in lengths)
+    assert any(min(found) <= POSITIONS + 1 < max(found) for found in lengths)  # the short ones are cut for the longest
+    assert any(min(found) > POSITIONS + 1 for found in lengths)
+    for cloze, found in zip(clozes, score(model, groups, batch_tokens=batch_tokens), strict=True):
+        assert [each.total for each in found] == pytest.approx(values_by_hand(model, "paper", cloze), abs=1e-4)
+
+
+def test_the_command_line_writes_what_a_plain_computation_finds(world, models):
     files = [world / f"data/stories/stories_{kind}_valid.txt" for kind in ("NE", "CN")]
     places = ("--out", "cbt/results.json", "--items", "cbt/items.jsonl")
     result = run(
-        *("eval_cbt.py", "--ckpt", *models, "--data", *files, "--protocol", "all", "--batch-size", 13, *places),
+        *("eval_cbt.py", "--ckpt", *models, "--data", *files, "--protocol", "all", "--batch-tokens", 700, *places),
         cwd=world,
     )
     rows = json.loads((world / "cbt/results.json").read_text())
@@ -209,11 +388,13 @@ def test_the_command_line_writes_what_a_plain_computation_finds(world):
     for row in rows:
         path = world / "data/stories" / row["data"]
         clozes = cbt.read(path)
-        key = {"model": row["model"], "protocol": row["protocol"], "data": path.stem}
+        key = {"task": "cbt", "model": row["model"], "protocol": row["protocol"], "subset": path.stem}
         chosen = [item for item in items if key.items() <= item.items()]
         assert [item["index"] for item in chosen] == list(range(len(clozes)))
-        assert [item["answer"] for item in chosen] == [cloze.answer for cloze in clozes]
-        assert [item["correct"] for item in chosen] == [item["chosen"] == item["answer"] for item in chosen]
+        answers = [cloze.answer for cloze in clozes]
+        assert [item["correct"] for item in chosen] == [
+            item["chosen"] == answer for item, answer in zip(chosen, answers, strict=True)
+        ]
         model = models[row["model"]]
         assert [item["chosen"] for item in chosen] == [plain(model, row["protocol"], cloze) for cloze in clozes]
         correct, total = sum(item["correct"] for item in chosen), len(clozes)
@@ -221,21 +402,128 @@ def test_the_command_line_writes_what_a_plain_computation_finds(world):
         assert row["interval"] == pytest.approx(wilson(correct, total))
         assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert (row["perplexity"], row["near_ties"], row["has_published"]) == (None, 0, False)
+        was_cut = sum(CUT in item.get("remarks", []) for item in chosen)
+        assert row["remarks"].get(CUT, 0) == was_cut
+        assert (was_cut > 0) == (row["protocol"] == "paper")
     assert len(items) == sum(row["total"] for row in rows)
     assert 0 < sum(row["correct"] for row in rows) < len(items)
     assert sum(line.startswith("| models/") for line in result.stdout.splitlines()) == len(rows)
 
 
-def test_results_go_to_the_folder_where_the_report_looks(world):
-    save_model(world / "models/one", 1)
-    run("eval_cbt.py", "--ckpt", "models/one", "--data", "data/stories/stories_NE_valid.txt", cwd=world)
+def test_results_go_to_the_folder_where_the_report_looks(world, models, monkeypatch):
+    monkeypatch.chdir(world)
+    eval_cbt.main(eval_cbt.Config(ckpt=("models/one",), data=("data/stories/stories_NE_valid.txt",)))
     path = world / "logs/results/cbt-paper-models-one-stories_NE_valid.txt.json"
     (row,) = json.loads(path.read_text())
     assert (row["protocol"], row["total"]) == ("paper", 40)
 
 
-# A quotation may begin with s, as in: the word 'string'.
-TREEBANK = re.compile(r"-[LR][RSC]B-|`|''| n't| '(?:s|m|d|re|ve|ll)(?!\w)")
+def write(path, clozes):
+    blocks = []
+    for cloze in clozes:
+        last = f"{cloze.question}\t{cloze.answer}\t\t{'|'.join(cloze.candidates)}"
+        blocks.append("\n".join(f"{i} {text}" for i, text in enumerate([*cloze.sentences, last], 1)))
+    path.write_text("\n\n".join(blocks) + "\n")
+
+
+NAMES = ["Ana", "Ben", "Anna", "Bell", "Carl", "Dora", "Emil", "Fay", "Gus", "Hanna"]
+SHORT = ["Ana .", *[""] * 19]
+LONG = ["Ana met Ben and Ben met Ana ."] * 20
+LONG_QUESTION = f"{'Ana met Ben and ' * 20}XXXXX ."  # after which there is little to score
+LONG_REST = f"XXXXX met Ben {'and Ben met Ana ' * 20}."
+UNSCORED = {"answer": "the answer is not among the candidates", "few": "fewer than two candidates"}
+ODD = [  # sentences, question, answer, candidates; by protocol, why it isn't scored; what is remarked
+    (SHORT, "Ben met XXXXX .", "Ana", NAMES, {}, ()),
+    (SHORT, "Ben met XXXXX .", "Ana", NAMES[:9], {}, ("not 10 candidates",)),
+    (SHORT, "Ben met XXXXX .", "Ana", [*NAMES[:8], "Ben", ""], {}, ("an empty candidate", "a repeated candidate")),
+    (SHORT, "Ben met XXXXX .", "Zoe", NAMES, dict.fromkeys(cbt.PROTOCOLS, UNSCORED["answer"]), ()),
+    (SHORT, "Ben met XXXXX .", "Ana", ["Ana"], dict.fromkeys(cbt.PROTOCOLS, UNSCORED["few"]), ()),
+    (LONG, "Ben met XXXXX .", "Ana", NAMES, {}, ()),
+    (SHORT, LONG_QUESTION, "Ana", NAMES, {"sentence": TOO_LONG}, ()),
+    (SHORT, LONG_REST, "Ana", NAMES, dict.fromkeys(cbt.PROTOCOLS, TOO_LONG), ()),
+    (SHORT, "Ben met XXXXX .", "Ana", NAMES, {}, ()),  # so that the file does not end in odd candidates
+]
+WAS_CUT = {"paper": [5, 6], "sentence": []}
+
+
+def test_every_question_is_counted_and_each_odd_one_named(world, models, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    clozes = [Cloze(*parts) for *parts, _, _ in ODD]
+    write(world / "odd.txt", clozes)
+    assert cbt.read(world / "odd.txt") == clozes
+    config = {"ckpt": ("models/one",), "data": ("odd.txt",), "protocol": ("all",), "items": "odd.jsonl"}
+    eval_cbt.main(eval_cbt.Config(**config, out="odd.json"))
+    printed = capsys.readouterr().out
+    items = [json.loads(line) for line in (world / "odd.jsonl").read_text().splitlines()]
+    rows = json.loads((world / "odd.json").read_text())
+    assert [row["protocol"] for row in rows] == ["paper", "sentence"]
+    for row in rows:
+        protocol, unscored, remarked = row["protocol"], {}, {}
+        chosen = [item for item in items if item["protocol"] == protocol]
+        for i, (item, (*_, reasons, remarks)) in enumerate(zip(chosen, ODD, strict=True)):
+            expected = [*remarks, *[CUT] * (i in WAS_CUT[protocol])]
+            assert item.get("unscored") == reasons.get(protocol)
+            assert item.get("remarks", []) == expected
+            if reason := reasons.get(protocol):
+                assert not item["correct"]
+                assert "chosen" not in item
+                unscored[reason] = unscored.get(reason, 0) + 1
+            else:
+                assert item["chosen"] == plain(models["models/one"], protocol, clozes[i])
+                assert item["correct"] == (item["chosen"] == clozes[i].answer)
+            remarked |= {remark: remarked.get(remark, 0) + 1 for remark in expected}
+        assert (row["unscored"], row["remarks"]) == (unscored, remarked)
+        assert row["total"] == len(ODD) == sum(unscored.values()) + sum("chosen" in item for item in chosen)
+        assert row["correct"] == sum(item["correct"] for item in chosen)
+        assert f" {row['correct']} of {len(ODD)} " in printed
+        for reason, n in unscored.items():
+            assert f"models/one, odd.txt, {protocol}: {n} not scored, counted as wrong: {reason}\n" in printed
+        for remark, n in remarked.items():
+            assert f"models/one, odd.txt, {protocol}: {n} scored all the same: {remark}\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "subset", "has_published"),
+    [
+        ("cbtest_NE_valid_2000ex.txt", 2000, "NE validation", True),
+        ("cbtest_CN_test_2500ex.txt", 2500, "CN test", True),
+        ("my_cbtest_NE_valid_2000ex.txt", 2000, "my_cbtest_NE_valid_2000ex", False),
+    ],
+)
+def test_published_figures_speak_of_the_data_sets_own_files(tmp_path, name, count, subset, has_published):
+    write(tmp_path / name, [Cloze(SHORT, "Ben met XXXXX .", "Ana", NAMES)] * count)
+    (questions,) = eval_cbt.load_questions(eval_cbt.Config(data=(str(tmp_path / name),)), ["paper"])
+    found = (len(questions.questions), questions.data, questions.subset, questions.has_published)
+    assert found == (count, name, subset, has_published)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "whole"),
+    [("cbtest_NE_valid_2000ex.txt", 1999, "2,000"), ("cbtest_V_test_2500ex.txt", 2000, "2,500")],
+)
+def test_one_of_the_data_sets_own_files_that_lacks_questions_is_refused(tmp_path, name, count, whole):
+    write(tmp_path / name, [Cloze(SHORT, "Ben met XXXXX .", "Ana", NAMES)] * count)
+    with pytest.raises(ValueError, match=rf"{name} holds {count:,} questions of {whole}: it was cut short"):
+        eval_cbt.load_questions(eval_cbt.Config(data=(str(tmp_path / name),)), ["paper"])
+
+
+def test_a_last_question_of_nine_candidates_in_a_whole_file_is_the_data_sets_fault(tmp_path):
+    (cloze,) = read(tmp_path, write_lines(options=TEN.removesuffix("|sack")), ending="\n")
+    assert cloze.remarks == ("not 10 candidates",)
+
+
+def test_the_hubs_questions_are_taken_by_type_and_split(monkeypatch):
+    row = {"sentences": LONG, "question": "Ben met XXXXX .", "answer": "Ana", "options": NAMES}
+    monkeypatch.setattr(cbt.hub, "rows", lambda *where: [row | {"answer": "/".join(where)}])
+    sets = eval_cbt.load_questions(eval_cbt.Config(types=("V", "NE", "V"), split="test"), ["paper"])
+    assert [(each.data, each.subset, each.has_published) for each in sets] == [
+        ("cam-cst/cbt V test", "V test", True),
+        ("cam-cst/cbt NE test", "NE test", True),
+    ]
+    assert sets[1].questions == [Cloze(LONG, "Ben met XXXXX .", "cam-cst/cbt/NE/test", NAMES)]
+    monkeypatch.setattr(cbt.hub, "rows", lambda *where: [row, row | {"question": "Ben met Ana ."}])
+    with pytest.raises(ValueError, match="cam-cst/cbt NE validation, row 1: the question holds XXXXX 0 times"):
+        eval_cbt.load_questions(eval_cbt.Config(), ["paper"])
 
 
 def test_no_treebank_token_is_left_in_the_data_sets_own_files():
@@ -245,9 +533,11 @@ def test_no_treebank_token_is_left_in_the_data_sets_own_files():
     files = [path for kind in ("cbt_format", "cbt_like") for path in sorted(Path(folder).glob(f"{kind}/*.txt"))]
     assert files
     for path in files:
-        for cloze in cbt.read(path):
-            assert 1 < len(cloze.options) <= 10
-            whole = " ".join([*cloze.sentences, cloze.question.replace("XXXXX", cloze.answer)])
+        clozes = cbt.read(path)
+        assert all(1 < len(cloze.options) <= 10 for cloze in clozes)
+        wholes = {cloze.question.replace(BLANK, cloze.answer) for cloze in clozes}
+        wholes |= {" ".join(cloze.sentences) for cloze in clozes[::10]}
+        for whole in wholes:
             text = detokenize(whole.split())
             left = TREEBANK.findall(text)
-            assert not left, (path.name, cloze.question, left)
+            assert not left, (path.name, text, left)

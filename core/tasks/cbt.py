@@ -5,19 +5,19 @@ wins. `sentence` is the original project's: the question alone, the least mean l
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.scoring import NEAR_TIE, Question, Score
-from core.tasks import hub
+from core.scoring import NEAR_TIE, Request, Score
+from core.tasks import Encode, Task, UnscorableError, Verdict, hub
+from core.tasks.files import ends_within_a_line, read_lines
 
 PROTOCOLS = ("paper", "sentence")
 TYPES = ("NE", "CN", "V", "P")
 HUB = "cam-cst/cbt"
 BLANK = "XXXXX"
-
-Encode = Callable[[str], list[int]]
+CANDIDATES = 10
+LINES = 21  # of a question
 
 
 @dataclass(frozen=True)
@@ -25,34 +25,45 @@ class Cloze:
     """One question, tokenised as the data set has it."""
 
     sentences: list[str]
-    question: str  # holds the blank
+    question: str  # holds the blank once
     answer: str
-    options: list[str]
+    candidates: list[str]  # as they stand in the data: ten, but for faults of the data set
 
+    @property
+    def options(self) -> list[str]:
+        """The candidates without empty and repeated ones."""
+        return list(dict.fromkeys(candidate for candidate in self.candidates if candidate.strip()))
 
-@dataclass(frozen=True)
-class Verdict:
-    """How one question came out."""
-
-    correct: bool
-    chosen: str
-    near_tie: bool  # the two best were within NEAR_TIE
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is odd about the candidates of a question that is scored all the same."""
+        found = {
+            f"not {CANDIDATES} candidates": len(self.candidates) != CANDIDATES,
+            "an empty candidate": not all(candidate.strip() for candidate in self.candidates),
+            "a repeated candidate": len(set(self.candidates)) < len(self.candidates),
+        }
+        return tuple(name for name, is_so in found.items() if is_so)
 
 
 def read(path: Path) -> list[Cloze]:
     """Questions from a file in the data set's own format. Raises ValueError with file and line where it isn't."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     questions: list[Cloze] = []
     block: list[str] = []
-    for number, line in enumerate([*lines, ""], 1):
+    number = 0
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             block.append(line)
-        elif block:
-            questions.append(_parse(block, f"{path}, line {number - len(block)}"))
+        if block and (not line.strip() or len(block) > LINES):
+            questions.append(_parse(block, f"{path}, line {number - len(block) + bool(line.strip())}"))
             block = []
+    if block:
+        questions.append(_parse(block, f"{path}, line {number - len(block) + 1}"))
+        candidates = [candidate for candidate in questions[-1].candidates if candidate]
+        if len(candidates) < CANDIDATES and ends_within_a_line(path):  # else it is a fault of the data set
+            raise ValueError(
+                f"{path}, line {number}: the file ends after {len(candidates)} of {CANDIDATES} candidates: it was cut "
+                f"short; fetch it again"
+            )
     if not questions:
         raise ValueError(f"{path} holds no question: it should have blocks of 21 numbered lines, a blank line between")
     return questions
@@ -62,31 +73,25 @@ def _parse(block: list[str], place: str) -> Cloze:
     texts = []
     for expected, line in enumerate(block, 1):
         number, _, text = line.partition(" ")
-        if number != str(expected) or expected > 21:
+        if number != str(expected) or expected > LINES:
             raise ValueError(
-                f"{place}: line {expected} of the question should begin with its number, up to 21: {line[:40]!r}"
+                f"{place}: line {expected} of the question should begin with its number, up to {LINES}: {line[:40]!r}"
             )
         texts.append(text)
     fields = texts[-1].split("\t")
-    if len(texts) != 21 or len(fields) != 4:
+    if len(texts) != LINES or len(fields) != 4:
         raise ValueError(
-            f"{place}: a question has 21 lines, the last `question TAB answer TAB TAB candidates`; this one has "
+            f"{place}: a question has {LINES} lines, the last `question TAB answer TAB TAB candidates`; this one has "
             f"{len(texts)} lines and {len(fields)} fields: the file was cut short, or has another format"
         )
-    options = fields[3].split("|")
-    if len(options) != 10:
-        raise ValueError(f"{place}: a question has ten candidates, this one {len(options)}: the file was cut short?")
-    return checked(Cloze(texts[:-1], fields[0], fields[1], options), place)
+    return checked(Cloze(texts[:-1], fields[0], fields[1], fields[3].split("|")), place)
 
 
 def checked(cloze: Cloze, place: str) -> Cloze:
-    """The question without empty and repeated candidates. Raises ValueError where it can't be scored."""
-    options = list(dict.fromkeys(option for option in cloze.options if option.strip()))
+    """The question as it is. Raises ValueError where it has no single blank, and so is no question."""
     if cloze.question.count(BLANK) != 1:
         raise ValueError(f"{place}: the question holds {BLANK} {cloze.question.count(BLANK)} times, not once")
-    if cloze.answer not in options:
-        raise ValueError(f"{place}: the answer {cloze.answer!r} is not among the candidates {'|'.join(options)!r}")
-    return Cloze(cloze.sentences, cloze.question, cloze.answer, options)
+    return cloze
 
 
 def from_hub(kind: str, split: str) -> list[Cloze]:
@@ -126,35 +131,47 @@ def detokenize(tokens: list[str]) -> str:
     text = ""
     for before, token in zip(["", *tokens], tokens, strict=False):
         joined = not before or before in OPENING or CLOSING.fullmatch(token)
-        if before == token == "'":  # one quotation ends and another begins; '' would be a Treebank quote again
+        written = PTB.get(token, token)
+        if text.endswith("'") and written.startswith("'"):  # '' would be a Treebank quote again
             joined = False
-        text += ("" if joined else " ") + PTB.get(token, token)
+        text += ("" if joined else " ") + written
     return text
 
 
-def question(protocol: str, cloze: Cloze, encode: Encode) -> list[Question]:
-    """What to score: for `paper` all candidates after one context, for `sentence` a question each."""
+def requests(protocol: str, cloze: Cloze, encode: Encode) -> list[Request]:
+    """A request a candidate: `paper` puts the same context before all, `sentence` has none but the first token."""
+    if cloze.answer not in cloze.options:
+        raise UnscorableError("the answer is not among the candidates")
+    if len(cloze.options) < 2:
+        raise UnscorableError("fewer than two candidates")
     before, after = cloze.question.split(BLANK)
     if protocol == "sentence":
         wholes = [encode(before + option + after) for option in cloze.options]
-        return [Question(ids[:1], [ids[1:]]) for ids in wholes]
-    context = (
-        " ".join(cloze.sentences).split() + (before if before.endswith(" ") else before.rpartition(" ")[0]).split()
-    )
-    prefix = detokenize(context)
-    told = " ".join(cloze.sentences) + " "
-    texts = [detokenize((told + before + option + after).split()) for option in cloze.options]
-    assert all(text.startswith(prefix) for text in texts)
-    return [Question(encode(prefix), [encode(text.removeprefix(prefix)) for text in texts])]
+        if min(map(len, wholes)) < 2:
+            raise UnscorableError("a question of one token, which nothing predicts")
+        return [Request(ids[:1], ids[1:]) for ids in wholes]
+    stem, _, begun = before.rpartition(" ")  # a word that holds the blank, as old-XXXXX, is part of what is scored
+    told = [*" ".join(cloze.sentences).split(), *stem.split()]
+    if not told:
+        raise UnscorableError("no context before the blank")
+    context = encode(detokenize(told))
+    last = told[-1:]  # whether the candidate is joined to the context depends on its last word alone
+    texts = [detokenize(last + (begun + option + after).split()) for option in cloze.options]
+    return [Request(context, encode(text[len(detokenize(last)) :])) for text in texts]
 
 
-def judge(protocol: str, cloze: Cloze, scores: list[list[Score]]) -> Verdict:
+def judge(protocol: str, cloze: Cloze, scores: list[Score]) -> Verdict:
     """The candidate with the highest sum of log-probabilities (`paper`) or the highest mean (`sentence`)."""
-    if protocol == "sentence":
-        values = [score.total / len(score.logprobs) for (score,) in scores]
-    else:
-        values = [score.total for score in scores[0]]
+    values = [score.total / (len(score.logprobs) if protocol == "sentence" else 1) for score in scores]
     best = max(range(len(values)), key=values.__getitem__)
-    ranked = sorted(values, reverse=True)
-    near_tie = len(ranked) > 1 and ranked[0] - ranked[1] < NEAR_TIE
-    return Verdict(cloze.options[best] == cloze.answer, cloze.options[best], near_tie)
+    second, first = sorted(values)[-2:]
+    chosen = cloze.options[best]
+    return Verdict(chosen == cloze.answer, first - second < NEAR_TIE, chosen=chosen, remarks=cloze.remarks)
+
+
+def text(cloze: Cloze) -> str:
+    """A question as one line of text."""
+    return "\t".join([*cloze.sentences, cloze.question, cloze.answer, *cloze.candidates])
+
+
+TASK = Task("cbt", "CBT", PROTOCOLS, requests, judge, text)

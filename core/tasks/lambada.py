@@ -7,13 +7,12 @@ the paper's description, approximate because its list and exact rule are unpubli
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.scoring import Question, Score
-from core.tasks import hub
+from core.scoring import NEAR_TIE, Request, Score
+from core.tasks import Encode, Task, UnscorableError, Verdict, hub
+from core.tasks.files import read_lines
 
 # Which text a protocol is defined on: OpenAI's (untokenised) or the tokenised standard one.
 PROTOCOLS = {"openai": "openai", "standard": "standard", "last-token": "openai", "last-token-norm": "openai"}
@@ -21,22 +20,17 @@ PROTOCOLS["stop-filter"] = "openai"
 HUB = {"openai": ("EleutherAI/lambada_openai", "default"), "standard": ("cimec/lambada", "plain_text")}
 PER_WORD = ("openai", "standard", "stop-filter")  # the others' targets are tokens, and their perplexities no word's
 TEST_PASSAGES = 5153
+LARGEST_EXPONENT = 700  # of a float; only a model that diverged comes there, and its perplexity says nothing
 FILES = {  # LAMBADA's own files: the text each holds, and how many passages
     "lambada_development_plain_text.txt": ("standard", 4869),
     "lambada_test_plain_text.txt": ("standard", TEST_PASSAGES),
     "lambada_test.jsonl": ("openai", TEST_PASSAGES),
 }
 
-Encode = Callable[[str], list[int]]
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """How one passage came out."""
-
-    correct: bool
-    logprob: float  # of the target
-    near_tie: bool  # at some token of the target the two likeliest ids were within scoring.NEAR_TIE
+def text_of(path: Path) -> str | None:
+    """Which text a file of passages holds, where its name is one of LAMBADA's own: lines can't tell."""
+    return FILES.get(path.name, (None, 0))[0]
 
 
 def allowed(text: str) -> list[str]:
@@ -49,12 +43,8 @@ def read(path: Path) -> list[str]:
 
     Raises ValueError with file and line where one isn't a passage, or a known file lacks some.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     passages = []
-    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         passage = _json_text(path, number, line) if path.suffix == ".jsonl" else line
         if len(passage.split()) < 2:
             raise ValueError(f"{path}, line {number}: a passage has at least two words, this is {passage[:40]!r}")
@@ -70,10 +60,12 @@ def read(path: Path) -> list[str]:
 def _json_text(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: no JSON object with a `text` field ({error!r})") from None
     if not isinstance(text, str):
         raise ValueError(f"{path}, line {number}: `text` is {type(text).__name__}, not a string")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{path}, line {number}: `text` holds half a surrogate pair, which is no text")
     return text
 
 
@@ -82,16 +74,20 @@ def from_hub(text: str) -> list[str]:
     return [row["text"] for row in hub.rows(*HUB[text], split="test")]
 
 
-def question(protocol: str, passage: str, encode: Encode) -> Question:
+def requests(protocol: str, passage: str, encode: Encode) -> list[Request]:
     """Context and target of a passage, as the protocol cuts and encodes them."""
     if protocol in ("last-token-norm", "stop-filter"):
         passage = "\n" + straighten(passage)
     if protocol in ("last-token", "last-token-norm"):
         ids = encode(passage)
-        return Question(ids[:-1], [ids[-1:]])
-    # split(" "), not split(): seven of OpenAI's passages have a newline within the last "word".
-    context, _, target = passage.rpartition(" ")
-    return Question(encode(context), [encode(" " + target)])
+        request = Request(ids[:-1], ids[-1:])
+    else:
+        # split(" "), not split(): seven of OpenAI's passages have a newline within the last "word".
+        context, _, target = passage.rpartition(" ")
+        request = Request(encode(context), encode(" " + target))
+    if not request.context:
+        raise UnscorableError("no context before the last word")
+    return [request]
 
 
 def straighten(text: str) -> str:
@@ -102,16 +98,22 @@ def straighten(text: str) -> str:
     return text
 
 
-def judge(scores: list[list[Score]]) -> list[Verdict]:
+def judge(protocol: str, passage: str, scores: list[Score]) -> Verdict:
     """Correct where every token of the target is the likeliest, given the true tokens before it."""
-    return [Verdict(all(score.is_greedy), score.total, score.near_tie) for (score,) in scores]
+    (score,) = scores
+    margins = list(score.margins)
+    if protocol == "stop-filter":  # the first token is chosen with the stop words masked, the rest without
+        margins[0] = score.allowed_margins[0]
+    return Verdict(min(margins) > 0, near_tie=abs(min(margins)) < NEAR_TIE, logprob=score.total)
 
 
 def perplexity(protocol: str, verdicts: list[Verdict]) -> float | None:
     """exp of the mean negative log-probability of a word; None for a protocol whose targets are single tokens."""
-    if protocol not in PER_WORD:
+    logprobs = [verdict.logprob for verdict in verdicts if verdict.logprob is not None]
+    if protocol not in PER_WORD or not logprobs:
         return None
-    return math.exp(-math.fsum(verdict.logprob for verdict in verdicts) / len(verdicts))
+    nats = -math.fsum(logprobs) / len(logprobs)
+    return math.exp(nats) if nats < LARGEST_EXPONENT else None
 
 
 def stop_word_mask(encoding: Any, vocab_size: int) -> Any:
@@ -124,3 +126,11 @@ def stop_word_mask(encoding: Any, vocab_size: int) -> Any:
     mask = torch.zeros(vocab_size, dtype=torch.bool)
     mask[:known] = torch.tensor([encoding.decode([i]).strip().lower() in stop_words for i in range(known)])
     return mask
+
+
+def banned(protocols: list[str], encoding: Any, vocab_size: int) -> Any:
+    """The ids that `stop-filter` masks; None where it isn't among the protocols."""
+    return stop_word_mask(encoding, vocab_size) if "stop-filter" in protocols else None
+
+
+TASK = Task("lambada", "LAMBADA", tuple(PROTOCOLS), requests, judge, str, perplexity, banned)

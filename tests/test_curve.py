@@ -1,0 +1,89 @@
+"""The LAMBADA curve of a run: what eval_lambada.py finds at those steps, from all ranks, in metrics and the picture."""
+
+import json
+import struct
+
+import pytest
+from conftest import TRAIN, refused, run, torchrun
+
+import report
+from core.runlog import read_metrics
+
+STEPS, EVERY = 12, 5
+RUNS = ("scored", "unscored")
+RECIPE = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--save-every", EVERY, "--lr", "3e-3", "--warmup-steps", 2)
+SCORED = ("--eval-lambada", "data/stories/lambada.txt", "--eval-every", EVERY)
+
+
+@pytest.fixture(scope="module")
+def scored(world):
+    said = run("train.py", *RECIPE, *SCORED, "--run", "scored", cwd=world).stdout
+    return world / "logs/scored", said
+
+
+def curve(folder):
+    return [line for line in read_metrics(folder) if line["split"] == "lambada"]
+
+
+def test_the_curve_is_what_the_script_finds_at_those_steps(world, scored):
+    folder, said = scored
+    lines = curve(folder)
+    assert [line["step"] for line in lines] == [0, 5, 10, STEPS]
+    for line in lines[1:]:
+        checkpoint = f"logs/scored/checkpoints/step_{line['step']:06d}"
+        data = ("--data", "data/stories/lambada.txt", "--text", "other", "--device", "cpu", "--out", "out.json")
+        run("eval_lambada.py", "--ckpt", checkpoint, *data, cwd=world)
+        (row,) = json.loads((world / "out.json").read_text())
+        assert {name: row[name] for name in ("protocol", "correct", "total", "accuracy")}.items() <= line.items()
+        assert line["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
+        assert f"LAMBADA openai {line['accuracy']:.2%}, {line['correct']} of {line['total']}, perplexity" in said
+    assert len({line["perplexity"] for line in lines}) == len(lines)
+
+
+def test_scoring_changes_nothing_of_the_run_and_none_of_its_time(world, scored):
+    run("train.py", *RECIPE, "--run", "unscored", cwd=world)
+    names = ("loss", "grad_norm", "lr")
+    runs = [[line for line in read_metrics(world / "logs" / name) if line["split"] == "train"] for name in RUNS]
+    assert len(runs[0]) == STEPS
+    assert [[line[name] for name in names] for line in runs[0]] == [[line[name] for name in names] for line in runs[1]]
+    before = {line["step"]: line["seconds"] for line in runs[0]}
+    assert all(line["seconds"] == before.get(line["step"], 0.0) for line in curve(scored[0]))
+
+
+def test_two_ranks_draw_the_same_curve(world, scored):
+    torchrun(2, "train.py", *RECIPE, *SCORED, "--run-name", "scored-by-two", cwd=world)
+    ours, theirs = curve(world / "logs/scored-by-two"), curve(scored[0])
+    for name in ("step", "tokens", "correct", "total"):
+        assert [line[name] for line in ours] == [line[name] for line in theirs]
+    assert [line["perplexity"] for line in ours] == pytest.approx([line["perplexity"] for line in theirs], rel=1e-4)
+
+
+def test_eval_only_scores_it_too(world, scored):
+    call = (*RECIPE, "--eval-lambada", "data/stories/lambada.txt", "--run", "scored", "--eval-only")
+    last = curve(scored[0])[-1]
+    assert f"LAMBADA openai {last['accuracy']:.2%}, " in run("train.py", *call, cwd=world).stdout
+
+
+def test_the_picture_has_the_curve_below_the_losses(world, scored, monkeypatch):
+    monkeypatch.chdir(world)
+    report.main(report.Config(runs=("scored",), out="page"))
+    with_curve = struct.unpack(">II", (world / "logs/scored/loss.png").read_bytes()[16:24])
+    (world / "logs/scored/loss.png").unlink()
+    loaded = report.load_run("scored", None)
+    loaded.lambada.clear()
+    without = struct.unpack(">II", report.draw([loaded], world / "logs/scored/loss.png").read_bytes()[16:24])
+    assert with_curve[1] > without[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "none.txt"), ("two words\nlonely\n", "none.txt, line 2: a passage has at least two words")],
+)
+def test_a_file_that_cannot_be_scored_is_refused_before_the_first_step(world, content, message):
+    path = world / "none.txt"
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_text(content)
+    call = (*RECIPE, "--eval-lambada", "none.txt", "--run", "refused")
+    assert message in refused(run("train.py", *call, cwd=world, check=False))
+    assert not (world / "logs/refused").exists()

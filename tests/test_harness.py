@@ -1,0 +1,99 @@
+"""LAMBADA's answers and log-probabilities equal lm-evaluation-harness's, which reads the same model folder."""
+
+import json
+import math
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENCODING, execute, run, save_model
+
+from core import tokenizer
+from model import GPT
+
+pytest.importorskip("lm_eval")
+
+# A process of its own: lm_eval seeds random generators and has to be imported offline.
+HARNESS = r"""
+import json, sys
+from benchmarks.harness import harness
+folder, data, answers = sys.argv[1:]
+passages = [line.rstrip("\n") for line in open(data, encoding="utf-8")]
+found, *_ = harness(folder, passages, 8, "cpu")
+json.dump(found, open(answers, "w"))
+"""
+
+
+@torch.no_grad()
+def with_liked_endings(model, encoding, passages):
+    """Passages whose last word is what the model likes, in its tokens all or in its last alone."""
+    found = []
+    for passage in passages:
+        context, _, own = passage.rpartition(" ")
+        before = encoding.encode_ordinary(context)
+        for begun, count in (([], 1), ([], 2), (encoding.encode_ordinary(" " + own), 1)):
+            ids = list(begun)
+            for _ in range(count):
+                tokens = torch.tensor([(before + ids)[-model.config.n_positions :]])
+                ids.append(model(tokens)[0, -1].argmax().item())
+            word = encoding.decode(ids)
+            is_word = word[0] == " " and word[1:] and word[1:].isprintable() and " " not in word[1:]
+            if is_word and encoding.encode_ordinary(word) == ids:
+                found.append(context + word)
+    return found
+
+
+def assert_equal(folder, model, encoding, passages, text):
+    """Score the passages, and those that the model likes, by this project and by the harness."""
+    passages = passages + with_liked_endings(model, encoding, passages)
+    (folder / "passages.txt").write_text("".join(passage + "\n" for passage in passages), encoding="utf-8")
+    places = ("--out", "results.json", "--items", "items.jsonl")
+    common = ("--ckpt", "model", "--data", "passages.txt", "--text", text, "--device", "cpu")
+    run("eval_lambada.py", *common, *places, cwd=folder)
+    (row,) = json.loads((folder / "results.json").read_text())
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    execute([sys.executable, "-c", HARNESS, "model", "passages.txt", "answers.json"], folder, True, {})
+    logprobs, greedy = zip(*json.loads((folder / "answers.json").read_text()), strict=True)
+    assert len(items) == row["total"] == len(passages)
+    assert (row["unscored"], row["near_ties"]) == ({}, 0)
+    assert [item["logprob"] for item in items] == pytest.approx(logprobs, abs=1e-4)
+    assert [item["correct"] for item in items] == list(greedy)
+    assert row["correct"] == sum(greedy)
+    assert row["perplexity"] == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), rel=1e-5)
+    assert 10 < row["correct"] < row["total"] - 10
+    return row
+
+
+def test_a_checkpoint_of_this_project_scores_alike(world, tmp_path):
+    model = save_model(tmp_path / "model", seed=1)
+    passages = (world / "data/stories/lambada.txt").read_text().splitlines()
+    row = assert_equal(tmp_path, model, ENCODING, passages, "openai")
+    assert row["protocol"] == "openai"
+    assert sum(row["remarks"].values()) > 10  # both cut what is longer than the model's context
+
+
+def test_a_model_of_transformers_scores_alike_on_lambadas_own_passages(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    data = Path(os.environ.get("GPT2_TEST_EVAL", ""), "lambada_development_plain_text.txt")
+    if not data.is_file():
+        pytest.skip("GPT2_TEST_EVAL names no folder with lambada_development_plain_text.txt")
+    try:
+        encoding = tokenizer.load("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+    torch.manual_seed(1)
+    reference = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2))
+    with torch.no_grad():
+        for p in reference.parameters():
+            if p.dim() == 2:
+                p.mul_(4)
+    reference.save_pretrained(tmp_path / "model")
+    tokenizer.save(encoding, tmp_path / "model")
+    with open(data, encoding="utf-8") as file:
+        passages = [line.rstrip("\n") for line in islice(file, 60)]
+    row = assert_equal(tmp_path, GPT.from_pretrained(tmp_path / "model"), encoding, passages, "standard")
+    assert (row["protocol"], row["remarks"]) == ("standard", {})
