@@ -33,11 +33,11 @@ class Config(evaluation.Options):
 
 
 def main(config: Config) -> None:
-    evaluation.check(config)
     if config.compare:
-        return evaluation.compare(config.compare)
+        return evaluation.compare(config)
+    sources = evaluation.check(config)
     protocols = list(cbt.PROTOCOLS) if "all" in config.protocol else list(dict.fromkeys(config.protocol))
-    evaluation.run(cbt.TASK, config, load_questions(config, protocols), published_figures(protocols))
+    evaluation.run(cbt.TASK, config, sources, load_questions(config, protocols), published_figures(protocols))
 
 
 def load_questions(config: Config, protocols: list[str]) -> list[QuestionSet]:

@@ -29,12 +29,13 @@ class Config(evaluation.Options):
 
 
 def main(config: Config) -> None:
-    evaluation.check(config)
     if config.compare:
-        return evaluation.compare(config.compare)
+        return evaluation.compare(config)
+    sources = evaluation.check(config)
     text = which_text(config)
     protocols = which_protocols(config, text)
-    evaluation.run(lambada.TASK, config, load_questions(config, protocols, text), published_figures(protocols))
+    questions = load_questions(config, protocols, text)
+    evaluation.run(lambada.TASK, config, sources, questions, published_figures(protocols))
 
 
 def which_text(config: Config) -> str | None:

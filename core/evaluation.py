@@ -40,31 +40,32 @@ class Options:
     """File for the outcome of each question, a JSON object a line; --compare reads it."""
 
 
-def check(options: Options) -> None:
-    """Refuse what can't be meant, before anything is loaded."""
+def check(options: Options) -> list[str]:
+    """The models to score, resolved. Refuses what can't be meant, before anything is loaded."""
     if options.batch_tokens is not None:
         cli.check_positive(batch_tokens=options.batch_tokens)
     for name, file in (("out", options.out), ("items", options.items)):
         if file is not None and Path(file).is_dir():
             raise ValueError(f"--{name} {file} is a folder: name a file")
-    if options.compare and options.ckpt:
+    return list(dict.fromkeys(checkpoint.resolve_all(options.ckpt)))
+
+
+def compare(options: Options) -> None:
+    """McNemar's test of the models in the two files of --compare."""
+    if options.ckpt:
         raise ValueError("--compare reads what --items wrote and scores nothing: leave --ckpt out")
-
-
-def compare(files: tuple[str, str]) -> None:
-    """McNemar's test of the models in two files."""
-    table = results.comparison_table(*(results.load_items(file) for file in files))
+    a, b = options.compare or ("", "")
+    table = results.comparison_table(results.load_items(a), results.load_items(b))
     if table is None:
-        raise ValueError(f"{files[0]} and {files[1]} have no protocol in common: score both models by the same one")
+        raise ValueError(f"{a} and {b} have no protocol in common: score both models by the same one")
     print(table)
 
 
-def run(task: Task, options: Options, sets: list[QuestionSet], reference: str) -> None:
+def run(task: Task, options: Options, sources: list[str], sets: list[QuestionSet], reference: str) -> None:
     """Score all models on all sets, print one table and, below it, `reference`; save results and items."""
     with process_group(options.device) as ranks:
         found: list[Result] = []
         items: list[dict[str, Any]] = []
-        sources = list(dict.fromkeys(checkpoint.resolve_all(options.ckpt)))
         for source, name in zip(sources, results.short_names(sources), strict=True):
             model = checkpoint.load_model(source).to(ranks.device)
             encoding = checkpoint.load_encoding(source, model.config.vocab_size)

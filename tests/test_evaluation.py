@@ -484,7 +484,7 @@ def test_a_protocol_is_named_in_its_row_and_scored_once(call, models, monkeypatc
     accuracies, *_ = tables(call(*common, "all")[0])
     assert [row["protocol"] for row in accuracies] == protocols
     asked = []
-    monkeypatch.setattr(evaluation, "run", lambda task, options, sets, reference: asked.extend(sets))
+    monkeypatch.setattr(evaluation, "run", lambda task, options, sources, sets, reference: asked.extend(sets))
     call(*common, protocols[1], protocols[0], protocols[1])
     assert [questions.protocols for questions in asked] == [protocols[1::-1]]
 
