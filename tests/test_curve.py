@@ -1,13 +1,20 @@
 """The LAMBADA curve of a run: what eval_lambada.py finds at those steps, from all ranks, in metrics and the picture."""
 
+import contextlib
 import json
 import struct
+import time
 
 import pytest
+import torch
 from conftest import TRAIN, refused, run, torchrun
 
 import report
+import train
+from core import evaluation, scoring
+from core.distributed import Ranks
 from core.runlog import read_metrics
+from core.validation import LambadaCurve
 
 STEPS, EVERY = 12, 5
 RUNS = ("scored", "unscored")
@@ -48,6 +55,40 @@ def test_scoring_changes_nothing_of_the_run_and_none_of_its_time(world, scored):
     assert [[line[name] for name in names] for line in runs[0]] == [[line[name] for name in names] for line in runs[1]]
     before = {line["step"]: line["seconds"] for line in runs[0]}
     assert all(line["seconds"] == before.get(line["step"], 0.0) for line in curve(scored[0]))
+
+
+def in_this_process(**changes):
+    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
+    scored = {"data": "data/small", "steps": 4, "eval_lambada": "data/stories/lambada.txt", "eval_every": 2}
+    train.main(train.Config(**(tiny | scored | changes)))
+
+
+def test_slow_scoring_is_no_part_of_the_steps_time(world, monkeypatch):
+    monkeypatch.chdir(world)
+    score = LambadaCurve.run
+
+    def slow(curve, model):
+        time.sleep(2)
+        return score(curve, model)
+
+    monkeypatch.setattr(LambadaCurve, "run", slow)
+    in_this_process(run="slowly-scored")
+    assert read_metrics(world / "logs/slowly-scored")[-1]["seconds"] < 2
+
+
+def test_the_ranks_share_the_passages(world, monkeypatch):
+    monkeypatch.chdir(world)
+    shares = []
+
+    def score(model, groups, *, ranks, **how):
+        shares.append(ranks)
+        return scoring.score(model, groups, ranks=ranks, **how)
+
+    monkeypatch.setattr(evaluation, "score", score)
+    opened = Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(train, "process_group", lambda device: contextlib.nullcontext(opened))
+    in_this_process(run="shared")
+    assert [ranks is opened for ranks in shares] == [True] * 3
 
 
 def test_two_ranks_draw_the_same_curve(world, scored):
