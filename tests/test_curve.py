@@ -7,8 +7,9 @@ import time
 
 import pytest
 import torch
-from conftest import TRAIN, refused, run, torchrun
+from conftest import TRAIN, run, torchrun
 
+import eval_lambada
 import report
 import train
 from core import evaluation, scoring
@@ -32,14 +33,15 @@ def curve(folder):
     return [line for line in read_metrics(folder) if line["split"] == "lambada"]
 
 
-def test_the_curve_is_what_the_script_finds_at_those_steps(world, scored):
+def test_the_curve_is_what_the_script_finds_at_those_steps(world, scored, monkeypatch):
+    monkeypatch.chdir(world)
     folder, said = scored
     lines = curve(folder)
     assert [line["step"] for line in lines] == [0, 5, 10, STEPS]
     for line in lines[1:]:
         checkpoint = f"logs/scored/checkpoints/step_{line['step']:06d}"
-        data = ("--data", "data/stories/lambada.txt", "--text", "other", "--device", "cpu", "--out", "out.json")
-        run("eval_lambada.py", "--ckpt", checkpoint, *data, cwd=world)
+        passages = {"data": "data/stories/lambada.txt", "text": "other"}
+        eval_lambada.main(eval_lambada.Config(ckpt=(checkpoint,), **passages, device="cpu", out="out.json"))
         (row,) = json.loads((world / "out.json").read_text())
         assert {name: row[name] for name in ("protocol", "correct", "total", "accuracy")}.items() <= line.items()
         assert line["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
@@ -47,8 +49,9 @@ def test_the_curve_is_what_the_script_finds_at_those_steps(world, scored):
     assert len({line["perplexity"] for line in lines}) == len(lines)
 
 
-def test_scoring_changes_nothing_of_the_run_and_none_of_its_time(world, scored):
-    run("train.py", *RECIPE, "--run", "unscored", cwd=world)
+def test_scoring_changes_nothing_of_the_run_and_none_of_its_time(world, scored, monkeypatch):
+    monkeypatch.chdir(world)
+    in_this_process(run="unscored", steps=STEPS, lr=3e-3, warmup_steps=2, eval_lambada=None)
     names = ("loss", "grad_norm", "lr")
     runs = [[line for line in read_metrics(world / "logs" / name) if line["split"] == "train"] for name in RUNS]
     assert len(runs[0]) == STEPS
@@ -68,12 +71,12 @@ def test_slow_scoring_is_no_part_of_the_steps_time(world, monkeypatch):
     score = LambadaCurve.run
 
     def slow(curve, model):
-        time.sleep(2)
+        time.sleep(1)
         return score(curve, model)
 
     monkeypatch.setattr(LambadaCurve, "run", slow)
     in_this_process(run="slowly-scored")
-    assert read_metrics(world / "logs/slowly-scored")[-1]["seconds"] < 2
+    assert read_metrics(world / "logs/slowly-scored")[-1]["seconds"] < 1
 
 
 def test_the_ranks_share_the_passages(world, monkeypatch):
@@ -99,10 +102,10 @@ def test_two_ranks_draw_the_same_curve(world, scored):
     assert [line["perplexity"] for line in ours] == pytest.approx([line["perplexity"] for line in theirs], rel=1e-4)
 
 
-def test_eval_only_scores_it_too(world, scored):
-    call = (*RECIPE, "--eval-lambada", "data/stories/lambada.txt", "--run", "scored", "--eval-only")
-    last = curve(scored[0])[-1]
-    assert f"LAMBADA openai {last['accuracy']:.2%}, " in run("train.py", *call, cwd=world).stdout
+def test_eval_only_scores_it_too(world, scored, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    in_this_process(run="scored", eval_only=True)
+    assert f"LAMBADA openai {curve(scored[0])[-1]['accuracy']:.2%}, " in capsys.readouterr().out
 
 
 def test_the_picture_has_the_curve_below_the_losses(world, scored, monkeypatch):
@@ -120,11 +123,12 @@ def test_the_picture_has_the_curve_below_the_losses(world, scored, monkeypatch):
     ("content", "message"),
     [(None, "none.txt"), ("two words\nlonely\n", "none.txt, line 2: a passage has at least two words")],
 )
-def test_a_file_that_cannot_be_scored_is_refused_before_the_first_step(world, content, message):
+def test_a_file_that_cannot_be_scored_is_refused_before_the_first_step(world, monkeypatch, content, message):
+    monkeypatch.chdir(world)
     path = world / "none.txt"
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_text(content)
-    call = (*RECIPE, "--eval-lambada", "none.txt", "--run", "refused")
-    assert message in refused(run("train.py", *call, cwd=world, check=False))
+    with pytest.raises((ValueError, OSError), match=message):  # which core.cli makes a sentence and exit status 2
+        in_this_process(run="refused", eval_lambada="none.txt")
     assert not (world / "logs/refused").exists()
