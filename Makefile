@@ -25,7 +25,7 @@ demo: setup
 	python report.py --runs demo --out logs/demo --floor data/stories/stories.jsonl
 
 test: setup
-	python -m pytest -q
+	python -m pytest -q -n 2 --dist loadfile
 
 soak: setup
 	SOAK_KILLS=30 python -m pytest -q tests/test_preparation.py -k killed_again

@@ -493,7 +493,7 @@ def test_a_protocol_is_named_in_its_row_and_scored_once(call, models, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ((), ("--ckpt names no model", "train.py")),
+        ((), ("--ckpt names no model",)),
         (("--ckpt",), ("--ckpt names no model",)),
         (("--ckpt", "logs/none"), ("--ckpt logs/none is no folder",)),
         (("--ckpt", "models/one", "data/stories"), ("--ckpt data/stories holds neither checkpoints nor",)),
