@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPSILON = 1e-5
 VOCAB_MULTIPLE = 128  # the head's matrix product is faster on a padded vocabulary: 50,257 -> 50,304
@@ -124,6 +125,7 @@ class GPT(nn.Module):
         """Random weights, the same on every device for the same seed; None leaves them to be loaded."""
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: a training step keeps blocks' inputs alone, and computes twice
         with torch.device("meta"):  # torch's own initial values would be drawn only to be overwritten
             self.transformer = nn.ModuleDict(
                 {
@@ -177,8 +179,12 @@ class GPT(nn.Module):
         if start:  # a query sees the cached tokens and, of the new ones, those up to itself
             visible = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)  # (B, T, C)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.transformer["h"]):
-            x = block(x, layer, cache, visible)
+            if recompute:  # no random state to restore: GPT-2 is trained here without dropout
+                x = checkpoint(block, x, layer, cache, visible, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, layer, cache, visible)
         if cache is not None:
             cache.length += T
         return self.transformer["ln_f"](x)

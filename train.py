@@ -5,7 +5,8 @@
     python train.py --data data/mine --run tuned --init-from gpt2 --steps 200 --lr 3e-5 --warmup-steps 20
     python train.py --eval-only --init-from gpt2                     # validation loss of OpenAI's weights
 
-The same command goes on where an interrupted run stopped. The defaults are the recipe of the original project.
+The same command goes on where an interrupted run stopped: Ctrl-C, SIGTERM and SIGUSR1 finish the step and save. The
+defaults are the recipe of the original project.
 """
 
 import math
@@ -23,9 +24,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli
+from core.claims import hold_run
 from core.distributed import Ranks, autocast, process_group
+from core.interrupts import Interrupts
 from core.optim import adamw, check_batch, learning_rate, set_learning_rate
-from core.runlog import METRICS, RunLog, StepReports, versions
+from core.runlog import RunLog, StepReports, versions
+from core.saver import Saver
 from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
 from core.validation import LambadaCurve, Validation
 from model import GPT, PRESETS
@@ -75,16 +79,27 @@ class Config:
     """Steps between those scores; there is one at step 0 and one after the last step too."""
     save_every: int = 1000
     """Steps between checkpoints; there is one after the last step too."""
+    keep: int = 3
+    """Newest checkpoints that stay on disk (124M: 1.5 GB each, 12 bytes a weight)."""
+    keep_every: int = 5
+    """Every so many checkpoints one that stays for good; 0: none."""
+    max_bad_steps: int = 10
+    """Steps whose loss or gradient isn't finite change no weight and are counted; more than this end the run."""
+    hang_timeout: float = 600
+    """Seconds without a micro-batch, or of waiting for another rank, after which the run ends with an error."""
     sample_every: int = 0
     """Steps between text samples; 0: none."""
     log_every: int = 10
     """Steps between lines on the terminal; metrics.jsonl has every step."""
+    activation_checkpointing: bool = False
+    """Compute each block again for its gradient: less memory, a quarter to a third more time, the same result."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the training step. auto: on CUDA."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the run's newest valid checkpoint. never: refuse a run that exists."""
+    """auto: go on from the run's newest valid checkpoint. never: refuse a run that exists (not after torchrun's own
+    restart)."""
     init_from: str | None = None
     """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2."""
     eval_only: bool = False
@@ -107,43 +122,39 @@ class Run:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training: no compiling, validation or saving
+    bad_steps: int = 0  # skipped, as their loss or gradient wasn't finite
 
 
 def main(config: Config) -> None:
-    with process_group(config.device) as ranks:
+    with process_group(config.device, config.hang_timeout) as ranks:
         dataset = open_dataset(config.data)
         config = resolve(config, dataset, ranks)
         if config.verify:
             verify(dataset, ranks)
         folder = Path("logs") / str(config.run)
-        found = find_checkpoint(config, folder, ranks)
-        state = None
-        if found and not config.eval_only:
-            state = checkpoint.load_training_state(found, must_agree(config, dataset))
-        source = found or (checkpoint.resolve(config.init_from, "--init-from") if config.init_from else None)
-        model = load_model(config, dataset, source).to(ranks.device)
         if config.eval_only:
-            return evaluate_only(config, ranks, dataset, model, source)
-        run = Run(config, ranks, dataset, model, folder)
-        optimizer = adamw(model, config.weight_decay, BETAS)
-        if state is not None:
-            restore(run, optimizer, state)
-        if run.step == config.steps:
-            return ranks.say(f"{folder} is finished: {config.steps} steps, {found}")
-        try:
-            train(run, optimizer)
-        except torch.OutOfMemoryError:
-            smaller = "--micro-batch" if config.micro_batch > 1 else "--seq-len or --preset"
-            raise ValueError(f"out of memory at --micro-batch {config.micro_batch}: take a smaller {smaller}") from None
+            return evaluate_only(config, ranks, dataset, folder)
+        with hold_run(folder, ranks):
+            run, optimizer = begin(config, ranks, dataset, folder)
+            if run.step == config.steps:
+                return ranks.say(f"{folder} is finished: {config.steps} steps")
+            try:
+                train(run, optimizer)
+            except torch.OutOfMemoryError:
+                smaller = "--micro-batch" if config.micro_batch > 1 else "--seq-len or --preset"
+                more = "" if config.activation_checkpointing else ", or --activation-checkpointing"
+                reason = f"out of memory at --micro-batch {config.micro_batch}: take a smaller {smaller}{more}"
+                raise ValueError(reason) from None
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     """Check every setting before the first step and fill in those that follow from others."""
     counts = ("steps", "batch_tokens", "micro_batch", "seq_len", "val_tokens")
-    intervals = ("val_every", "eval_every", "save_every", "log_every")
+    intervals = ("val_every", "eval_every", "save_every", "log_every", "keep", "hang_timeout")
     cli.check_positive(**{name: getattr(config, name) for name in (*counts, *intervals, "lr", "grad_clip")})
     cli.check_between(0, 1, weight_decay=config.weight_decay, final_lr_fraction=config.final_lr_fraction)
-    cli.check_between(0, 2**63 - 1, seed=config.seed, sample_every=config.sample_every)
+    may_be_zero = ("seed", "sample_every", "keep_every", "max_bad_steps")
+    cli.check_between(0, 2**63 - 1, **{name: getattr(config, name) for name in may_be_zero})
     warmup = round(config.steps * WARMUP_FRACTION) if config.warmup_steps is None else config.warmup_steps
     cli.check_between(0, config.steps, warmup_steps=warmup)
     context = PRESETS[config.preset].n_positions
@@ -171,22 +182,27 @@ def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
     return settings | {"manifest_hash": dataset.manifest_hash}
 
 
-def find_checkpoint(config: Config, folder: Path, ranks: Ranks) -> Path | None:
-    """The run's newest checkpoint that verifies, the same on every rank; None where it starts anew."""
-    if config.eval_only and config.init_from:
-        return None
-    if config.resume == "never" and not config.eval_only:
-        if (folder / METRICS).is_file():
-            raise ValueError(f"{folder} holds a run already: take another --run, or --resume auto to go on with it")
-        return None
-    found, passed_over = ranks.from_main(checkpoint.newest(folder) if ranks.is_main else None)
-    for line in passed_over:
-        ranks.say(line)
-    if passed_over and found is None:
-        raise ValueError(f"{folder} has no checkpoint that verifies: move the folder away to begin anew")
-    if config.eval_only and found is None:
-        raise ValueError(f"{folder} has no checkpoint to evaluate: name weights with --init-from")
-    return found
+def begin(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) -> tuple[Run, torch.optim.Optimizer]:
+    """The run as its newest valid checkpoint left it; else at step 0, with --init-from's or random weights."""
+    found = checkpoint.find(folder, ranks, anew=config.resume == "never")
+    state = checkpoint.load_training_state(found, must_agree(config, dataset)) if found else None
+    source = found or (checkpoint.resolve(config.init_from, "--init-from") if config.init_from else None)
+    run = Run(config, ranks, dataset, load_model(config, dataset, source).to(ranks.device), folder)
+    optimizer = adamw(run.model, config.weight_decay, BETAS)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        run.step, run.tokens = state["step"], state["tokens"]
+        run.seconds, run.bad_steps = state["seconds"], state["bad_steps"]
+        ranks.say(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
+    return run, optimizer
+
+
+def training_state(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a resume needs but the weights: plain values and tensors."""
+    state = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "bad_steps": run.bad_steps}
+    state |= {"rng": torch.get_rng_state(), "settings": must_agree(run.config, run.dataset)}
+    return state | {"optimizer": optimizer.state_dict()}
 
 
 def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> GPT:
@@ -203,14 +219,6 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
     return model
 
 
-def restore(run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put the run where the checkpoint left it; the weights are loaded already."""
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
-    run.ranks.say(f"resuming at step {run.step:,} of {run.config.steps:,}, {run.tokens:,} tokens seen")
-
-
 def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
     config, ranks = run.config, run.ranks
     windows = Windows(run.dataset, "train", config.seq_len)
@@ -219,31 +227,40 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
     model = parallel(run.model, config, ranks)
     if config.compile == "on":
         warm_up(model, micro_batches(run, windows, order), config, ranks)
-    with open_log(run) as log:
-        if run.step == 0:
-            for _, measure in measures:
+    interrupts = Interrupts(config.hang_timeout, ranks.is_main)
+    with open_log(run) as log, open_saver(run, log) as saver, interrupts:
+        told = ranks.from_main(log.told if log is not None else None)
+        for every, measure in measures:  # at step 0, or what a run that was stopped left to be measured
+            if is_due(run, every) and measure.split not in told:
                 report(run, measure, log)
-        flops_per_token = run.model.config.flops_per_token(config.seq_len)
-        reports = StepReports(log, ranks, config.steps, config.log_every, run.seconds, flops_per_token)
-        while run.step < config.steps:
+        reports = open_reports(run, log)
+        first = run.step
+        while run.step < config.steps and not reports.stop:
+            interrupts.alive()
             lr = learning_rate(run.step, config.steps, config.warmup_steps, config.lr, config.final_lr_fraction)
             set_learning_rate(optimizer, lr)
-            stats = train_step(model, optimizer, micro_batches(run, windows, order), config, ranks)
+            stats = train_step(model, optimizer, micro_batches(run, windows, order), config, ranks, interrupts)
             run.step, run.tokens = run.step + 1, run.tokens + config.batch_tokens
             reports.launched(run.step, run.tokens, config.batch_tokens, lr, stats)
+            if run.step == first + 1:
+                saver.reserve(run.model, training_state(run, optimizer))
+                reports.restart_clock()
             due = [measure for every, measure in measures if is_due(run, every)]
             sample, save = is_due(run, config.sample_every), is_due(run, config.save_every)
-            if due or sample or save:
-                run.seconds = reports.flush()
-                for measure in due:
-                    report(run, measure, log)
-                if sample and log is not None:
-                    log.say(sample_text(run))
-                if save:
-                    refuse_poisoned(run)
-                if save and log is not None:
-                    log.say(f"saved {save_checkpoint(run, optimizer)}")
+            if due or sample or save or reports.stop:
+                run.seconds, run.bad_steps = reports.flush()
+                interrupts.pause()
+                if run.step == config.steps or not reports.stop:  # a run that is stopped measures when it goes on
+                    for measure in due:
+                        report(run, measure, log)
+                    if sample and log is not None:
+                        log.say(sample_text(run))
+                if save or reports.stop:
+                    saver.save(run.model, training_state(run, optimizer))
                 reports.restart_clock()
+        saver.finish()
+        if run.step < config.steps:
+            ranks.say(f"stopped after step {run.step:,} of {config.steps:,}: the same command goes on")
 
 
 def open_measures(config: Config, dataset: Dataset, ranks: Ranks) -> list[tuple[int, Any]]:
@@ -271,8 +288,22 @@ def open_log(run: Run) -> AbstractContextManager[RunLog | None]:
     return RunLog(run.folder, facts, run.config.steps, run.step, run.config.wandb_project)
 
 
+def open_reports(run: Run, log: RunLog | None) -> StepReports:
+    config = run.config
+    flops_per_token = run.model.config.flops_per_token(config.seq_len)
+    behind = (run.seconds, run.bad_steps)
+    return StepReports(log, run.ranks, config.steps, config.log_every, flops_per_token, *behind, config.max_bad_steps)
+
+
+def open_saver(run: Run, log: RunLog | None) -> Saver:
+    config = run.config
+    say = log.say if log is not None else run.ranks.say
+    return Saver(run.folder, run.dataset, run.ranks, config.keep, config.keep_every * config.save_every, say)
+
+
 def parallel(model: GPT, config: Config, ranks: Ranks) -> Any:
     """The callable that the training step runs. The raw model stays what is saved and evaluated."""
+    model.activation_checkpointing = config.activation_checkpointing
     step_model: Any = torch.compile(model, dynamic=False) if config.compile == "on" else model
     if ranks.world_size == 1:
         return step_model
@@ -291,25 +322,34 @@ def micro_batches(run: Run, windows: Windows, order: TokenOrder) -> Iterator[tup
 
 
 def train_step(
-    model: Any, optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]], config: Config, ranks: Ranks
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    config: Config,
+    ranks: Ranks,
+    interrupts: Interrupts,
 ) -> Tensor:
-    """One optimizer step; the mean loss over all ranks and the gradient norm, (2,), still on the device."""
+    """One optimizer step. Still on the device, (3,): mean loss over all ranks, gradient norm, ranks asked to stop."""
     accumulation = config.batch_tokens // (config.micro_batch * config.seq_len * ranks.world_size)
     loss_sum = torch.zeros((), device=ranks.device)
     for i, (inputs, targets) in enumerate(batches):
+        interrupts.alive()
         last = i == accumulation - 1
         with nullcontext() if last or ranks.world_size == 1 else model.no_sync():  # reduce gradients once a step
             with autocast(ranks, config.dtype):
                 loss = model(inputs, targets) / accumulation
             loss.backward()
         loss_sum += loss.detach()
+    sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop)])
     if ranks.world_size > 1:
-        dist.all_reduce(loss_sum)
-        loss_sum /= ranks.world_size
+        dist.all_reduce(sums)
+    loss, stop = sums[0] / ranks.world_size, sums[1]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    # Where this is 1 the fused optimizer leaves weights and moments as they were, and nobody waits to know.
+    optimizer.found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss_sum, norm])
+    return torch.stack([loss, norm, stop])
 
 
 def warm_up(model: Any, batches: Iterator[tuple[Tensor, Tensor]], config: Config, ranks: Ranks) -> None:
@@ -332,26 +372,20 @@ def report(run: Run, measure: Validation | LambadaCurve, log: RunLog | None) -> 
         log.say(f"step {run.step:>6,}/{run.config.steps:,}  {measure.describe(result)}")
 
 
-def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, model: GPT, source: Path | str | None) -> None:
+def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) -> None:
+    if config.init_from:
+        source: Path | str | None = checkpoint.resolve(config.init_from, "--init-from")
+    else:
+        source = checkpoint.find(folder, ranks, anew=False)
+    if source is None:
+        raise ValueError(f"{folder} has no checkpoint to evaluate: name weights with --init-from")
+    model = load_model(config, dataset, source).to(ranks.device)
     (_, validation), *others = open_measures(config, dataset, ranks)
     result = validation.run(model)
     ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
     ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
     for _, measure in others:
         ranks.say(measure.describe(measure.run(model)))
-
-
-def refuse_poisoned(run: Run) -> None:
-    """Raise ValueError, on every rank, where the last update made a weight infinite: its loss was still finite."""
-    if not all(bool(p.isfinite().all()) for p in run.model.parameters()):
-        raise ValueError(f"step {run.step} made weights that aren't finite; no checkpoint has them. Lower --lr")
-
-
-def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer) -> Path:
-    state = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "rng": torch.get_rng_state()}
-    state |= {"optimizer": optimizer.state_dict(), "settings": must_agree(run.config, run.dataset)}
-    end_of_text = run.dataset.manifest["end_of_text_id"]
-    return checkpoint.save(run.folder, run.model, state, end_of_text, tokenizer_from=run.dataset.folder)
 
 
 def sample_text(run: Run) -> str:

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
-from core.shards import sha256, write_json
+from core.distributed import Ranks
+from core.runlog import METRICS
+from core.shards import json_text, sha256, write_json
 from model import GPT, PRESETS
 
 CHECKSUMS = "checksums.json"
 TRAINING_STATE = "training_state.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+NEEDED = ("config.json", "model.safetensors", TRAINING_STATE)
 
 
 def save(
@@ -27,16 +30,20 @@ def save(
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    model.save_pretrained(unfinished, end_of_text_id)
-    torch.save(state, unfinished / TRAINING_STATE)
-    for name in TOKENIZER_FILES:
-        if tokenizer_from is not None and (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, unfinished / name)
-    write_json(unfinished / CHECKSUMS, {path.name: sha256(path) for path in sorted(unfinished.iterdir())})
-    for path in unfinished.iterdir():
-        flush_to_disk(path)
-    shutil.rmtree(folder, ignore_errors=True)  # one that failed its checksums, or the resume would have begun there
-    os.replace(unfinished, folder)
+    try:
+        model.save_pretrained(unfinished, end_of_text_id)
+        torch.save(state, unfinished / TRAINING_STATE)
+        for name in TOKENIZER_FILES:
+            if tokenizer_from is not None and (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, unfinished / name)
+        write_json(unfinished / CHECKSUMS, {path.name: sha256(path) for path in sorted(unfinished.iterdir())})
+        for path in (*unfinished.iterdir(), run / METRICS):  # no power cut may leave a step in one and not in the other
+            flush_to_disk(path)
+        shutil.rmtree(folder, ignore_errors=True)  # one that failed its checksums, or the resume would have begun there
+        os.replace(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its room back
+        raise
     flush_to_disk(folder.parent)
     return folder
 
@@ -52,10 +59,13 @@ def flush_to_disk(path: Path) -> None:
 def problem(folder: Path) -> str | None:
     """Why this checkpoint can't be trusted, naming the file, or None."""
     try:
-        checksums = json.loads((folder / CHECKSUMS).read_text())
+        text = (folder / CHECKSUMS).read_text()
+        checksums = json.loads(text)
+        if text != json_text(checksums) or not set(NEEDED) <= checksums.keys():
+            return f"{CHECKSUMS} was cut short or altered"
         for name, digest in checksums.items():
             if not (folder / name).is_file():
-                return f"{name} is missing"
+                return f"{name} is missing, and listed in {CHECKSUMS}"
             if sha256(folder / name) != digest:
                 return f"{name} was cut short or altered: its sha256 is not that of {CHECKSUMS}"
     except (OSError, ValueError, AttributeError) as error:
@@ -63,16 +73,44 @@ def problem(folder: Path) -> str | None:
     return None
 
 
+def listed(run: Path) -> list[Path]:
+    """A run's checkpoints in order of their steps, whether whole or not."""
+    return sorted((p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """A run's newest checkpoint that verifies (None if there is none), and why newer ones were passed over."""
     passed_over = []
-    folders = [path for path in (run / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
+    for folder in reversed(listed(run)):
         reason = problem(folder)
         if reason is None:
             return folder, passed_over
         passed_over.append(f"passed over {folder}: {reason}")
     return None, passed_over
+
+
+def find(run: Path, ranks: Ranks, anew: bool) -> Path | None:
+    """The checkpoint that a run goes on from, the same on every rank; None where it begins. All ranks must call it.
+
+    Raises ValueError where all are damaged, and where the run is to begin `anew` and exists.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun --max-restarts
+    if anew and not restarted:
+        if (run / METRICS).is_file():
+            raise ValueError(f"{run} holds a run already: take another --run, or --resume auto to go on with it")
+        return None
+    found, passed_over = ranks.from_main(newest(run) if ranks.is_main else None)
+    for line in passed_over:
+        ranks.say(line)
+    if passed_over and found is None:
+        raise ValueError(f"{run} has no checkpoint that verifies: move the folder away to begin anew")
+    if found is not None and not found.is_dir():
+        raise ValueError(f"rank {ranks.rank} can't see {found}: all nodes need the same logs/ and data/")
+    return found
 
 
 def load_training_state(folder: Path, must_agree: dict[str, Any]) -> dict[str, Any]:

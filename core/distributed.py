@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -76,8 +77,11 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(device_name: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started, joined by NCCL on CUDA and gloo elsewhere; or this process alone."""
+def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
+    """The ranks that torchrun started, joined by NCCL on CUDA and gloo elsewhere; or this process alone.
+
+    A rank that waits for the others longer than `timeout` seconds ends with an error.
+    """
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         if device.type == "cuda":
@@ -97,11 +101,41 @@ def process_group(device_name: str) -> Iterator[Ranks]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     on_cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
+    backend, patience = "nccl" if on_cuda else "gloo", timedelta(seconds=timeout)
+    store = {"store": meeting_place(rank, patience), "rank": rank, "world_size": world_size}
+    dist.init_process_group(backend, timeout=patience, device_id=device if on_cuda else None, **store)
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
     finally:
         dist.destroy_process_group()
+
+
+def meeting_place(rank: int, timeout: timedelta) -> dist.Store:
+    """The store through which the ranks find each other, rank 0's own.
+
+    torchrun has one that outlives its workers, and after a restart they could read the addresses of dead ones there
+    (https://github.com/pytorch/pytorch/issues/135712; seen with 2.13). Only rank 0's port is told through it, and one
+    that is dead is noticed.
+    """
+    shared, _, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return shared
+    host, end = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        own = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        shared.set("port of rank 0", str(own.port))
+        return own
+    while True:
+        port = int(shared.get("port of rank 0"))
+        try:
+            own = dist.TCPStore(host, port, world_size, timeout=timedelta(seconds=2), wait_for_workers=False)
+        except dist.DistError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+        else:
+            own.set_timeout(timeout)
+            return own
 
 
 def autocast(ranks: Ranks, dtype: str) -> torch.autocast:

@@ -1,5 +1,6 @@
 """What a run leaves behind: run.json, metrics.jsonl (the truth), lines on the terminal, and a mirror in wandb."""
 
+import contextlib
 import json
 import math
 import os
@@ -20,54 +21,86 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Writes a run's metrics. Only rank 0 makes one."""
+    """Writes a run's metrics. Only rank 0 makes one. No failure of a disk, a terminal or wandb stops the run."""
 
     def __init__(self, run: Path, settings: dict[str, Any], steps: int, done: int, wandb_project: str | None) -> None:
         """`done` steps lie behind: metrics of later steps, which the checkpoint lacks, are cut off."""
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", settings)
-        cut_back(run / METRICS, done if done else -1)  # a run that begins anew says its step 0 again
-        self._file = open(run / METRICS, "a", buffering=1)  # noqa: SIM115  closed by __exit__
+        kept = cut_back(run / METRICS, done if done else -1)  # a run that begins anew says its step 0 again
+        self.told = {line["split"] for line in kept if line["step"] == done}  # what is known of that step already
+        self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._unwritten = b""
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
         self._wandb = start_wandb(run, settings, wandb_project) if wandb_project else None
 
     def write(self, **metrics: Any) -> None:
         """One line of metrics.jsonl; a number that isn't finite becomes null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        whole = not self._unwritten
+        self._unwritten += json.dumps(finite).encode() + b"\n"
+        try:
+            while (
+                self._unwritten
+            ):  # a disk that fills up may take half a line; the other half follows where it left off
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if whole:
+                self.say(f"{METRICS} can't be written ({error.strerror}): its lines wait in memory")
         if self._wandb is not None:
-            split = metrics["split"]
-            named = {k if k in ("tokens", "lr") else f"{split}/{k}": v for k, v in finite.items() if v is not None}
-            self._wandb.log(
-                {k: v for k, v in named.items() if not k.endswith(("/step", "/split"))}, step=metrics["step"]
-            )
+            self._mirror(finite)
+
+    def _mirror(self, metrics: dict[str, Any]) -> None:
+        step, split = metrics["step"], metrics["split"]
+        named = {k if k in ("tokens", "lr") else f"{split}/{k}": v for k, v in metrics.items() if v is not None}
+        try:
+            self._wandb.log({k: v for k, v in named.items() if not k.endswith(("/step", "/split"))}, step=step)
+        except Exception as error:
+            self._wandb = None
+            self.say(f"wandb failed and is left out from here on, {METRICS} goes on: {error}")
 
     def advance(self) -> None:
-        self._bar.update()
+        with contextlib.suppress(OSError):
+            self._bar.update()
 
     def say(self, text: str) -> None:
         """A line for the person who watches; above the progress bar on a terminal, plain in a log file."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a terminal that was closed, a log file on a full disk
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        with contextlib.suppress(OSError):
+            self._bar.close()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                self.say(f"wandb could not finish: {error}")
 
 
 class StepReports:
     """Reports each step after the next one is launched, so that reading its loss never makes the device wait."""
 
     def __init__(
-        self, log: RunLog | None, ranks: Ranks, steps: int, log_every: int, seconds: float, flops_per_token: float
+        self,
+        log: RunLog | None,
+        ranks: Ranks,
+        steps: int,
+        log_every: int,
+        flops_per_token: float,
+        seconds: float,
+        bad_steps: int,
+        max_bad_steps: int,
     ) -> None:
-        """`seconds` of training lie behind; every `log_every`-th step of `steps` is said on the terminal."""
+        """`seconds` of training and `bad_steps` lie behind; every `log_every`-th step is said on the terminal."""
         self._log, self._steps, self._log_every, self._seconds = log, steps, log_every, seconds
+        self.bad_steps, self._max_bad_steps = bad_steps, max_bad_steps
+        self.stop = False  # whether any rank was asked to stop, known to all of them after the same step
         self._clock = DeviceClock(ranks.device)
         peak = peak_flops(ranks.device)
         self._mfu_per_rate = flops_per_token / (peak * ranks.world_size) if peak else None
@@ -79,7 +112,7 @@ class StepReports:
         self._begin = self._clock.mark()
 
     def launched(self, step: int, tokens: int, step_tokens: int, lr: float, stats: Tensor) -> None:
-        """Note the step just launched, with its loss and gradient norm (2,) on the device; report the one before."""
+        """Note the step just launched, with what `train_step` gave (3,) on the device; report the one before."""
         stats = stats.to("cpu", non_blocking=stats.is_cuda)  # read once the mark after it is reached
         end = self._clock.mark()
         self.flush()
@@ -87,32 +120,37 @@ class StepReports:
         self._pending = (facts, step_tokens, stats, self._begin, end)
         self._begin = end
 
-    def flush(self) -> float:
-        """Report the step that is pending; return the seconds of training so far.
+    def flush(self) -> tuple[float, int]:
+        """Report the step that is pending; return the seconds of training and the bad steps so far.
 
-        Raises ValueError, on every rank, where the loss or the gradient norm isn't finite.
+        Raises ValueError, on every rank, after more than `max_bad_steps` steps without a finite loss and gradient.
         """
         if self._pending is None:
-            return self._seconds
+            return self._seconds, self.bad_steps
         facts, step_tokens, stats, begin, end = self._pending
         self._pending = None
         seconds = self._clock.seconds(begin, end)
-        loss, norm = stats.tolist()
+        loss, norm, asked_to_stop = stats.tolist()
+        self.stop |= asked_to_stop > 0
         rate = step_tokens / seconds
         self._seconds += seconds
         facts |= {"loss": loss, "grad_norm": norm, "tokens_per_second": rate, "seconds": self._seconds}
         facts["mfu"] = rate * self._mfu_per_rate if self._mfu_per_rate else None
+        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        self.bad_steps += bad
         if self._log is not None:
-            self._log.write(**facts)
+            self._log.write(**facts, **({"skipped": True} if bad else {}))
             self._log.advance()
-            if facts["step"] % self._log_every == 0 or facts["step"] in (1, self._steps):
-                self._log.say(self._line(facts, seconds))
-        if not math.isfinite(loss) or not math.isfinite(norm):
+            if bad or facts["step"] % self._log_every == 0 or facts["step"] in (1, self._steps):
+                skipped = f"  SKIPPED, {self.bad_steps} so far" if bad else ""
+                self._log.say(self._line(facts, seconds) + skipped)
+        if self.bad_steps > self._max_bad_steps:
             raise ValueError(
-                f"step {facts['step']}: loss {loss}, gradient norm {norm}; no checkpoint has it. A lower --lr or "
-                f"--grad-clip, or a longer --warmup-steps, usually helps"
+                f"step {facts['step']}: loss {loss}, gradient norm {norm}; {self.bad_steps} steps were skipped, more "
+                f"than --max-bad-steps {self._max_bad_steps}. Another --run with a lower --lr or --grad-clip, or with "
+                f"longer --warmup-steps, usually helps; --init-from gives it the weights of a good checkpoint"
             )
-        return self._seconds
+        return self._seconds, self.bad_steps
 
     def _line(self, facts: dict[str, Any], seconds: float) -> str:
         left = (self._steps - facts["step"]) * seconds / 60
@@ -123,20 +161,22 @@ class StepReports:
         )
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop what metrics.jsonl says of steps after `step`, and a last line that a kill cut short."""
+def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop what metrics.jsonl says of steps after `step`, and a last line that a kill cut short; return the rest."""
+    kept: list[dict[str, Any]] = []
     if not path.is_file():
-        return
-    kept = []
+        return kept
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            metrics = json.loads(line)
         except ValueError:
             break
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text("".join(kept))
+        if metrics["step"] <= step:
+            kept.append(metrics)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
     os.replace(unfinished, path)
+    return kept
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -35,11 +35,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write by rename, so that a reader finds the old file or the whole new one."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+        unfinished.write_text(json_text(value))
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

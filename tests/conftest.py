@@ -1,8 +1,11 @@
 """What the tests share: the scripts run as a user runs them, and a small world of stories made by those scripts."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,26 +20,118 @@ ROOT = Path(__file__).parent.parent
 ENCODING = stories.encoding()
 POSITIONS = 48  # save_model's context; most of the stories' questions are longer
 TRAIN = ("--preset", "tiny", "--seq-len", "64", "--batch-tokens", "2048", "--micro-batch", "16", "--device", "cpu")
+FAULTY = """
+import hashlib, os, time
+import torch
+import train
+from core import cli
+from model import GPT
+
+call, rank, forward, main = 0, int(os.environ.get("RANK", 0)), GPT.forward, train.train
+
+def faulty(self, tokens, targets=None, cache=None):
+    global call
+    loss = forward(self, tokens, targets, cache)
+    if torch.is_grad_enabled():
+        call += 1
+        if {when}:
+            {fault}
+    return loss
+
+def tell(run, optimizer):
+    main(run, optimizer)
+    weights = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
+    print("weights of a rank:", hashlib.sha256(weights).hexdigest(), flush=True)
+
+GPT.forward, train.train = faulty, tell
+cli.run(train.main, train.Config, "")
+"""
 
 
 def run(script, *args, cwd, check=True, **env):
     """Run a script of the repo in folder `cwd`; its stdout and stderr as text."""
-    command = [sys.executable, ROOT / script, *map(str, args)]
-    return execute(command, cwd, check, env)
+    return execute(command_of(script, args), cwd, check, env)
 
 
 def torchrun(ranks, script, *args, cwd, check=True, **env):
     """The same under torchrun with `ranks` processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return execute([*launch, ROOT / script, *map(str, args)], cwd, check, env)
+    return execute(command_of(script, args, ranks), cwd, check, env)
+
+
+def command_of(script, args, ranks=0, launch=("--standalone",)):
+    torchrun = ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *map(str, torchrun), str(ROOT / script), *map(str, args)]
+
+
+def environment(env):
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
 
 
 def execute(command, cwd, check, env):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False)
+    streams = {"capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run(command, check=False, cwd=cwd, env=environment(env), **streams)
     if check and result.returncode:
         raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
+
+
+@contextlib.contextmanager
+def started(script, *args, cwd, ranks=0, launch=("--standalone",), **env):
+    """A run that goes on beside the test, and is killed at the end with all its processes should it still live."""
+    command = command_of(script, args, ranks, launch)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=cwd, env=environment(env), start_new_session=True, **streams)
+    try:
+        yield process
+    finally:
+        for pid in (*children(process.pid), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def ended(process):
+    """What a started run ended with, as `run` returns it."""
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_until(true, process=None, seconds=60.0):
+    """Whether it became true before the process ended."""
+    end = time.monotonic() + seconds
+    while not true():
+        if process is not None and process.poll() is not None:
+            return False
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return True
+
+
+def children(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def faulty(path, when, fault):
+    """A train.py in whose `when` (an expression of rank and call) a rank's micro-batch meets a `fault`."""
+    path.write_text(FAULTY.format(when=when, fault=fault))
+    return path
+
+
+def fill(path):
+    """Write a file until no room is left."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
 
 
 def refused(result):
@@ -68,3 +163,14 @@ def world(tmp_path_factory):
     source = ("--source", "data/stories/stories.jsonl", "--encoding", "data/stories")
     run("fineweb.py", *source, "--out", "data/small", "--val-tokens", "6000", "--workers", "1", cwd=folder)
     return folder
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -5,16 +5,15 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
+import conftest
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENCODING, ROOT, execute, refused, run, torchrun
+from conftest import ENCODING, ROOT, children, ended, execute, fill, lives, refused, run, torchrun, wait_until
 
 from core.parts import write_shard
 
@@ -82,36 +81,9 @@ def prepare(world, source, out, *settings, workers=1, check=True, **env):
     return run("fineweb.py", *command(source, out, workers, *settings), cwd=world, check=check, **env)
 
 
-@contextlib.contextmanager
 def started(world, source, out, *settings, workers=1, **env):
     """A run in a process group of its own, which is killed at the end should it still live."""
-    arguments = [sys.executable, ROOT / "fineweb.py", *map(str, command(source, out, workers, *settings))]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(arguments, cwd=world, env=env, start_new_session=True, **streams)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def ended(process):
-    """What a started run ended with, as `run` returns it."""
-    stdout, stderr = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-def wait_until(true, process=None, seconds=30.0):
-    """Whether it became true before the process ended."""
-    end = time.monotonic() + seconds
-    while not true():
-        if process is not None and process.poll() is not None:
-            return False
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    return True
+    return conftest.started("fineweb.py", *command(source, out, workers, *settings), cwd=world, **env)
 
 
 def recorded(out):
@@ -140,17 +112,6 @@ def interrupt(world, source, out, *settings, shards=5, **env):
 def joined(out):
     """Whether a run came to the joining of its parts."""
     return (out / "val_000000.npy").exists()
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def lives(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def contents(folder):
@@ -191,24 +152,6 @@ def small(world):
         write_jsonl(folder / f"part_{number}.jsonl", documents(number, 60))
     prepare(world, folder / "*.jsonl", folder / "out")
     return folder / "*.jsonl", folder / "out"
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A small disk of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False).returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(path):
-    """Write a file until no room is left."""
-    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(b"x" * 4096):
-            pass
 
 
 def array_task(task, count, low=0):

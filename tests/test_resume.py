@@ -17,7 +17,7 @@ from core import checkpoint
 from core.runlog import METRICS, read_metrics
 
 STEPS = 24
-COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--warmup-steps", 3)
+COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--warmup-steps", 3, "--keep", 99)
 TIMES = ("seconds", "tokens_per_second")  # the one thing that may differ
 
 
@@ -41,7 +41,7 @@ def settings(**changes):
     """The same command for a call within this process."""
     tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
     mine = {"data": "data/small", "steps": STEPS, "val_every": 6, "warmup_steps": 3, "save_every": 5, "run": "whole"}
-    return train.Config(**(tiny | mine | changes))
+    return train.Config(**(tiny | mine | {"keep": 99} | changes))
 
 
 def go_back(folder, step):
@@ -77,8 +77,8 @@ def reached(folder, step):
     return path.is_file() and f'"step": {step},' in path.read_text()
 
 
-def assert_like(folder, whole):
-    last = f"checkpoints/step_{STEPS:06d}"
+def assert_like(folder, whole, steps=STEPS):
+    last = f"checkpoints/step_{steps:06d}"
     assert (folder / last / "model.safetensors").read_bytes() == (whole / last / "model.safetensors").read_bytes()
     ours, theirs = (read_metrics(run) for run in (folder, whole))
     places = [[(line["step"], line["split"]) for line in lines] for lines in (ours, theirs)]

@@ -1,0 +1,94 @@
+"""Promise 3 under SIGKILL at random moments, one process or one of two ranks; `make soak` kills 25 times each."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from conftest import TRAIN, children, lives, run, started, torchrun, wait_until
+from test_resume import assert_like, reached
+
+from core.runlog import METRICS
+
+KILLS = int(os.environ.get("SOAK_KILLS", "2"))
+STEPS = 6 * KILLS + 12
+COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--save-every", 3, "--keep", 2)
+
+
+def last_step(folder):
+    path = folder / METRICS
+    return path.read_text().count('"split": "train"') if path.is_file() else 0
+
+
+def writing(folder):
+    return any((folder / "checkpoints").glob(".step_*"))
+
+
+def send(pids, number):
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def freeze(pids, moment):
+    """Stop the processes at a moment that is short."""
+    while True:
+        assert wait_until(moment)
+        send(pids, signal.SIGSTOP)
+        if moment():
+            return
+        send(pids, signal.SIGCONT)
+
+
+def kill_at_random(folder, process, ranks, rng, during_a_write):
+    """Kill the process, or one of its ranks, within the next steps."""
+    wanted = last_step(folder) + rng.randint(1, 8)
+    assert wait_until(lambda: last_step(folder) >= wanted, process)
+    pids = children(process.pid) if ranks else [process.pid]
+    if during_a_write:
+        freeze(pids, lambda: writing(folder))
+    else:
+        time.sleep(rng.uniform(0, 0.1))
+    os.kill(rng.choice(pids), signal.SIGKILL)
+    if during_a_write:
+        assert writing(folder)
+        send(pids, signal.SIGCONT)
+    assert process.wait(timeout=60)
+
+
+def train(world, ranks, name):
+    arguments = ("train.py", *COMMAND, "--run-name", name)
+    return torchrun(ranks, *arguments, cwd=world) if ranks else run(*arguments, cwd=world)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world):
+    for ranks in (0, 2):  # sums over two ranks round differently
+        train(world, ranks, f"undisturbed-{ranks}")
+    return world / "logs"
+
+
+@pytest.mark.parametrize("ranks", [0, 2], ids=["one-process", "one-of-two-ranks"])
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(world, undisturbed, ranks):
+    name, rng = f"soaked-{ranks}", random.Random(ranks)
+    folder = world / "logs" / name
+    for kill in range(KILLS):
+        with started("train.py", *COMMAND, "--run-name", name, cwd=world, ranks=ranks) as process:
+            kill_at_random(folder, process, ranks, rng, during_a_write=kill % 3 == 1)
+    assert "resuming " in train(world, ranks, name).stdout
+    assert_like(folder, undisturbed / f"undisturbed-{ranks}", STEPS)
+
+
+def test_torchrun_goes_on_by_itself_after_a_rank_dies(world, undisturbed):
+    """And does so under --resume never, which refuses a second start by hand."""
+    folder, launch = world / "logs/restarted", ("--standalone", "--max-restarts=1")
+    command = ("train.py", *COMMAND, "--resume", "never", "--run-name", folder.name)
+    with started(*command, cwd=world, ranks=2, launch=launch) as process:
+        assert wait_until(lambda: reached(folder, 8), process)
+        first = children(process.pid)
+        os.kill(first[1], signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert not any(lives(pid) for pid in first)
+    assert "resuming logs/restarted/checkpoints/step_00000" in stdout
+    assert_like(folder, undisturbed / "undisturbed-2", STEPS)
