@@ -1,6 +1,7 @@
 """Ranks, devices and the process group: a single process and torchrun look alike to the rest of the code."""
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,14 +129,13 @@ def meeting_place(rank: int, timeout: timedelta) -> dist.Store:
     while True:
         port = int(shared.get("port of rank 0"))
         try:
-            own = dist.TCPStore(host, port, world_size, timeout=timedelta(seconds=2), wait_for_workers=False)
-        except dist.DistError:
+            socket.create_connection((host, port), timeout=5).close()  # TCPStore would print a page of C++ frames
+        except OSError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
         else:
-            own.set_timeout(timeout)
-            return own
+            return dist.TCPStore(host, port, world_size, timeout=timeout, wait_for_workers=False)
 
 
 def autocast(ranks: Ranks, dtype: str) -> torch.autocast:
