@@ -1,0 +1,54 @@
+"""Several nodes: two launchers with ranks of their own train as one; rank 0 alone writes, and all of them measure."""
+
+import socket
+
+import pytest
+from conftest import TRAIN, ended, started, torchrun
+from test_resume import assert_like
+
+STEPS = 12
+COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 5, "--save-every", 5, "--micro-batch", 8)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def node(rank, port):
+    return ("--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}")
+
+
+@pytest.fixture(scope="module")
+def one_node(world):
+    torchrun(2, "train.py", *COMMAND, "--run-name", "one-node", cwd=world)
+    return world / "logs/one-node"
+
+
+def test_two_nodes_of_one_rank_equal_one_node_of_two(world, one_node):
+    """Each node's process has local rank 0, so that what asks for the local rank in place of the global one shows."""
+    port, command = free_port(), ("train.py", *COMMAND, "--run-name", "two-nodes")
+    with (
+        started(*command, cwd=world, ranks=1, launch=node(0, port)) as first,
+        started(*command, cwd=world, ranks=1, launch=node(1, port)) as second,
+    ):
+        results = [ended(process) for process in (first, second)]
+    assert [result.returncode for result in results] == [0, 0], results
+    assert "validation loss" in results[0].stdout
+    assert "saved logs/two-nodes" in results[0].stdout
+    assert results[1].stdout == ""
+    assert_like(world / "logs/two-nodes", one_node, STEPS)
+
+
+def test_without_a_launcher_the_ranks_find_each_other_too(world, one_node):
+    """As srun starts them: rank and address from the environment, no torchrun."""
+    port, command = free_port(), ("train.py", *COMMAND, "--run-name", "no-launcher")
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    with (
+        started(*command, cwd=world, RANK="0", **env) as first,
+        started(*command, cwd=world, RANK="1", **env) as second,
+    ):
+        results = [ended(process) for process in (first, second)]
+    assert [result.returncode for result in results] == [0, 0], results
+    assert_like(world / "logs/no-launcher", one_node, STEPS)
