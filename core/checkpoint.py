@@ -115,7 +115,11 @@ def find(run: Path, ranks: Ranks, anew: bool) -> Path | None:
 
 def load_training_state(folder: Path, must_agree: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's training state. Raises ValueError where a setting that must agree differs from the run's."""
-    state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
+    path = folder / TRAINING_STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a hostile pickle can make the reader raise anything
+        raise ValueError(f"{path} holds more than plain values and tensors ({type(error).__name__})") from None
     for name, value in must_agree.items():
         begun_with = state["settings"].get(name)
         if begun_with != value:

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import math
+import netrc
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -190,12 +192,23 @@ def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:
     try:
         import wandb
 
-        mode = None if wandb.api.api_key or os.environ.get("WANDB_MODE") else "offline"
+        mode = None if os.environ.get("WANDB_MODE") or logged_in() else "offline"
         name = f"{run.name}-{settings['manifest_hash'][:8]}"
         return wandb.init(project=project, name=run.name, id=name, dir=run, config=settings, resume="allow", mode=mode)
     except Exception as error:
         print(f"wandb is left out, metrics.jsonl goes on: {error}", file=sys.stderr)
         return None
+
+
+def logged_in() -> bool:
+    """Whether wandb will find a key; it would ask for one on a terminal, and nobody may be there to answer."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def versions(device: torch.device) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TRAIN, refused, run
 
 import train
 from core import checkpoint, tokenizer
 from core.distributed import Ranks
-from core.shards import VERIFIED, open_dataset, sha256, verify
+from core.shards import VERIFIED, open_dataset, sha256, verify, write_json
 from model import GPT
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -185,6 +187,64 @@ def test_ckpt_takes_a_run_a_checkpoint_a_hugging_face_folder_or_a_hub_name(here)
 def test_ckpt_refuses_anything_else_and_names_the_runs(here, ckpt, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.resolve(ckpt)
+
+
+def test_200_random_flips_and_cuts_are_each_refused_by_name(here):
+    rng, checkpoints = random.Random(5), Path("logs/short/checkpoints")
+    files = [*(checkpoints / "step_000006").iterdir(), *Path("data/small").glob("*.npy")]
+    for _ in range(200):
+        path = rng.choice(files)
+        whole = path.read_bytes()
+        place, bit = rng.randrange(len(whole)), rng.randrange(8)
+        flipped = whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
+        path.write_bytes(rng.choice([flipped, whole[:place]]))
+        if path.suffix == ".npy":
+            with pytest.raises(ValueError, match=path.name):
+                train.main(settings(run="new"))
+        else:
+            found, (line,) = checkpoint.newest(Path("logs/short"))
+            assert found.name == "step_000004"
+            assert path.name in line, (place, bit)
+            with pytest.raises(ValueError, match=path.name):
+                checkpoint.resolve(str(path.parent))
+        path.write_bytes(whole)
+    assert not Path("logs/new").exists()
+    assert checkpoint.newest(Path("logs/short")) == (checkpoints / "step_000006", [])
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_training_state_that_would_run_code_is_refused_and_not_run(here):
+    """Its checksums are right: who made it made them too."""
+    folder = Path("logs/short/checkpoints/step_000006")
+    torch.save({"step": 6, "optimizer": Evil()}, folder / checkpoint.TRAINING_STATE)
+    checksums = json.loads((folder / checkpoint.CHECKSUMS).read_text())
+    checksums[checkpoint.TRAINING_STATE] = sha256(folder / checkpoint.TRAINING_STATE)
+    write_json(folder / checkpoint.CHECKSUMS, checksums)
+    assert checkpoint.problem(folder) is None
+    with pytest.raises(ValueError, match=rf"{checkpoint.TRAINING_STATE} holds more than plain values and tensors"):
+        train.main(settings())
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("script", ["eval_lambada.py", "eval_cbt.py", "sample.py", "train.py"])
+def test_a_pickle_that_would_run_code_is_refused_as_a_model(here, world, script):
+    Path("evil").mkdir()
+    shutil.copy("logs/short/checkpoints/step_000006/config.json", "evil")
+    torch.save({"transformer.wte.weight": Evil()}, "evil/pytorch_model.bin")
+    data = {"eval_lambada.py": "lambada.txt", "eval_cbt.py": "stories_NE_valid.txt"}.get(script)
+    arguments = ["--data", world / "data/stories" / data, "--device", "cpu"] if data else ["--device", "cpu"]
+    arguments += ["--text", "other"] if script == "eval_lambada.py" else []
+    if script == "train.py":
+        arguments = [*TRAIN, "--data", "data/small", "--run", "evil", "--init-from", "evil"]
+    else:
+        arguments += ["--ckpt", "evil"]
+    said = refused(run(script, *arguments, cwd=here, check=False))
+    assert "evil/pytorch_model.bin is damaged or holds more than tensors" in said
+    assert not Path("ran").exists()
 
 
 def as_listed(folder, name, ids):

@@ -185,6 +185,32 @@ def test_loss_is_the_cross_entropy_over_the_real_vocabulary():
     torch.testing.assert_close(model(inputs, targets), expected)
 
 
+def gradients(model, tokens, targets):
+    """Gradients of the loss, and the bytes that were kept for them."""
+    kept = {}  # by address, as a tensor may be kept more than once
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens, targets)
+    loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return grads, sum(kept.values())
+
+
+def test_activation_checkpointing_changes_no_bit_and_keeps_less():
+    model = GPT(replace(PRESETS["tiny"], n_layer=6, vocab_size=128), seed=3)
+    tokens, targets = torch.randint(128, (2, 16, 64), generator=torch.Generator().manual_seed(1)).unbind()
+    plain, kept = gradients(model, tokens, targets)
+    model.activation_checkpointing = True
+    recomputed, kept_less = gradients(model, tokens, targets)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(recomputed, plain, strict=True))
+    assert kept_less < kept / 3
+
+
 @torch.no_grad()
 def test_cached_logits_equal_those_of_one_forward():
     model, tokens = randomized(TINY), random_tokens(663, 40, rows=3)

@@ -1,8 +1,12 @@
 """Promise 2: the order of tokens is a pure function of (manifest hash, seed, sequence length, i), for any ranks."""
 
 import json
+import tempfile
 from collections import Counter
+from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -107,3 +111,30 @@ def test_a_step_sees_the_same_sequences_for_any_ranks_and_micro_batch(dataset, w
         assert [len(share) for share in shares] == [16 // world_size] * world_size
         inputs, targets = windows.batch(order[range(16 * step, 16 * step + 16)])
         assert Counter(sequence for share in shares for sequence in share) == Counter(as_tuples(inputs, targets))
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    sizes=st.lists(st.integers(1, 150), min_size=1, max_size=5),
+    shares=st.lists(st.sampled_from([(w, m) for w in (1, 2, 3, 4, 6, 12) for m in (1, 2, 3, 4) if 12 % (w * m) == 0])),
+    seed=st.integers(0, 2**32),
+)
+def test_each_window_of_an_epoch_is_seen_once_whatever_ranks_take_part_in_which_step(sizes, shares, seed):
+    """Steps of 12 sequences by ranks and micro-batches that change from step to step, as resumes may change them."""
+    hypothesis.assume(any(size > SEQ_LEN for size in sizes))
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write_dataset(Path(folder), sizes)
+        windows = Windows(dataset, "train", SEQ_LEN)
+        order = TokenOrder(dataset.manifest_hash, seed, SEQ_LEN, len(windows))
+        seen = Counter(dict.fromkeys(as_tuples(*windows.batch(range(len(windows)))), 0))
+        assert len(seen) == len(windows)
+        for step in range(2 * len(windows)):
+            world_size, micro_batch = shares[step % len(shares)] if shares else (1, 12)
+            config = train.Config(batch_tokens=12 * SEQ_LEN, micro_batch=micro_batch, seq_len=SEQ_LEN, seed=seed)
+            for rank in range(world_size):
+                run = train.Run(config, Ranks(rank, world_size, torch.device("cpu")), dataset, None, None, step=step)
+                for inputs, targets in train.micro_batches(run, windows, order):
+                    seen.update(as_tuples(inputs, targets))
+            assert seen.total() == 12 * (step + 1)
+            assert max(seen.values()) - min(seen.values()) <= 1  # no second time before all others' first
+        assert set(seen.values()) == {24}

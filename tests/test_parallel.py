@@ -1,4 +1,6 @@
-"""Ranks and micro-batches share out the work and change nothing: the losses are those of one process."""
+"""Ranks, micro-batches and resumes between them change nothing: the losses are those of one process."""
+
+import shutil
 
 import pytest
 from conftest import TRAIN, run, torchrun
@@ -40,3 +42,22 @@ def test_two_ranks_equal_one_process(world, one_process):
 def test_a_smaller_micro_batch_changes_nothing(world, one_process):
     run("train.py", *RECIPE, "--micro-batch", 4, "--run", "micro", cwd=world)
     assert_same(read_metrics(world / "logs/micro"), one_process)
+
+
+def test_resumed_by_two_three_and_four_ranks_it_goes_on_as_one_process(world):
+    """Three steps each, of 12 sequences."""
+    twelve = (*RECIPE, "--batch-tokens", 768, "--micro-batch", 3, "--steps", 12, "--save-every", 3, "--keep", 4)
+    run("train.py", *twelve, "--run", "alone", cwd=world)
+    expected = read_metrics(world / "logs/alone")
+    shutil.copytree(world / "logs/alone", world / "logs/handed-on")
+    for ranks, step in ((2, 3), (3, 6), (4, 9)):
+        for path in (world / "logs/handed-on/checkpoints").iterdir():
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
+        said = torchrun(ranks, "train.py", *twelve, "--micro-batch", 1, "--run-name", "handed-on", cwd=world).stdout
+        assert f"step {step} of 12" in said
+    metrics = read_metrics(world / "logs/handed-on")
+    assert [(line["step"], line["split"]) for line in metrics] == [(line["step"], line["split"]) for line in expected]
+    losses = [[line["loss"] for line in lines] for lines in (metrics, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-6)
+    assert losses[0] != losses[1]  # sums over ranks round differently: they did take part
