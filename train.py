@@ -236,10 +236,9 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
     interrupts = Interrupts(config.hang_timeout, ranks.is_main)
     with open_log(run) as log, open_saver(run, log) as saver, interrupts:
         told = ranks.from_main(log.told if log is not None else None)
-        for every, measure in measures:  # at step 0, or what a run that was stopped left to be measured
-            if is_due(run, every) and measure.split not in told:
-                report(run, measure, log)
+        measure(run, measures, log, told)  # at step 0, or what a run that was stopped left to be measured
         reports = open_reports(run, log)
+        intervals = (*(every for every, _ in measures), config.sample_every, config.save_every)
         first = run.step
         while run.step < config.steps and not reports.stop:
             interrupts.alive()
@@ -251,17 +250,14 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
             if run.step == first + 1:
                 saver.reserve(run.model, training_state(run, optimizer))
                 reports.restart_clock()
-            due = [measure for every, measure in measures if is_due(run, every)]
-            sample, save = is_due(run, config.sample_every), is_due(run, config.save_every)
-            if due or sample or save or reports.stop:
+            if reports.stop or any(is_due(run, every) for every in intervals):
                 run.seconds, run.bad_steps = reports.flush()
                 interrupts.pause()
                 if run.step == config.steps or not reports.stop:  # a run that is stopped measures when it goes on
-                    for measure in due:
-                        report(run, measure, log)
-                    if sample and log is not None:
+                    measure(run, measures, log)
+                    if is_due(run, config.sample_every) and log is not None:
                         log.say(sample_text(run))
-                if save or reports.stop:
+                if is_due(run, config.save_every) or reports.stop:
                     saver.save(run.model, training_state(run, optimizer))
                 reports.restart_clock()
         saver.finish()
@@ -270,7 +266,7 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def open_measures(config: Config, dataset: Dataset, ranks: Ranks) -> list[tuple[int, Any]]:
-    """What is measured while the run goes on, each with the steps between."""
+    """What is measured while the run goes on, each with the steps between; validation first."""
     batch = min(config.micro_batch, VAL_BATCH)
     validation = Validation(dataset, ranks, config.seq_len, config.val_tokens, batch, config.dtype)
     if config.eval_lambada is None:
@@ -371,11 +367,14 @@ def warm_up(model: Any, batches: Iterator[tuple[Tensor, Tensor]], config: Config
     ranks.say(f"compiled in {time.perf_counter() - begin:.0f} s")
 
 
-def report(run: Run, measure: Validation | LambadaCurve, log: RunLog | None) -> None:
-    result = measure.run(run.model)
-    if log is not None:
-        log.write(step=run.step, tokens=run.tokens, split=measure.split, **result, seconds=run.seconds)
-        log.say(f"step {run.step:>6,}/{run.config.steps:,}  {measure.describe(result)}")
+def measure(run: Run, measures: list[tuple[int, Any]], log: RunLog | None, told: frozenset[str] = frozenset()) -> None:
+    """Take and report the measures that are due at this step, but for those whose split is `told` already."""
+    for every, taken in measures:
+        if is_due(run, every) and taken.split not in told:
+            result = taken.run(run.model)
+            if log is not None:
+                log.write(step=run.step, tokens=run.tokens, split=taken.split, **result, seconds=run.seconds)
+                log.say(f"step {run.step:>6,}/{run.config.steps:,}  {taken.describe(result)}")
 
 
 def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) -> None:
@@ -390,8 +389,8 @@ def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) 
     result = validation.run(model)
     ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
     ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
-    for _, measure in others:
-        ranks.say(measure.describe(measure.run(model)))
+    for _, other in others:
+        ranks.say(other.describe(other.run(model)))
 
 
 def sample_text(run: Run) -> str:

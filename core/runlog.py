@@ -30,7 +30,9 @@ class RunLog:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", settings)
         kept = cut_back(run / METRICS, done if done else -1)  # a run that begins anew says its step 0 again
-        self.told = {line["split"] for line in kept if line["step"] == done}  # what is known of that step already
+        self.told = frozenset(
+            line["split"] for line in kept if line["step"] == done
+        )  # what is known of that step already
         self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
         self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)

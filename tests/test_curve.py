@@ -89,7 +89,7 @@ def test_the_ranks_share_the_passages(world, monkeypatch):
 
     monkeypatch.setattr(evaluation, "score", score)
     opened = Ranks(0, 1, torch.device("cpu"))
-    monkeypatch.setattr(train, "process_group", lambda device: contextlib.nullcontext(opened))
+    monkeypatch.setattr(train, "process_group", lambda *_: contextlib.nullcontext(opened))
     in_this_process(run="shared")
     assert [ranks is opened for ranks in shares] == [True] * 3
 

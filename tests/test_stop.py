@@ -1,75 +1,104 @@
 """Stop and go: signals finish the step and save, on all ranks together; a rank that hangs ends the run in time."""
 
+import contextlib
+import itertools
 import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
-from conftest import TRAIN, children, ended, faulty, lives, refused, run, started, torchrun, wait_until
+from conftest import TRAIN, children, ended, faulty, lives, refused, run, started, wait_until
 from test_resume import assert_like, reached
 
+import train
 from core import checkpoint
 from core.runlog import read_metrics
 
-STEPS = 30
-COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--sample-every", 10)
+STEPS = 16
+COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4)
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    return world
+
+
+def settings(**changes):
+    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
+    return train.Config(**(tiny | {"data": "data/small", "steps": STEPS, "val_every": 4, "log_every": 1} | changes))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(world):
-    """The same run by one process and by two ranks, whose sums round differently."""
-    run("train.py", *COMMAND, "--run", "unstopped-0", cwd=world)
-    torchrun(2, "train.py", *COMMAND, "--run-name", "unstopped-2", cwd=world)
-    return world / "logs"
+    with contextlib.chdir(world):
+        train.main(settings(run="unstopped"))
+    return world / "logs/unstopped"
 
 
-def stop(process, ranks, pick, number, folder, step=6):
+def send_in_step(monkeypatch, number, step):
+    """Let this process send itself a signal in the middle of a step."""
+    train_step, steps = train.train_step, itertools.count(1)
+
+    def interrupted(*args):
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+        return train_step(*args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+
+
+# The step after the one in which it came is launched already; at a multiple of 4 validation is due, and waits.
+@pytest.mark.parametrize(("step", "last"), [(6, 7), (7, 8), (8, 8), (11, 12), (STEPS - 1, STEPS), (STEPS, STEPS)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
+    here, undisturbed, monkeypatch, capsys, number, step, last
+):
+    folder = Path(f"logs/stopped-{number.name}-{step}")
+    handlers = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
+    with monkeypatch.context() as patch:
+        send_in_step(patch, number, step)
+        train.main(settings(run=folder.name))
+    assert [checkpoint.step_of(path) for path in checkpoint.listed(folder)] == [last]
+    said = capsys.readouterr().out
+    assert (f"stopped after step {last} of {STEPS}: the same command goes on" in said) == (last < STEPS)
+    assert read_metrics(folder)[-1]["split"] == ("train" if last < STEPS else "val")
+    train.main(settings(run=folder.name))
+    said = capsys.readouterr().out
+    assert f"resuming logs/{folder.name}/checkpoints/step_{last:06d}: step {last} of {STEPS}" in said
+    assert_like(folder, undisturbed, STEPS)
+    after = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
+    assert after == handlers
+
+
+def stop(process, pick, number, folder, step=6):
     """Send a signal to what `pick` takes of the processes once a step is reached; what it all ended with."""
     assert wait_until(lambda: reached(folder, step), process)
-    for pid in pick(process, children(process.pid)):
+    ranks = children(process.pid)
+    for pid in pick(process.pid, ranks):
         os.kill(pid, number)
     result = ended(process)
-    assert not any(lives(pid) for pid in children(process.pid))
+    assert not any(lives(pid) for pid in ranks)
     return result
 
 
-PROCESS, ONE_RANK, ALL_RANKS = (lambda p, c: [p.pid]), (lambda p, c: c[1:2]), (lambda p, c: c)
-
-
-@pytest.mark.parametrize(
-    ("number", "ranks", "pick"),
-    [
-        (signal.SIGTERM, 0, PROCESS),
-        (signal.SIGUSR1, 0, PROCESS),
-        (signal.SIGINT, 0, PROCESS),
-        (signal.SIGHUP, 0, PROCESS),
-        (signal.SIGTERM, 2, ONE_RANK),
-        (signal.SIGUSR1, 2, ALL_RANKS),
-    ],
-)
-def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(world, undisturbed, number, ranks, pick):
-    name = f"stopped-{number.name}-{ranks}"
-    folder = world / "logs" / name
-    with started("train.py", *COMMAND, "--run-name", name, cwd=world, ranks=ranks) as process:
-        result = stop(process, ranks, pick, number, folder)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(world):
+    folder, command = world / "logs/stopped-rank", ("train.py", *COMMAND, "--steps", 1000, "--run-name", "stopped-rank")
+    with started(*command, cwd=world, ranks=2) as process:
+        result = stop(process, lambda launcher, ranks: ranks[1:], signal.SIGUSR1, folder)
     assert result.returncode == 0, result.stderr
-    step = int(re.search(rf"stopped after step (\d+) of {STEPS}", result.stdout)[1])
+    step = int(re.search(r"stopped after step (\d+) of 1,000", result.stdout)[1])
     assert [checkpoint.step_of(path) for path in checkpoint.listed(folder)] == [step]
     assert reached(folder, step)
     assert not reached(folder, step + 1)
-    arguments = ("train.py", *COMMAND, "--run-name", name)
-    said = (torchrun(ranks, *arguments, cwd=world) if ranks else run(*arguments, cwd=world)).stdout
-    assert f"resuming logs/{name}/checkpoints/step_{step:06d}: step {step} of {STEPS}" in said
-    assert_like(folder, undisturbed / f"unstopped-{ranks}", STEPS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_passes_the_signal_on(world, number):
-    folder = world / f"logs/launcher-{number.name}"
-    command = ("train.py", *COMMAND, "--steps", 1000, "--run-name", folder.name)
+def test_torchrun_passes_the_signal_on(world):
+    folder, command = world / "logs/stopped-all", ("train.py", *COMMAND, "--steps", 1000, "--run-name", "stopped-all")
     with started(*command, cwd=world, ranks=2) as process:
-        result = stop(process, 2, PROCESS, number, folder)
+        result = stop(process, lambda launcher, ranks: [launcher], signal.SIGTERM, folder)
     step = int(re.search(r"stopped after step (\d+) of 1,000", result.stdout)[1])
     assert [checkpoint.step_of(path) for path in checkpoint.listed(folder)] == [step]
 
@@ -97,7 +126,7 @@ def test_nohup_keeps_ignoring_sighup(world):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the process started inherits it
     try:
         with started("train.py", *COMMAND, "--run", folder.name, cwd=world) as process:
-            assert "stopped" not in stop(process, 0, PROCESS, signal.SIGHUP, folder).stdout
+            assert "stopped" not in stop(process, lambda pid, ranks: [pid], signal.SIGHUP, folder).stdout
     finally:
         signal.signal(signal.SIGHUP, before)
     assert reached(folder, STEPS)
