@@ -28,6 +28,7 @@ test: setup
 	python -m pytest -q -n 2 --dist loadfile
 
 soak: setup
+	SOAK_KILLS=25 python -m pytest -q tests/test_kills.py
 	SOAK_KILLS=30 python -m pytest -q tests/test_preparation.py -k killed_again
 
 lint: setup

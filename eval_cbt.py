@@ -35,7 +35,7 @@ class Config(evaluation.Options):
 def main(config: Config) -> None:
     if config.compare:
         return evaluation.compare(config)
-    sources = evaluation.check(config)
+    sources = evaluation.check(config, config.data)
     protocols = list(cbt.PROTOCOLS) if "all" in config.protocol else list(dict.fromkeys(config.protocol))
     evaluation.run(cbt.TASK, config, sources, load_questions(config, protocols), published_figures(protocols))
 
@@ -43,7 +43,7 @@ def main(config: Config) -> None:
 def load_questions(config: Config, protocols: list[str]) -> list[QuestionSet]:
     if config.data:
         sets = [load_file(Path(name), protocols) for name in dict.fromkeys(config.data)]
-        if len({questions.data for questions in sets}) < len(sets):
+        if len({questions.subset for questions in sets}) < len(sets):
             raise ValueError(
                 f"--data {' '.join(config.data)}: two files of one name; results name files, so rename one"
             )

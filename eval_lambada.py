@@ -31,7 +31,7 @@ class Config(evaluation.Options):
 def main(config: Config) -> None:
     if config.compare:
         return evaluation.compare(config)
-    sources = evaluation.check(config)
+    sources = evaluation.check(config, (config.data,) if config.data else ())
     text = which_text(config)
     protocols = which_protocols(config, text)
     questions = load_questions(config, protocols, text)
@@ -49,6 +49,10 @@ def which_text(config: Config) -> str | None:
         raise ValueError(
             f"--data {config.data}: lines can't tell which text they are; add --text openai (as OpenAI's "
             f"lambada_test.jsonl), --text standard (tokenised), or --text other (your own passages)"
+        )
+    if known is not None and config.text not in (None, known, "other"):
+        raise ValueError(
+            f"--text {config.text}, but {Path(config.data).name} is the name of the text {known}: leave it out"
         )
     return config.text or known
 

@@ -40,13 +40,20 @@ class Options:
     """File for the outcome of each question, a JSON object a line; --compare reads it."""
 
 
-def check(options: Options) -> list[str]:
+def check(options: Options, data: tuple[str, ...]) -> list[str]:
     """The models to score, resolved. Refuses what can't be meant, before anything is loaded."""
     if options.batch_tokens is not None:
         cli.check_positive(batch_tokens=options.batch_tokens)
+    taken = {Path(file).resolve(): f"--data {file}" for file in data}
     for name, file in (("out", options.out), ("items", options.items)):
-        if file is not None and Path(file).is_dir():
+        if file is None:
+            continue
+        if Path(file).is_dir():
             raise ValueError(f"--{name} {file} is a folder: name a file")
+        if other := taken.get(Path(file).resolve()):
+            raise ValueError(f"--{name} {file} would overwrite {other}: name another file")
+        taken[Path(file).resolve()] = f"--{name} {file}"
+        Path(file).parent.mkdir(parents=True, exist_ok=True)  # fails now where it can't be, not after the scoring
     return list(dict.fromkeys(checkpoint.resolve_all(options.ckpt)))
 
 
@@ -66,8 +73,9 @@ def run(task: Task, options: Options, sources: list[str], sets: list[QuestionSet
     with process_group(options.device) as ranks:
         found: list[Result] = []
         items: list[dict[str, Any]] = []
+        sources = ranks.from_main(sources)  # a run that still trains may have shown each rank another newest checkpoint
         for source, name in zip(sources, results.short_names(sources), strict=True):
-            model = checkpoint.load_model(source).to(ranks.device)
+            model = load(source, ranks)
             encoding = checkpoint.load_encoding(source, model.config.vocab_size)
             for questions in sets:
                 begin = time.perf_counter()
@@ -76,8 +84,17 @@ def run(task: Task, options: Options, sources: list[str], sets: list[QuestionSet
                 for protocol, outcome in verdicts.items():
                     found.append(summarize(task, model, name, protocol, questions, outcome, options.dtype, seconds))
                     items += itemize(task, found[-1], questions, outcome)
+            del model  # before the next one is loaded beside it
         if ranks.is_main:
             report(options, found, items, reference)
+
+
+def load(source: str, ranks: Ranks) -> GPT:
+    model = checkpoint.load_model(source)
+    try:
+        return model.to(ranks.device)
+    except torch.OutOfMemoryError:
+        raise ValueError(f"{source} doesn't fit on the GPU beside what else runs there: take --device cpu") from None
 
 
 def evaluate(
@@ -197,15 +214,16 @@ def itemize(task: Task, result: Result, questions: QuestionSet, verdicts: list[V
 
 
 def report(options: Options, found: list[Result], items: list[dict[str, Any]], reference: str) -> None:
+    saved = results.save(found, options.out)
+    if options.items:
+        results.save_items(items, options.items)
     print(f"\n{results.results_table(found)}\n")
     if pairs := results.comparison_table(items):
         print(f"{pairs}\n")
     if any(result.has_published for result in found):
         print(f"{reference}\n")
     print(results.footnotes(found))
-    if options.items:
-        results.save_items(items, options.items)
-    print(f"\nsaved {results.save(found, options.out)}")
+    print(f"\nsaved {saved}")
 
 
 def data_facts(path: Path | None, hub_name: str) -> dict[str, str | None]:

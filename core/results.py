@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: results.json, a line a question, and a table beside the published figures."""
 
+import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -63,7 +64,8 @@ def save(results: list[Result], out: str | None) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for r, row in zip(results, rows, strict=True):
         name = re.sub(r"[^\w.-]+", "-", f"{r.task}-{r.protocol_and_dtype}-{r.model}-{r.data}")
-        write_json(RESULTS / f"{name}.json", [row])
+        whole = "\0".join([r.task, r.protocol_and_dtype, r.model, r.data, str(r.sha256)])  # a/b and a-b have one name
+        write_json(RESULTS / f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}.json", [row])
     return RESULTS
 
 
@@ -185,7 +187,7 @@ def answers(items: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[tuple[int
 
 
 def format_p(p: float) -> str:
-    return f"{p:.4f}" if p >= 1e-4 else f"{p:.1e}"
+    return f"{p:.4f}" if p >= 1e-4 else f"{p:.1e}" if p else "< 1e-300"
 
 
 def published_table(task: str, protocols: list[str]) -> str:

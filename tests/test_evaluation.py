@@ -1,6 +1,7 @@
 """What the two evaluations share: files that are no questions, tables beside published figures, McNemar's test of two
 models, and calls that can't be meant."""
 
+import contextlib
 import json
 import math
 import re
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 import eval_cbt
 import eval_lambada
 from core import cli, evaluation, results
+from core.distributed import Ranks
 from core.results import Result
 from core.tasks import QuestionSet, UnscorableError, Verdict, cbt, lambada
 from core.tasks.files import LONGEST_LINE
-from model import PRESETS
+from model import GPT, PRESETS
 
 TEN = "bell|boat|book|drum|flute|kite|lamp|ring|rope|sack"
 CLOZE = "".join(f"{i} `` Ana 's caf\u00e9 , '' said Ben .\n" for i in range(1, 21)) + f"21 A XXXXX !\tlamp\t\t{TEN}\n"
@@ -262,7 +264,8 @@ def test_results_that_were_saved_are_loaded_as_they_were(tmp_path, monkeypatch):
     assert results.save(found, None) == results.RESULTS
     assert len(list(results.RESULTS.iterdir())) == 3
     assert sorted(results.load_all(), key=repr) == sorted(found, key=repr)
-    (row,) = json.loads((results.RESULTS / "lambada-openai-gpt2-EleutherAI-lambada_openai.json").read_text())
+    (path,) = results.RESULTS.glob("lambada-openai-gpt2-EleutherAI-lambada_openai-*.json")
+    (row,) = json.loads(path.read_text())
     assert row["accuracy"] == found[0].accuracy
     assert row["interval"][0] < row["accuracy"] < row["interval"][1]
 
@@ -558,6 +561,91 @@ def test_results_of_like_names_are_all_kept(tmp_path, monkeypatch, capsys):
     assert "p (McNemar)" in capsys.readouterr().out
 
 
+def test_results_whose_names_differ_in_a_sign_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/a", "models-a", "x", "y"):
+        save_model(tmp_path / folder, seed=len(folder))
+    for folder, copies in (("x", 1), ("y", 2)):
+        (tmp_path / folder / "a.txt").write_text(f"{CLOZE}\n" * copies)
+        eval_cbt.main(eval_cbt.Config(ckpt=("models/a", "models-a"), data=(f"{folder}/a.txt",)))
+    kept = {(result.model, result.total) for result in results.load_all()}
+    assert kept == {("models/a", 1), ("models-a", 1), ("models/a", 2), ("models-a", 2)}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_no_file_is_overwritten_by_another(call, world, models, name):
+    data = SETS[name][1]
+    whole = (world / data[1]).read_bytes()
+    for wrong in (("--out", "same", "--items", "same"), ("--out", data[1]), ("--items", f"logs/../{data[1]}")):
+        printed, error, status = call(name, "--ckpt", models[0], *data, *wrong)
+        assert (status, printed) == (2, "")
+        assert "would overwrite" in error
+    assert (world / data[1]).read_bytes() == whole
+    assert not (world / "same").exists()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_place_that_cannot_be_is_refused_before_the_scoring(call, world, models, monkeypatch, name):
+    monkeypatch.setattr(evaluation, "run", lambda *_: pytest.fail("it was scored"))
+    printed, error, status = call(name, "--ckpt", models[0], *SETS[name][1], "--items", "data/stories/lambada.txt/x")
+    assert (status, error.count("\n"), printed) == (2, 1, "")
+
+
+def test_results_are_saved_before_anybody_reads_of_them(world, models, monkeypatch):
+    monkeypatch.chdir(world)
+
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    config = eval_cbt.Config(
+        ckpt=(models[0],), data=SETS["eval_cbt.py"][1][1:], out="unread.json", items="unread.jsonl"
+    )
+    with pytest.raises(BrokenPipeError):
+        eval_cbt.main(config)
+    assert len(json.loads((world / "unread.json").read_text())) == 2
+    assert len((world / "unread.jsonl").read_text().splitlines()) == 80
+
+
+def test_all_ranks_score_the_checkpoint_that_rank_0_found(world, models, monkeypatch):
+    """A run that goes on may show the next rank a newer one."""
+
+    class Second(Ranks):
+        def from_main(self, value):
+            return ["models/two"] if value == ["models/one"] else value
+
+    monkeypatch.chdir(world)
+    ranks = contextlib.nullcontext(Second(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(evaluation, "process_group", lambda device: ranks)
+    eval_cbt.main(eval_cbt.Config(ckpt=("models/one",), data=SETS["eval_cbt.py"][1][1:2], out="found.json"))
+    assert [row["model"] for row in json.loads((world / "found.json").read_text())] == ["models/two"]
+
+
+def test_a_model_that_does_not_fit_on_the_gpu_ends_in_a_sentence(call, models, monkeypatch):
+    def full(self, device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(GPT, "to", full)
+    _, error, status = call("eval_cbt.py", "--ckpt", models[0], *SETS["eval_cbt.py"][1])
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith("error: models/one doesn't fit on the GPU")
+
+
+def test_the_least_p_is_not_0():
+    assert [results.format_p(p) for p in (0.25, 1e-4, 3e-9, 0.0)] == ["0.2500", "0.0001", "3.0e-09", "< 1e-300"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("lambada_test.jsonl", "standard"), ("lambada_development_plain_text.txt", "openai")],
+)
+def test_a_text_other_than_the_files_name_says_is_refused(call, world, models, name, text):
+    (world / name).write_text("any words\n")
+    _, error, status = call("eval_lambada.py", "--ckpt", models[0], "--data", name, "--text", text)
+    assert status == 2
+    assert f"--text {text}, but {name} is " in error
+
+
 def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in (1, 2):
@@ -565,6 +653,14 @@ def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
         (tmp_path / f"{i}/a.txt").write_text(f"{CLOZE}\n" * i)
     with pytest.raises(ValueError, match=r"--data 1/a\.txt 2/a\.txt: two files of one name"):
         eval_cbt.main(eval_cbt.Config(ckpt=("any",), data=("1/a.txt", "2/a.txt")))
+
+
+def test_two_files_whose_sets_have_one_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("set.old", "set.new"):
+        (tmp_path / name).write_text(CLOZE)
+    with pytest.raises(ValueError, match="two files of one name"):
+        eval_cbt.main(eval_cbt.Config(ckpt=("any",), data=("set.old", "set.new")))
 
 
 @pytest.fixture

@@ -53,7 +53,11 @@ def test_the_last_word_is_what_follows_the_last_space(protocol, passage, context
 
 
 @DRAWN
-@given(st.text(st.sampled_from("aeo.\u2019 \n'`"), min_size=1).map("So {}".format))
+@given(
+    st.text(st.sampled_from("aeo.\u2019 \n'`"), min_size=1)
+    .map("So {}".format)
+    .filter(lambda passage: passage.rpartition(" ")[2].strip())
+)
 def test_context_and_target_put_together_are_the_passage(passage):
     for protocol in lambada.PROTOCOLS:
         straight = "\n" + re.sub("``|''", '"', passage.replace("\u2019", "'"))
@@ -392,7 +396,8 @@ def test_results_go_to_the_folder_where_the_report_looks(world, model, passages,
     config = {"ckpt": ("models/a",), "data": "data/passages.txt", "text": "other", "batch_tokens": 1}
     eval_lambada.main(eval_lambada.Config(**config))
     printed = capsys.readouterr().out
-    (row,) = json.loads((world / "logs/results/lambada-openai-models-a-passages.txt.json").read_text())
+    (path,) = world.glob("logs/results/lambada-openai-models-a-passages.txt-*.json")
+    (row,) = json.loads(path.read_text())
     (line,) = (line for line in printed.splitlines() if line.startswith("| models/a "))
     low, high = row["interval"]
     assert f"| {row['correct']} of {row['total']} " in line
@@ -495,3 +500,16 @@ def test_the_hubs_texts_are_scored_each_by_its_own_protocols(monkeypatch):
         (["standard passage"], ["standard"], "cimec/lambada"),
     ]
     assert eval_lambada.which_protocols(eval_lambada.Config(), None) == ["openai"]
+
+
+@pytest.mark.parametrize("protocol", ["openai", "standard", "stop-filter"])
+@pytest.mark.parametrize("end", [" ", "  ", " \u00a0"])
+def test_a_passage_whose_last_word_would_be_a_blank_is_not_scored(protocol, end):
+    with pytest.raises(UnscorableError, match="ends with a space"):
+        lambada.requests(protocol, f"the dog ran home{end}", ENCODING.encode_ordinary)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.json"])
+def test_json_lines_are_read_as_such_whatever_their_suffix(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "the dog ran home"}\n')
+    assert lambada.read(tmp_path / name) == ["the dog ran home"]

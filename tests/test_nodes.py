@@ -1,10 +1,12 @@
 """Several nodes: two launchers with ranks of their own train as one; rank 0 alone writes, and all of them measure."""
 
+import os
+import signal
 import socket
 
 import pytest
-from conftest import TRAIN, ended, started, torchrun
-from test_resume import assert_like
+from conftest import TRAIN, children, ended, started, torchrun, wait_until
+from test_resume import assert_like, reached
 
 STEPS = 12
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 5, "--save-every", 5, "--micro-batch", 8)
@@ -39,6 +41,21 @@ def test_two_nodes_of_one_rank_equal_one_node_of_two(world, one_node):
     assert "saved logs/two-nodes" in results[0].stdout
     assert results[1].stdout == ""
     assert_like(world / "logs/two-nodes", one_node, STEPS)
+
+
+def test_a_node_whose_rank_dies_and_the_other_go_on_together(world, one_node):
+    """Each launcher counts restarts by itself, so that the nodes' counts differ."""
+    folder, endpoint = world / "logs/elastic", f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    launch = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=elastic", endpoint, "--max-restarts=2")
+    nodes = {"cwd": world, "ranks": 1, "launch": launch}
+    command = ("train.py", *COMMAND, "--run-name", "elastic")
+    with started(*command, **nodes) as first, started(*command, **nodes) as second:
+        assert wait_until(lambda: reached(folder, 7), first)
+        os.kill(children(second.pid)[0], signal.SIGKILL)
+        results = [ended(process) for process in (first, second)]
+    assert [result.returncode for result in results] == [0, 0], results
+    assert sum("resuming logs/elastic/checkpoints/step_00000" in result.stdout for result in results) == 1
+    assert_like(folder, one_node, STEPS)
 
 
 def test_without_a_launcher_the_ranks_find_each_other_too(world, one_node):

@@ -89,7 +89,7 @@ def assert_like(folder, whole, steps=STEPS):
 
 
 def test_killed_at_four_moments_it_ends_as_if_undisturbed(world, whole):
-    """Before the first checkpoint; as soon as one shows, which must be whole; while one is written; in the last steps."""
+    """Before the first checkpoint; as soon as one shows, which must be whole; while one is written; near the end."""
     folder, command = world / "logs/killed", (*COMMAND, "--run", "killed")
     shown = folder / "checkpoints/step_000010"
 

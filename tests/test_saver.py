@@ -14,7 +14,7 @@ import train
 from core import checkpoint, saver
 
 TINY = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu", "data": "data/small"}
-STEPS = 100
+STEPS = 60
 FULL = ("could not be written: ", "metrics.jsonl can't be written (No space left on device): its lines wait in memory")
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 20, "--save-every", 5, "--keep-every", 0)
 

@@ -51,8 +51,17 @@ def send_in_step(monkeypatch, number, step):
 
 
 # The step after the one in which it came is launched already; at a multiple of 4 validation is due, and waits.
-@pytest.mark.parametrize(("step", "last"), [(6, 7), (7, 8), (8, 8), (11, 12), (STEPS - 1, STEPS), (STEPS, STEPS)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "step", "last"),
+    [
+        (signal.SIGTERM, 1, 2),
+        (signal.SIGUSR1, 6, 7),
+        (signal.SIGINT, 7, 8),
+        (signal.SIGHUP, 8, 8),
+        (signal.SIGTERM, STEPS - 1, STEPS),
+        (signal.SIGTERM, STEPS, STEPS),
+    ],
+)
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
     here, undisturbed, monkeypatch, capsys, number, step, last
 ):

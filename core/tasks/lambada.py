@@ -45,7 +45,7 @@ def read(path: Path) -> list[str]:
     """
     passages = []
     for number, line in enumerate(read_lines(path), 1):
-        passage = _json_text(path, number, line) if path.suffix == ".jsonl" else line
+        passage = _json_text(path, number, line) if path.suffix.lower() in (".jsonl", ".json") else line
         if len(passage.split()) < 2:
             raise ValueError(f"{path}, line {number}: a passage has at least two words, this is {passage[:40]!r}")
         passages.append(passage)
@@ -84,6 +84,8 @@ def requests(protocol: str, passage: str, encode: Encode) -> list[Request]:
     else:
         # split(" "), not split(): seven of OpenAI's passages have a newline within the last "word".
         context, _, target = passage.rpartition(" ")
+        if not target.strip():
+            raise UnscorableError("ends with a space, so that its last word is empty")
         request = Request(encode(context), encode(" " + target))
     if not request.context:
         raise UnscorableError("no context before the last word")
