@@ -101,8 +101,7 @@ class Config:
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the run's newest valid checkpoint. never: refuse a run that exists (not after torchrun's own
-    restart)."""
+    """auto: go on from the newest valid checkpoint. never: refuse a run that exists; torchrun's restarts go on."""
     init_from: str | None = None
     """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2."""
     eval_only: bool = False
@@ -163,6 +162,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     cli.check_between(0, 2**63 - 1, **{name: getattr(config, name) for name in may_be_zero})
     warmup = round(config.steps * WARMUP_FRACTION) if config.warmup_steps is None else config.warmup_steps
     cli.check_between(0, config.steps, warmup_steps=warmup)
+    cli.check_between(0, 10**9, hang_timeout=config.hang_timeout)  # in seconds; clocks know no larger ones
     context = PRESETS[config.preset].n_positions
     if config.seq_len > context:
         raise ValueError(f"--seq-len {config.seq_len} passes the context of {config.preset}: take --seq-len {context}")

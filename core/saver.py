@@ -40,6 +40,7 @@ class Saver:
         if self._ranks.is_main:
             self._snapshot(model, state)
 
+    @torch.no_grad()
     def save(self, model: GPT, state: dict[str, Any]) -> None:
         """Take a snapshot and begin to write it; waits for the one before where that is still being written.
 

@@ -189,6 +189,16 @@ def test_ckpt_refuses_anything_else_and_names_the_runs(here, ckpt, message):
         checkpoint.resolve(ckpt)
 
 
+@pytest.mark.parametrize("altered", [lambda text: text[:-1], lambda text: "{}\n", lambda text: text.replace("\n", "")])
+def test_checksums_that_lost_a_line_or_their_last_byte_are_none(here, altered):
+    """What is left is JSON still, and all that it lists is there."""
+    path = Path("logs/short/checkpoints/step_000006/checksums.json")
+    path.write_text(altered(path.read_text()))
+    found, (line,) = checkpoint.newest(Path("logs/short"))
+    assert found.name == "step_000004"
+    assert "checksums.json was cut short or altered" in line
+
+
 def test_200_random_flips_and_cuts_are_each_refused_by_name(here):
     rng, checkpoints = random.Random(5), Path("logs/short/checkpoints")
     files = [*(checkpoints / "step_000006").iterdir(), *Path("data/small").glob("*.npy")]

@@ -12,7 +12,7 @@ from test_resume import assert_like, reached
 from core.runlog import METRICS
 
 KILLS = int(os.environ.get("SOAK_KILLS", "2"))
-STEPS = 6 * KILLS + 12
+STEPS = 12 * KILLS + 24
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--save-every", 3, "--keep", 2)
 
 
