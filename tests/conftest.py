@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
+import train
 from core import stories, tokenizer
 from model import GPT, GPTConfig
+
+for number in (signal.SIGINT, signal.SIGHUP):  # which shells ignore for jobs in the background, and nohup
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 
 torch.set_num_threads(1)  # as the processes below have: for products this small a second thread only waits
 
@@ -51,6 +56,12 @@ cli.run(train.main, train.Config, "")
 def run(script, *args, cwd, check=True, **env):
     """Run a script of the repo in folder `cwd`; its stdout and stderr as text."""
     return execute(command_of(script, args), cwd, check, env)
+
+
+def train_here(*args, cwd):
+    """train.py within this process, where a test needs no other: it saves the start."""
+    with contextlib.chdir(cwd):
+        train.main(tyro.cli(train.Config, args=[str(arg) for arg in args]))
 
 
 def torchrun(ranks, script, *args, cwd, check=True, **env):

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import TRAIN, run, torchrun
+from conftest import TRAIN, torchrun, train_here
 
 from core.runlog import read_metrics
 
@@ -13,7 +13,7 @@ RECIPE = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 7, "-
 
 @pytest.fixture(scope="module")
 def one_process(world):
-    run("train.py", *RECIPE, "--run", "one", cwd=world)
+    train_here(*RECIPE, "--run", "one", cwd=world)
     return read_metrics(world / "logs/one")
 
 
@@ -40,14 +40,14 @@ def test_two_ranks_equal_one_process(world, one_process):
 
 
 def test_a_smaller_micro_batch_changes_nothing(world, one_process):
-    run("train.py", *RECIPE, "--micro-batch", 4, "--run", "micro", cwd=world)
+    train_here(*RECIPE, "--micro-batch", 4, "--run", "micro", cwd=world)
     assert_same(read_metrics(world / "logs/micro"), one_process)
 
 
 def test_resumed_by_two_three_and_four_ranks_it_goes_on_as_one_process(world):
     """Three steps each, of 12 sequences."""
     twelve = (*RECIPE, "--batch-tokens", 768, "--micro-batch", 3, "--steps", 12, "--save-every", 3, "--keep", 4)
-    run("train.py", *twelve, "--run", "alone", cwd=world)
+    train_here(*twelve, "--run", "alone", cwd=world)
     expected = read_metrics(world / "logs/alone")
     shutil.copytree(world / "logs/alone", world / "logs/handed-on")
     for ranks, step in ((2, 3), (3, 6), (4, 9)):

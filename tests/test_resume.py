@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, run
+from conftest import ROOT, TRAIN, run, train_here
 
 import train
 from core import checkpoint
@@ -24,7 +24,7 @@ TIMES = ("seconds", "tokens_per_second")  # the one thing that may differ
 @pytest.fixture(scope="module")
 def whole(world):
     """The run that nobody killed."""
-    run("train.py", *COMMAND, "--save-every", 5, "--run", "whole", cwd=world)
+    train_here(*COMMAND, "--save-every", 5, "--run", "whole", cwd=world)
     return world / "logs/whole"
 
 

@@ -12,10 +12,9 @@ import sys
 import termios
 
 import pytest
-from conftest import TRAIN, command_of, environment, run, started, wait_until
+from conftest import TRAIN, command_of, environment, run, started, train_here, wait_until
 from test_resume import assert_like, reached
 
-import train
 from core.runlog import METRICS, cut_back, logged_in, read_metrics
 
 STEPS = 10
@@ -27,7 +26,7 @@ NOBODY = {"WANDB_API_KEY": "", "NETRC": "/nonexistent"}
 @pytest.fixture(scope="module")
 def plain(world):
     """The run without a mirror."""
-    run("train.py", *COMMAND, "--run", "plain-log", cwd=world)
+    train_here(*COMMAND, "--run", "plain-log", cwd=world)
     return world / "logs/plain-log"
 
 
@@ -110,10 +109,7 @@ def test_a_mirror_that_fails_is_left_out_and_the_run_goes_on(world, plain, tmp_p
     (tmp_path / "wandb.py").write_text(BROKEN[broken])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(world)
-    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
-    often = {"data": "data/small", "steps": STEPS, "val_every": 4, "save_every": 4, "wandb_project": "gpt2"}
-    train.main(train.Config(**tiny, **often, run=f"broken-{broken}"))
+    train_here(*COMMAND, *WANDB, "--run", f"broken-{broken}", cwd=world)
     said = capsys.readouterr()
     assert (said.out + said.err).count("wandb") == 1
     assert_like(world / f"logs/broken-{broken}", plain, STEPS)

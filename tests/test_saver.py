@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN, ended, fill, refused, run, started, wait_until
+from conftest import TRAIN, ended, fill, refused, started, train_here, wait_until
 from test_resume import assert_like, reached
 
 import train
@@ -116,7 +116,7 @@ def frozen(process, true):
 
 def test_a_full_disk_stops_nothing_and_the_next_save_works_once_there_is_room(world, small_disk):
     """While it is full not even the lines of metrics.jsonl fit; in the end none of them is missing."""
-    run("train.py", *COMMAND, "--run", "roomy", cwd=world)
+    train_here(*COMMAND, "--run", "roomy", cwd=world)
     folder = world / "logs/full"
     with started("train.py", *COMMAND, "--run", "full", cwd=world) as process:
         frozen(process, (folder / "checkpoints/step_000010").exists)
@@ -138,7 +138,7 @@ def test_a_full_disk_stops_nothing_and_the_next_save_works_once_there_is_room(wo
     assert_like(folder, world / "logs/roomy", STEPS)
 
 
-def test_a_disk_that_stays_full_ends_in_a_sentence_that_says_where_it_goes_on(world, small_disk):
+def test_a_disk_that_stays_full_ends_in_a_sentence_that_says_where_it_goes_on(world, small_disk, capsys):
     with started("train.py", *COMMAND, "--run", "full", cwd=world) as process:
         frozen(process, (world / "logs/full/checkpoints/step_000010").exists)
         fill(small_disk / "ballast")
@@ -149,5 +149,6 @@ def test_a_disk_that_stays_full_ends_in_a_sentence_that_says_where_it_goes_on(wo
     assert "the same command goes on" in said
     assert f"its last good checkpoint: {Path('logs/full/checkpoints/step_0000')}" in result.stdout
     (small_disk / "ballast").unlink()
-    assert "resuming logs/full/checkpoints/step_0000" in run("train.py", *COMMAND, "--run", "full", cwd=world).stdout
+    train_here(*COMMAND, "--run", "full", cwd=world)
+    assert "resuming logs/full/checkpoints/step_0000" in capsys.readouterr().out
     assert_like(world / "logs/full", world / "logs/roomy", STEPS)
