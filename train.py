@@ -199,7 +199,7 @@ def begin(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) -> tuple
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         run.step, run.tokens = state["step"], state["tokens"]
-        run.seconds, run.bad_steps = state["seconds"], state["bad_steps"]
+        run.seconds, run.bad_steps = state["seconds"], state.get("bad_steps", 0)  # which older ones don't have
         ranks.say(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
     return run, optimizer
 
