@@ -46,7 +46,7 @@ def faulty(self, tokens, targets=None, cache=None):
 def tell(run, optimizer):
     main(run, optimizer)
     weights = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
-    print("weights of a rank:", hashlib.sha256(weights).hexdigest(), flush=True)
+    os.write(1, b"weights of a rank: " + hashlib.sha256(weights).hexdigest().encode() + b"\\n")  # whole, beside others
 
 GPT.forward, train.train = faulty, tell
 cli.run(train.main, train.Config, "")
