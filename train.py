@@ -1,7 +1,7 @@
 """Train a GPT-2 on token shards.
 
     torchrun --standalone --nproc_per_node=8 train.py                # GPT-2 124M on FineWeb-Edu, 10 billion tokens
-    python train.py --preset gpt2-medium --micro-batch 32            # one GPU
+    python train.py --preset gpt2-medium                             # one GPU
     python train.py --data data/mine --run tuned --init-from gpt2 --steps 200 --lr 3e-5 --warmup-steps 20
     python train.py --eval-only --init-from gpt2                     # validation loss of OpenAI's weights
 
@@ -12,9 +12,9 @@ defaults are the recipe of the original project.
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,18 +26,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli
 from core.claims import hold_run
-from core.distributed import Ranks, autocast, process_group
+from core.distributed import Ranks, autocast, process_group, runs_triton
 from core.interrupts import Interrupts
+from core.memory import largest_micro_batch
 from core.optim import adamw, check_batch, learning_rate, set_learning_rate
+from core.profiling import PROFILED_UNTIL, profiled
 from core.runlog import RunLog, StepReports, versions
 from core.saver import Saver
-from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
+from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, prefetched, verify
 from core.validation import LambadaCurve, Validation
 from model import GPT, PRESETS
 
 BETAS = (0.9, 0.95)
 WARMUP_FRACTION = 715 / 19_073  # GPT-3's 375M warm-up tokens of 10 billion
 VAL_BATCH = 16  # windows a forward: eager logits are large, and validation needs no larger batch
+READ_AHEAD = 4  # micro-batches in host memory before they are needed
 
 
 @dataclass
@@ -52,8 +55,8 @@ class Config:
     """Optimizer steps; 19,073 of 524,288 tokens are 10 billion."""
     batch_tokens: int = 524_288
     """Tokens an optimizer step, over all ranks: 2**19, near the 0.5M of GPT-3's table 2.1."""
-    micro_batch: int = 64
-    """Sequences a rank computes at once; halve it when memory runs out. Changes the result by rounding alone."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Sequences a rank computes at once: changes the result by rounding alone. auto: what fits, up to 65,536 tokens."""
     seq_len: int = 1024
     """Tokens a sequence, at most the preset's context."""
     seed: int = 1337
@@ -98,6 +101,10 @@ class Config:
     """Bit for bit the same result from as many ranks on GPUs too, also after a resume; 5 to 8 % slower on an H200."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the training step. auto: on CUDA."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """The step by core/ops.py's kernels, for bfloat16 on NVIDIA's Hopper GPUs and later. auto: where they run."""
+    profile: bool = False
+    """Record three early steps: the ten costliest kernels on the terminal, and logs/RUN/trace.json.gz."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     resume: Literal["auto", "never"] = "auto"
@@ -119,8 +126,8 @@ class Run:
     config: Config
     ranks: Ranks
     dataset: Dataset
-    model: GPT  # what is saved and evaluated
     folder: Path
+    model: GPT = field(init=False)  # what is saved and evaluated
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0  # of training: no compiling, validation or saving
@@ -140,24 +147,30 @@ def main(config: Config) -> None:
         if config.eval_only:
             return evaluate_only(config, ranks, dataset, folder)
         with hold_run(folder, ranks):
-            run, optimizer = begin(config, ranks, dataset, folder)
-            if run.step == config.steps:
-                return ranks.say(f"{folder} is finished: {config.steps} steps")
+            run = Run(config, ranks, dataset, folder)
             try:
-                train(run, optimizer)
+                optimizer = begin(run)
+                if run.step < config.steps:
+                    train(run, optimizer)
+                else:
+                    ranks.say(f"{folder} is finished: {config.steps} steps")
             except torch.OutOfMemoryError:
-                smaller = "--micro-batch" if config.micro_batch > 1 else "--seq-len or --preset"
+                at = run.config.micro_batch
+                smaller = "--micro-batch" if at not in ("auto", 1) else "--seq-len or --preset"
                 more = "" if config.activation_checkpointing else ", or --activation-checkpointing"
-                reason = f"out of memory at --micro-batch {config.micro_batch}: take a smaller {smaller}{more}"
-                raise ValueError(reason) from None
+                raise ValueError(f"out of memory at --micro-batch {at}: take a smaller {smaller}{more}") from None
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     """Check every setting before the first step and fill in those that follow from others."""
-    counts = ("steps", "batch_tokens", "micro_batch", "seq_len", "val_tokens")
+    micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
+    cli.check_positive(micro_batch=micro_batch)
+    counts = ("steps", "batch_tokens", "seq_len", "val_tokens")
     intervals = ("val_every", "eval_every", "save_every", "log_every", "keep", "hang_timeout")
     cli.check_positive(**{name: getattr(config, name) for name in (*counts, *intervals, "lr", "grad_clip")})
     cli.check_between(0, 1, weight_decay=config.weight_decay, final_lr_fraction=config.final_lr_fraction)
+    if config.profile and config.steps < PROFILED_UNTIL:
+        raise ValueError(f"--profile records until step {PROFILED_UNTIL}, --steps is {config.steps}")
     may_be_zero = ("seed", "sample_every", "keep_every", "max_bad_steps")
     cli.check_between(0, 2**63 - 1, **{name: getattr(config, name) for name in may_be_zero})
     warmup = round(config.steps * WARMUP_FRACTION) if config.warmup_steps is None else config.warmup_steps
@@ -166,7 +179,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     context = PRESETS[config.preset].n_positions
     if config.seq_len > context:
         raise ValueError(f"--seq-len {config.seq_len} passes the context of {config.preset}: take --seq-len {context}")
-    check_batch(config.batch_tokens, config.micro_batch, config.seq_len, ranks.world_size)
+    check_batch(config.batch_tokens, micro_batch, config.seq_len, ranks.world_size)
     run = config.run or config.preset
     if Path(run).name != run:
         raise ValueError(f"--run {run} is no plain name: the run's folder is logs/RUN")
@@ -174,10 +187,19 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing: take 0")
     for split in ("train", "val"):
         Windows(dataset, split, config.seq_len)
+    return resolve_device(replace(config, warmup_steps=warmup, run=run), ranks)
+
+
+def resolve_device(config: Config, ranks: Ranks) -> Config:
+    """Fill in what follows from the device."""
     on_cuda = ranks.device.type == "cuda"
     dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
     compiled = ("on" if on_cuda else "off") if config.compile == "auto" else config.compile
-    return replace(config, warmup_steps=warmup, dtype=dtype, compile=compiled, run=run)
+    can_fuse = dtype == "bfloat16" and runs_triton(ranks.device)
+    if config.fused == "on" and not can_fuse:
+        raise ValueError("--fused on takes --dtype bfloat16, and an NVIDIA GPU from Hopper on, with Triton: take auto")
+    fused = "on" if can_fuse and config.fused != "off" else "off"
+    return replace(config, dtype=dtype, compile=compiled, fused=fused)
 
 
 def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -188,12 +210,13 @@ def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
     return settings | {"manifest_hash": dataset.manifest_hash}
 
 
-def begin(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) -> tuple[Run, torch.optim.Optimizer]:
-    """The run as its newest valid checkpoint left it; else at step 0, with --init-from's or random weights."""
-    found = checkpoint.find(folder, ranks, anew=config.resume == "never")
-    state = checkpoint.load_training_state(found, must_agree(config, dataset)) if found else None
+def begin(run: Run) -> torch.optim.Optimizer:
+    """Put the run where its newest valid checkpoint left it; else at step 0, with --init-from's or random weights."""
+    config, ranks = run.config, run.ranks
+    found = checkpoint.find(run.folder, ranks, anew=config.resume == "never")
+    state = checkpoint.load_training_state(found, must_agree(config, run.dataset)) if found else None
     source = found or (checkpoint.resolve(config.init_from, "--init-from") if config.init_from else None)
-    run = Run(config, ranks, dataset, load_model(config, dataset, source).to(ranks.device), folder)
+    run.model = load_model(config, run.dataset, source).to(ranks.device)
     optimizer = adamw(run.model, config.weight_decay, BETAS)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
@@ -201,7 +224,22 @@ def begin(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) -> tuple
         run.step, run.tokens = state["step"], state["tokens"]
         run.seconds, run.bad_steps = state["seconds"], state.get("bad_steps", 0)  # which older ones don't have
         ranks.say(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
-    return run, optimizer
+    if config.micro_batch == "auto" and run.step < config.steps:
+        run.config = replace(config, micro_batch=fitting_micro_batch(run, optimizer))
+        ranks.say(f"--micro-batch {run.config.micro_batch}, which fits")
+    return optimizer
+
+
+def fitting_micro_batch(run: Run, optimizer: torch.optim.Optimizer) -> int:
+    """As many sequences at once as the memory of every rank has room for, beside the optimizer's two moments."""
+    config, ranks = run.config, run.ranks
+    loss = loss_model(run.model, config, compiled=False)
+    moments = 0 if optimizer.state else 8 * run.model.num_parameters()
+    sequences = config.batch_tokens // config.seq_len // ranks.world_size
+    with autocast(ranks, config.dtype):
+        fitting = largest_micro_batch(loss, sequences, config.seq_len, moments, ranks)
+    optimizer.zero_grad(set_to_none=True)
+    return fitting
 
 
 def training_state(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -231,10 +269,16 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
     order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
     measures = open_measures(config, run.dataset, ranks)
     model = parallel(run.model, config, ranks)
-    if config.compile == "on":
-        warm_up(model, micro_batches(run, windows, order), config, ranks)
+    if "on" in (config.compile, config.fused):
+        warm_up(model, *next(micro_batches(config, ranks, windows, order, run.step)), config, ranks)
     interrupts = Interrupts(config.hang_timeout, ranks.is_main)
-    with open_log(run) as log, open_saver(run, log) as saver, interrupts:
+    with (
+        open_log(run) as log,
+        open_saver(run, log) as saver,
+        open_profiler(run, log) as profiled_step,
+        closing(open_loader(run, windows, order)) as batches,
+        interrupts,
+    ):
         told = ranks.from_main(log.told if log is not None else None)
         measure(run, measures, log, told)  # at step 0, or what a run that was stopped left to be measured
         reports = open_reports(run, log)
@@ -244,9 +288,10 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
             interrupts.alive()
             lr = learning_rate(run.step, config.steps, config.warmup_steps, config.lr, config.final_lr_fraction)
             set_learning_rate(optimizer, lr)
-            stats = train_step(model, optimizer, micro_batches(run, windows, order), config, ranks, interrupts)
+            stats = train_step(model, optimizer, batches, config, ranks, interrupts)
             run.step, run.tokens = run.step + 1, run.tokens + config.batch_tokens
             reports.launched(run.step, run.tokens, config.batch_tokens, lr, stats)
+            profiled_step()
             if run.step == first + 1:
                 saver.reserve(run.model, training_state(run, optimizer))
                 reports.restart_clock()
@@ -303,30 +348,52 @@ def open_saver(run: Run, log: RunLog | None) -> Saver:
     return Saver(run.folder, run.dataset, run.ranks, config.keep, config.keep_every * config.save_every, say)
 
 
-def parallel(model: GPT, config: Config, ranks: Ranks) -> Any:
-    """The callable that the training step runs. The raw model stays what is saved and evaluated."""
+def open_profiler(run: Run, log: RunLog | None) -> AbstractContextManager[Callable[[], None]]:
+    if not run.config.profile or log is None:
+        return nullcontext(lambda: None)
+    return profiled(run.folder, run.ranks.device, log.say)
+
+
+def open_loader(run: Run, windows: Windows, order: TokenOrder) -> Iterator[list[Tensor]]:
+    """This rank's micro-batches of all steps to come, read ahead by a thread."""
+    config, ranks, steps = run.config, run.ranks, range(run.step, run.config.steps)
+    batches = (batch for step in steps for batch in micro_batches(config, ranks, windows, order, step))
+    return prefetched(batches, READ_AHEAD, ranks.begin_thread)
+
+
+def loss_model(model: GPT, config: Config, compiled: bool) -> Any:
+    """The function of inputs and targets whose gradient a step takes. The raw model is what is saved and evaluated."""
+    if config.fused == "on":
+        from core.ops import FusedLoss  # needs Triton, which torch brings along for CUDA alone
+
+        return FusedLoss(model, compiled, config.activation_checkpointing)
     model.activation_checkpointing = config.activation_checkpointing
-    step_model: Any = torch.compile(model, dynamic=False) if config.compile == "on" else model
+    return torch.compile(model, dynamic=False) if compiled else model
+
+
+def parallel(model: GPT, config: Config, ranks: Ranks) -> Any:
+    """The same on every rank, their gradients averaged."""
+    step_model = loss_model(model, config, config.compile == "on")
     if ranks.world_size == 1:
         return step_model
-    # Gradients live in the buckets that are reduced, not beside them. The model has no buffers to broadcast.
-    return DistributedDataParallel(step_model, gradient_as_bucket_view=True)
+    # Gradients live in the buckets that are reduced, not beside them.
+    return DistributedDataParallel(step_model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def micro_batches(run: Run, windows: Windows, order: TokenOrder) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the next step's sequences, as inputs and targets (B, T) on the device."""
-    config, ranks = run.config, run.ranks
+def micro_batches(
+    config: Config, ranks: Ranks, windows: Windows, order: TokenOrder, step: int
+) -> Iterator[list[Tensor]]:
+    """This rank's share of a step's sequences, as inputs and targets (B, T) in the host's memory."""
     sequences = config.batch_tokens // config.seq_len
-    step_begin = run.step * sequences
     stride = config.micro_batch * ranks.world_size
-    for first in range(step_begin + ranks.rank * config.micro_batch, step_begin + sequences, stride):
-        yield ranks.to_device(*windows.batch(order[range(first, first + config.micro_batch)]))
+    for first in range(step * sequences + ranks.rank * config.micro_batch, (step + 1) * sequences, stride):
+        yield ranks.pinned(*windows.batch(order[range(first, first + config.micro_batch)]))
 
 
 def train_step(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[list[Tensor]],
     config: Config,
     ranks: Ranks,
     interrupts: Interrupts,
@@ -334,8 +401,9 @@ def train_step(
     """One optimizer step. Still on the device, (3,): mean loss over all ranks, gradient norm, ranks asked to stop."""
     accumulation = config.batch_tokens // (config.micro_batch * config.seq_len * ranks.world_size)
     loss_sum = torch.zeros((), device=ranks.device)
-    for i, (inputs, targets) in enumerate(batches):
+    for i in range(accumulation):
         interrupts.alive()
+        inputs, targets = ranks.to_device(*next(batches))
         last = i == accumulation - 1
         with nullcontext() if last or ranks.world_size == 1 else model.no_sync():  # reduce gradients once a step
             with autocast(ranks, config.dtype):
@@ -354,12 +422,11 @@ def train_step(
     return torch.stack([loss, norm, stop])
 
 
-def warm_up(model: Any, batches: Iterator[tuple[Tensor, Tensor]], config: Config, ranks: Ranks) -> None:
+def warm_up(model: Any, inputs: Tensor, targets: Tensor, config: Config, ranks: Ranks) -> None:
     """Compile on one micro-batch whose gradients are thrown away, so that no step's time holds the compiler's."""
     begin = time.perf_counter()
-    inputs, targets = next(batches)
     with autocast(ranks, config.dtype):
-        loss = model(inputs, targets)
+        loss = model(*ranks.to_device(inputs, targets))
     loss.backward()
     loss.item()  # waits for the device
     for p in model.parameters():

@@ -1,5 +1,6 @@
 """Ranks, devices and the process group: a single process and torchrun look alike to the rest of the code."""
 
+import importlib.util
 import os
 import socket
 import time
@@ -42,11 +43,19 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def pinned(self, *batch: Tensor) -> list[Tensor]:
+        """Tensors of the host from where a CUDA device copies by itself: in page-locked memory."""
+        to_cuda = self.device.type == "cuda"
+        return [tensor.pin_memory() if to_cuda and not tensor.is_cuda else tensor for tensor in batch]
+
     def to_device(self, *batch: Tensor) -> list[Tensor]:
         """Tensors on this rank's device; to CUDA without making the host wait."""
-        if self.device.type != "cuda":
-            return [tensor.to(self.device) for tensor in batch]
-        return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch]
+        return [tensor.to(self.device, non_blocking=True) for tensor in self.pinned(*batch)]
+
+    def begin_thread(self) -> None:
+        """What a thread that pins tensors does first: threads begin on cuda:0, and would open a context there."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def say(self, text: str) -> None:
         """A line for the person who watches, once."""
@@ -162,6 +171,13 @@ class DeviceClock:
             return end - begin
         end.synchronize()
         return begin.elapsed_time(end) / 1000
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether core/kernels.py's kernels run there: Triton, and NVIDIA's compute capability 9.0 (Hopper) or later."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 # Dense bf16 tensor-core rates from the vendors' data sheets, FLOP/s; the SXM form where there are several.

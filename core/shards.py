@@ -10,10 +10,13 @@ import hashlib
 import json
 import os
 import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:  # fineweb.py needs no torch, and starts sooner without it
 
     from core.distributed import Ranks
 
+Item = TypeVar("Item")
 DEFAULT_DATA = "data/fineweb-edu"  # what fineweb.py writes and train.py reads unless told otherwise
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder of what fineweb.py has not joined yet
@@ -229,3 +233,12 @@ class TokenOrder:
     def __getitem__(self, sequences: range) -> np.ndarray:
         """The window indices of a run of sequences."""
         return np.array([self._epoch(i // self._windows)[i % self._windows] for i in sequences], dtype=np.int64)
+
+
+def prefetched(items: Iterator[Item], ahead: int, begin: Callable[[], None]) -> Iterator[Item]:
+    """The same items, of which a thread, that begins with `begin`, makes up to `ahead` before they are asked for."""
+    with ThreadPoolExecutor(1, initializer=begin) as thread:
+        coming = deque(thread.submit(next, items, None) for _ in range(ahead))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(thread.submit(next, items, None))
+            yield item

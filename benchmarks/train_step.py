@@ -1,0 +1,326 @@
+"""How fast a training step is: this project's, beside transformers' GPT-2 and torch.compile alone, in the same run.
+
+    python benchmarks/train_step.py                                          # GPT-2 124M on one GPU
+    python benchmarks/train_step.py --roofline --data data/corpus --gpus 2   # and what limits it, the loader, two GPUs
+    python benchmarks/train_step.py --preset demo --seq-len 256 --micro-batch 8 --batch-tokens 4096    # here and now
+
+Whole optimizer steps (clipping and AdamW included) on random tokens, bfloat16 autocast on GPUs. Each variant has a
+process of its own and empty compile caches. The time to the first step runs from the process's start to its end.
+"""
+
+import sys
+
+sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import train
+from core import cli
+from core.distributed import DeviceClock, Ranks, peak_flops, pick_device, process_group
+from core.interrupts import Interrupts
+from core.optim import adamw, check_batch, set_learning_rate
+from core.runlog import versions
+from core.shards import Dataset, TokenOrder, Windows, open_dataset
+from model import GPT, PRESETS, GPTConfig
+
+WARM_UP = 3  # steps that don't count
+VARIANTS = ("transformers", "transformers compiled", "compiled", "ours")
+# Kernels by a part of their name; the first that fits. What fits none is `other`.
+PARTS = {
+    "matrix products, GELU": ("nvjet", "gemm", "cutlass", "splitK", "linear_gelu", "matmul_times", "gelu"),
+    "attention": ("sdpa", "flash", "dot_do_o", "convert_dq", "pack_kernel"),
+    "loss": ("cross_entropy", "softmax", "nll_loss"),
+    "LayerNorm, residual stream": ("norm",),
+    "optimizer, clipping": ("multi_tensor", "Adam", "foreach"),
+}
+
+
+@dataclass
+class Config:
+    preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
+    """Size of the model."""
+    micro_batch: int = 64
+    """Sequences at once."""
+    batch_tokens: int = 524_288
+    """Tokens an optimizer step."""
+    seq_len: int = 1024
+    """Tokens a sequence."""
+    steps: int = 10
+    """Steps that count."""
+    variants: tuple[str, ...] = VARIANTS
+    """Which to run, of: transformers, transformers compiled, compiled (this model and torch.compile alone), ours."""
+    gpus: int = 1
+    """More than one: ours on so many too, with the same number of tokens a step in all."""
+    data: str | None = None
+    """Folder of shards: ours with the real loader too."""
+    roofline: bool = False
+    """Measure each matrix shape and attention alone, and print what each part of our step takes beside its limit."""
+    activation_checkpointing: bool = False
+    """As train.py's; for ours and compiled."""
+    device: str = "auto"
+    """auto, cuda or cpu."""
+    out: str | None = None
+    """File for all figures as JSON."""
+    only: str | None = None
+    """One variant, within this process: what the benchmark calls itself with."""
+    started: float = 0.0
+    """When that process was started, in seconds since 1970."""
+
+
+def main(config: Config) -> None:
+    check_batch(config.batch_tokens, config.micro_batch, config.seq_len, config.gpus)
+    if config.roofline and pick_device(config.device).type != "cuda":
+        raise ValueError("--roofline measures a GPU, and this machine has none that torch can use: leave it out")
+    unknown = set(config.variants) - set(VARIANTS)
+    if unknown:
+        raise ValueError(f"--variants {' '.join(unknown)}: there are {', '.join(VARIANTS)}")
+    if config.only:
+        with process_group(config.device) as ranks:
+            found = measure_roofline(config, ranks) if config.only == "roofline" else measure(config, ranks)
+        return ranks.say(json.dumps(found))
+    rows = {}
+    with tempfile.TemporaryDirectory() as caches:
+        for variant in config.variants:
+            rows[variant] = child(config, variant, caches)
+        if "ours" in config.variants:
+            warm = child(replace(config, steps=1, data=None, roofline=False), "ours", caches)
+            rows["ours"]["first_step_warm_s"] = warm["first_step_s"]
+        if config.gpus > 1:
+            rows[f"ours, {config.gpus} GPUs"] = child(replace(config, data=None), "ours", caches, config.gpus)
+        limits = child(config, "roofline", caches) if config.roofline else {}
+    report(config, rows, limits)
+    if config.out:
+        facts = {"config": asdict(config), "versions": rows[config.variants[0]]["versions"], "variants": rows}
+        Path(config.out).write_text(json.dumps(facts | {"limits": limits}, indent=1) + "\n")
+
+
+def child(config: Config, variant: str, caches: str, gpus: int = 1) -> dict[str, Any]:
+    """What a process of its own found out about a variant."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
+    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "steps", "device", "data")
+    options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names if getattr(config, name)]
+    flags = [
+        f"--{name.replace('_', '-')}" for name in ("roofline", "activation_checkpointing") if getattr(config, name)
+    ]
+    own = [f"--only={variant}", f"--started={time.time()}"]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/{variant}", "TRITON_CACHE_DIR": f"{caches}/{variant}/triton"}
+    command = [sys.executable, *launcher, __file__, *options, *flags, *own]
+    print(f"{variant}{f', {gpus} GPUs' if gpus > 1 else ''} ...", file=sys.stderr, flush=True)
+    done = subprocess.run(command, env=os.environ | cache, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{variant} ended with status {done.returncode}, see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class TransformersLoss(nn.Module):
+    """transformers' GPT-2 of the same shape, with its own loss and without dropout."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        self.gpt = GPT2LMHeadModel(GPT2Config(**asdict(config), **none, attn_implementation="sdpa"))
+
+    def forward(self, inputs: Tensor, _targets: Tensor) -> Tensor:
+        return self.gpt(input_ids=inputs, labels=inputs, use_cache=False).loss
+
+
+def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """Rates, memory and times of the variant `only`."""
+    shape = PRESETS[config.preset]
+    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "device", "activation_checkpointing")
+    settings = train.Config(**{name: getattr(config, name) for name in names}, lr=6e-4)
+    settings = train.resolve_device(replace(settings, fused="auto" if config.only == "ours" else "off"), ranks)
+    raw: Any = TransformersLoss(shape) if "transformers" in config.only else GPT(shape)
+    raw = raw.to(ranks.device)
+    if config.only in ("ours", "compiled"):
+        model = train.parallel(raw, settings, ranks)
+    else:
+        model = torch.compile(raw, dynamic=False) if "compiled" in config.only else raw
+    optimizer = adamw(raw, settings.weight_decay, train.BETAS)
+    set_learning_rate(optimizer, settings.lr)
+    interrupts = Interrupts(3600, False)
+
+    def step(batches: Iterator[list[Tensor]]) -> None:
+        train.train_step(model, optimizer, batches, settings, ranks, interrupts)
+
+    resident = itertools.cycle(random_batches(config, ranks))
+    step(resident)
+    synchronize(ranks)
+    found: dict[str, Any] = {"first_step_s": time.time() - config.started, "versions": versions(ranks.device)}
+    for _ in range(WARM_UP - 1):
+        step(resident)
+    found |= timed(lambda: step(resident), config, ranks)
+    flops = shape.flops_per_token(config.seq_len) * found["tokens_per_second"] / ranks.world_size
+    found["mfu"] = flops / peak if (peak := peak_flops(ranks.device)) else None
+    if config.data and config.only == "ours":
+        dataset = open_dataset(config.data)
+        loader = open_loader(config, settings, ranks, dataset)
+        step(loader)
+        found["with_loader"] = timed(lambda: step(loader), config, ranks)["tokens_per_second"]
+    if config.roofline and config.only == "ours" and ranks.device.type == "cuda":
+        found["parts_ms"] = profile_parts(lambda: step(resident))
+    interrupts.pause()
+    return found
+
+
+def random_batches(config: Config, ranks: Ranks) -> list[list[Tensor]]:
+    """A step's micro-batches on the device, other ones on each rank."""
+    generator = torch.Generator(ranks.device).manual_seed(ranks.rank)
+    count = config.batch_tokens // (config.micro_batch * config.seq_len * ranks.world_size)
+    size = (config.micro_batch, config.seq_len + 1)
+    vocab = PRESETS[config.preset].vocab_size
+    rows = [torch.randint(vocab, size, generator=generator, device=ranks.device) for _ in range(count)]
+    return [[tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()] for tokens in rows]
+
+
+def open_loader(config: Config, settings: train.Config, ranks: Ranks, dataset: Dataset) -> Iterator[list[Tensor]]:
+    windows = Windows(dataset, "train", config.seq_len)
+    order = TokenOrder(dataset.manifest_hash, settings.seed, config.seq_len, len(windows))
+    return train.open_loader(train.Run(settings, ranks, dataset, Path()), windows, order)
+
+
+def timed(step: Callable[[], None], config: Config, ranks: Ranks) -> dict[str, Any]:
+    """Tokens a second by the median step, the spread, peak memory, recompilations and waits for the device."""
+    on_cuda, clock = ranks.device.type == "cuda", DeviceClock(ranks.device)
+    synchronize(ranks)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("warn")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        marks = [clock.mark()]
+        for _ in range(config.steps):
+            step()
+            marks.append(clock.mark())
+    if on_cuda:
+        torch.cuda.set_sync_debug_mode("default")
+    seconds = [clock.seconds(begin, end) for begin, end in itertools.pairwise(marks)]
+    syncs = sum("synchroniz" in str(warning.message) for warning in warned)
+    found = {"step_s": seconds, "tokens_per_second": config.batch_tokens / statistics.median(seconds), "syncs": syncs}
+    found["recompilations"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+    return found
+
+
+def synchronize(ranks: Ranks) -> None:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def profile_parts(step: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of a step's kernels, by part."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    parts = dict.fromkeys([*PARTS, "other"], 0.0)
+    for event in recorded.key_averages():
+        fits = (part for part, names in PARTS.items() if any(name in event.key for name in names))
+        parts[next(fits, "other")] += event.self_device_time_total / 1000
+    return parts
+
+
+def measure_roofline(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """The least milliseconds that each part of a step can take on this card: products and attention at the rate that
+    they reach alone, what only moves memory at the rate of a copy, each tensor read once and written once."""
+    shape, rows = PRESETS[config.preset], config.micro_batch * config.seq_len
+    C, L, V = shape.n_embd, shape.n_layer, shape.padded_vocab_size
+    micro_steps = config.batch_tokens // rows
+    shapes = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C), "head": (C, V)}
+    tflops, products = {}, 0.0
+    for name, (inputs, outputs) in shapes.items():
+        times = product_times(rows, inputs, outputs, ranks)
+        tflops[name] = [2 * rows * inputs * outputs / ms / 1e9 for ms in times]
+        products += sum(times) * (1 if name == "head" else L)
+    size = (config.micro_batch, config.seq_len, shape.n_head, C // shape.n_head)
+    q, k, v, dy = (random(ranks, *size).transpose(1, 2).requires_grad_() for _ in range(4))
+
+    def attention() -> None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(y, (q, k, v), dy)
+
+    attention_ms = milliseconds(attention, ranks)
+    big = random(ranks, 2**30)
+    per_ms = 2 * big.nbytes / milliseconds(big.clone, ranks)  # bytes read and written
+    parameters = 12 * L * C * C + shape.vocab_size * C
+    limits = {
+        "matrix products, GELU": products * micro_steps,
+        "attention": (attention_ms * L + 2 * 2 * 3 * rows * C * L / per_ms) * micro_steps,  # and q, k, v side by side
+        "loss": 2 * 2 * rows * V / per_ms * micro_steps,
+        "LayerNorm, residual stream": 2 * 2 * (4 + 4) * rows * C * L / per_ms * micro_steps,
+        "optimizer, clipping": (28 + 12) * parameters / per_ms,
+    }
+    return {"limit_ms": limits, "tflops": tflops, "attention_ms": attention_ms, "copy_tb_per_s": per_ms / 1e9}
+
+
+def product_times(rows: int, inputs: int, outputs: int, ranks: Ranks) -> list[float]:
+    """Milliseconds of a linear layer's product, and of those that make its input's and its weight's gradient."""
+    x, w, dy = (random(ranks, *size) for size in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    return [milliseconds(product, ranks) for product in (lambda: x @ w.T, lambda: dy @ w, lambda: dy.T @ x)]
+
+
+def random(ranks: Ranks, *size: int) -> Tensor:
+    return torch.randn(*size, device=ranks.device, dtype=torch.bfloat16)
+
+
+def milliseconds(work: Callable[[], Any], ranks: Ranks, repeats: int = 30) -> float:
+    """The median of three rounds, each a mean."""
+    clock, rounds = DeviceClock(ranks.device), []
+    work()
+    for _ in range(3):
+        begin = clock.mark()
+        for _ in range(repeats):
+            work()
+        rounds.append(clock.seconds(begin, clock.mark()) * 1000 / repeats)
+    return statistics.median(rounds)
+
+
+def report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[str, Any]) -> None:
+    facts = rows[config.variants[0]]["versions"]
+    print(f"{config.preset}, {config.batch_tokens:,} tokens a step, micro-batch {config.micro_batch}, {facts}")
+    print(f"{'':24}  ktok/s  times     MFU   peak GiB   step ms (median, least, most)   first step after")
+    ours = rows.get("ours", rows[config.variants[0]])
+    for variant, row in rows.items():
+        rate, steps = row["tokens_per_second"], [1000 * s for s in row["step_s"]]
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        peak = f"{row['peak_gib']:.1f}" if row["peak_gib"] else "-"
+        spread = f"{statistics.median(steps):.1f}, {min(steps):.1f}, {max(steps):.1f}"
+        warm = f", warm {row['first_step_warm_s']:.0f}" if "first_step_warm_s" in row else ""
+        times = ours["tokens_per_second"] / rate
+        first = f"{row['first_step_s']:.0f} s{warm}"
+        print(f"{variant:24}  {rate / 1e3:6.1f}  {times:5.3f}  {mfu:>6}  {peak:>9}   {spread:>29}   {first}")
+    print(f"times: ours over this. Waits for the device {ours['syncs']}, recompilations {ours['recompilations']}")
+    if "with_loader" in ours:
+        ratio = ours["with_loader"] / ours["tokens_per_second"]
+        print(f"with the real loader: {ours['with_loader'] / 1e3:.1f} ktok/s, {ratio:.4f} times the resident batches'")
+    if limits:
+        parts = ours.get("parts_ms", {})
+        print(f"{'part of our step':28}  {'ms':>7}  {'limit':>7}")
+        for part, limit in (limits["limit_ms"] | {"other": 0.0}).items():
+            print(f"{part:28}  {parts.get(part, 0):7.1f}  {limit:7.1f}")
+        whole = sum(limits["limit_ms"].values())
+        print(f"{'all':28}  {sum(parts.values()):7.1f}  {whole:7.1f}: {config.batch_tokens / whole:.0f} ktok/s")
+        print(f"a copy moves {limits['copy_tb_per_s']:.2f} TB/s; attention {limits['attention_ms']:.2f} ms a layer")
+        for name, rates in limits["tflops"].items():
+            print(f"{name:12} TFLOP/s forward, input gradient, weight gradient: {', '.join(f'{r:.0f}' for r in rates)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,40 @@
+"""How many sequences fit on the device at once."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from core.distributed import Ranks
+
+MARGIN = 0.1  # of the memory that is free: for fragments, the compiler's buffers, and measures taken on the way
+MOST_TOKENS = 65_536  # more at once are no faster (LOG.md)
+ON_HOST = 8  # sequences, where memory isn't counted: small products stay in a CPU's caches
+
+
+def largest_micro_batch(
+    loss: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, optimizer_bytes: int, ranks: Ranks
+) -> int:
+    """The largest divisor of `sequences`, a rank's share of a step, that fits on every rank. All ranks must call it.
+
+    `loss` of one, two and three sequences, with its gradients, tells what each more takes; `optimizer_bytes` are yet
+    to be allocated. Raises torch.OutOfMemoryError where not even these fit.
+    """
+    most = ON_HOST
+    if ranks.device.type == "cuda":
+        _, two, three = (peak_bytes(loss, n, seq_len, ranks.device) for n in (1, 2, 3))  # the first sets up libraries
+        each = max(three - two, 1)
+        free, _ = torch.cuda.mem_get_info(ranks.device)
+        free += torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
+        fitting = int((free * (1 - MARGIN) - optimizer_bytes - (two - 2 * each)) / each)
+        most = max(min(fitting, MOST_TOKENS // seq_len), 1)
+    return min(ranks.gather(max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)))
+
+
+def peak_bytes(loss: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, device: torch.device) -> int:
+    """The most memory that a loss and its gradients take beyond what is allocated now."""
+    tokens = torch.zeros(sequences, seq_len, dtype=torch.long, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    loss(tokens, tokens).backward()
+    return torch.cuda.max_memory_allocated(device) - before

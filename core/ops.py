@@ -1,0 +1,137 @@
+"""GPT-2's training loss with its memory traffic fused away, in bfloat16, on NVIDIA GPUs from Hopper on.
+
+It computes what GPT.forward does, but for rounding: the same products and the same attention, while what lies between
+them (biases, GELU, residual sums, LayerNorms, softmax, and their gradients) is read and written once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from core import kernels
+from model import GPT, Block
+
+CHUNK_ROWS = 32_768  # of logits at once: 3.3 GB, however large the micro-batch
+
+
+class FusedLoss(nn.Module):
+    """A GPT's mean cross-entropy, forward and backward. The weights stay the GPT's own, in float32."""
+
+    def __init__(
+        self, model: GPT, compiled: bool, activation_checkpointing: bool = False, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """`dtype` of products and residual stream; checkpointing keeps blocks' inputs alone, and computes twice."""
+        super().__init__()
+        self.model, self.dtype, self._checkpointed = model, dtype, activation_checkpointing
+        # One compiled block serves all: the first step comes after seconds for any depth, and gradients of each are
+        # reduced among ranks while the next are computed.
+        compiler: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
+        self._embed, self._block, self._loss = compiler(embed), compiler(run_block), compiler(mean_loss)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """(B, T), (B, T) -> mean cross-entropy in nats a token."""
+        transformer = self.model.transformer
+        blocks = list(transformer["h"])
+        next_norms = [block.ln_1 for block in blocks[1:]] + [transformer["ln_f"]]
+        x, h = self._embed(transformer, blocks[0].ln_1, tokens, self.dtype)
+        for block, next_norm in zip(blocks, next_norms, strict=True):
+            if self._checkpointed:
+                arguments = (self._block, block, next_norm, x, h, len(tokens))
+                x, h = checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, h = self._block(block, next_norm, x, h, len(tokens))
+        return self._loss(h, transformer["wte"].weight, targets, self.model.config.vocab_size)
+
+
+def embed(transformer: nn.ModuleDict, norm: nn.LayerNorm, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) -> the residual stream and its LayerNorm, both (B T, C)."""
+    positions = torch.arange(tokens.size(1), device=tokens.device)
+    x = (transformer["wte"](tokens) + transformer["wpe"](positions)).flatten(0, 1).to(dtype)
+    return x, F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
+
+
+def run_block(block: Block, next_norm: nn.LayerNorm, x: Tensor, h: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The residual stream and ln_1 of it, both (B T, C) -> the stream after the block, and the next norm of it."""
+    attn, mlp, dtype = block.attn, block.mlp, x.dtype
+    q, k, v = Projection.apply(h, attn.c_attn.weight.to(dtype), attn.c_attn.bias.to(dtype), batch, attn.n_head)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+    branch = y.transpose(1, 2).reshape(x.shape) @ attn.c_proj.weight.to(dtype).T
+    x, h = AddNorm.apply(x, branch, attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias, block.ln_2.eps)
+    branch = GeluMLP.apply(h, mlp.c_fc.weight.to(dtype), mlp.c_fc.bias.to(dtype), mlp.c_proj.weight.to(dtype))
+    return AddNorm.apply(x, branch, mlp.c_proj.bias, next_norm.weight, next_norm.bias, next_norm.eps)
+
+
+def mean_loss(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    return LinearCrossEntropy.apply(hidden, head.to(hidden.dtype), targets.flatten(), vocab_size)
+
+
+class Projection(Function):
+    """Queries, keys and values (B, H, T, D) of x (B T, C). Backward packs their gradients, and sums them on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, batch: int, heads: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        rows, C = x.shape
+        qkv = F.linear(x, weight, bias).view(batch, rows // batch, 3, heads, C // heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        packed, sums = kernels.pack(dq, dk, dv)
+        return packed @ weight, packed.T @ x, sums.to(x.dtype), None, None
+
+
+class GeluMLP(Function):
+    """tanh-GELU of x (N, C) by c_fc, times c_proj's weight: (N, C). Forward leaves GELU's slope for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor) -> Tensor:
+        activation, slope = kernels.linear_gelu(x, fc, fc_bias)
+        ctx.save_for_backward(x, activation, slope, fc, proj)
+        return activation @ proj.T
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        x, activation, slope, fc, proj = ctx.saved_tensors
+        d, sums = kernels.matmul_times(dy, proj, slope)
+        return d @ fc, d.T @ x, sums.to(x.dtype), dy.T @ activation
+
+
+class AddNorm(Function):
+    """x + branch + bias, and its LayerNorm: two (N, C). Backward makes all five gradients in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, bias: Tensor, gain: Tensor, shift: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = (x.float() + branch.float() + bias).to(x.dtype)
+        normal, mean, rstd = torch.native_layer_norm(total.float(), (x.size(1),), gain, shift, eps)
+        ctx.save_for_backward(total, mean, rstd, gain)
+        return total, normal.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, d_normal: Tensor) -> tuple[Tensor | None, ...]:
+        dx, sums = kernels.norm_backward(*ctx.saved_tensors, d_normal, d_total)
+        d_gain, d_shift, d_bias = sums.unbind(0)
+        return dx, dx, d_bias, d_gain, d_shift, None
+
+
+class LinearCrossEntropy(Function):
+    """Mean cross-entropy of hidden (N, C) by the head's weight; gradients are formed in forward, beside the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        loss, d_hidden, d_weight = kernels.linear_cross_entropy(hidden, weight, targets, vocab_size, CHUNK_ROWS)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (d_hidden * d_loss).to(d_hidden.dtype), (d_weight * d_loss).to(d_hidden.dtype), None, None
