@@ -196,13 +196,15 @@ class GPT(nn.Module):
         return F.linear(hidden, self.transformer["wte"].weight)[..., : self.config.vocab_size]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, vocab_size); with targets (B, T) the mean cross-entropy instead, in nats a token.
+        """Logits (B, T, vocab_size); with targets (B, T) the mean cross-entropy instead, in nats a token."""
+        hidden = self.hidden(tokens, cache)
+        return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of (B, T, C) on targets (B, T), in nats a token.
 
         The padded rows are left out of the loss: they get no gradient and stay zero.
         """
-        hidden = self.hidden(tokens, cache)
-        if targets is None:
-            return self.logits(hidden)
         logits = F.linear(hidden, self.transformer["wte"].weight)  # (B, T, padded_vocab_size)
         # Masked, not cut: softmax over a view of 50,257 of 50,304 columns made the whole step 5 % slower (LOG.md).
         padding = torch.arange(logits.size(-1), device=logits.device) >= self.config.vocab_size

@@ -11,36 +11,30 @@ defaults are the recipe of the original project.
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli
 from core.claims import hold_run
-from core.distributed import Ranks, autocast, process_group, runs_triton
+from core.distributed import Ranks, process_group, runs_triton
 from core.interrupts import Interrupts
-from core.memory import largest_micro_batch
 from core.optim import adamw, check_batch, learning_rate, set_learning_rate
 from core.profiling import PROFILED_UNTIL, profiled
 from core.runlog import RunLog, StepReports, versions
 from core.saver import Saver
-from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, prefetched, verify
+from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
+from core.step import fitting_micro_batch, loss_model, micro_batches, open_loader, parallel, train_step, warm_up
 from core.validation import LambadaCurve, Validation
 from model import GPT, PRESETS
 
 BETAS = (0.9, 0.95)
 WARMUP_FRACTION = 715 / 19_073  # GPT-3's 375M warm-up tokens of 10 billion
-VAL_BATCH = 16  # windows a forward: eager logits are large, and validation needs no larger batch
-READ_AHEAD = 4  # micro-batches in host memory before they are needed
 
 
 @dataclass
@@ -225,21 +219,9 @@ def begin(run: Run) -> torch.optim.Optimizer:
         run.seconds, run.bad_steps = state["seconds"], state.get("bad_steps", 0)  # which older ones don't have
         ranks.say(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
     if config.micro_batch == "auto" and run.step < config.steps:
-        run.config = replace(config, micro_batch=fitting_micro_batch(run, optimizer))
+        run.config = replace(config, micro_batch=fitting_micro_batch(run.model, optimizer, config, ranks))
         ranks.say(f"--micro-batch {run.config.micro_batch}, which fits")
     return optimizer
-
-
-def fitting_micro_batch(run: Run, optimizer: torch.optim.Optimizer) -> int:
-    """As many sequences at once as the memory of every rank has room for, beside the optimizer's two moments."""
-    config, ranks = run.config, run.ranks
-    loss = loss_model(run.model, config, compiled=False)
-    moments = 0 if optimizer.state else 8 * run.model.num_parameters()
-    sequences = config.batch_tokens // config.seq_len // ranks.world_size
-    with autocast(ranks, config.dtype):
-        fitting = largest_micro_batch(loss, sequences, config.seq_len, moments, ranks)
-    optimizer.zero_grad(set_to_none=True)
-    return fitting
 
 
 def training_state(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -267,8 +249,9 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
     config, ranks = run.config, run.ranks
     windows = Windows(run.dataset, "train", config.seq_len)
     order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
-    measures = open_measures(config, run.dataset, ranks)
-    model = parallel(run.model, config, ranks)
+    loss = loss_model(run.model, config, config.compile == "on")
+    measures = open_measures(config, run.dataset, ranks, loss)
+    model = parallel(loss, ranks)
     if "on" in (config.compile, config.fused):
         warm_up(model, *next(micro_batches(config, ranks, windows, order, run.step)), config, ranks)
     interrupts = Interrupts(config.hang_timeout, ranks.is_main)
@@ -276,7 +259,7 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
         open_log(run) as log,
         open_saver(run, log) as saver,
         open_profiler(run, log) as profiled_step,
-        closing(open_loader(run, windows, order)) as batches,
+        closing(open_loader(config, ranks, windows, order, range(run.step, config.steps))) as batches,
         interrupts,
     ):
         told = ranks.from_main(log.told if log is not None else None)
@@ -310,10 +293,9 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
             ranks.say(f"stopped after step {run.step:,} of {config.steps:,}: the same command goes on")
 
 
-def open_measures(config: Config, dataset: Dataset, ranks: Ranks) -> list[tuple[int, Any]]:
-    """What is measured while the run goes on, each with the steps between; validation first."""
-    batch = min(config.micro_batch, VAL_BATCH)
-    validation = Validation(dataset, ranks, config.seq_len, config.val_tokens, batch, config.dtype)
+def open_measures(config: Config, dataset: Dataset, ranks: Ranks, loss: Any) -> list[tuple[int, Any]]:
+    """What is measured while the run goes on, each with the steps between; validation, by `loss`, first."""
+    validation = Validation(dataset, ranks, loss, config.seq_len, config.val_tokens, config.dtype)
     if config.eval_lambada is None:
         return [(config.val_every, validation)]
     context = PRESETS[config.preset].n_positions
@@ -354,86 +336,6 @@ def open_profiler(run: Run, log: RunLog | None) -> AbstractContextManager[Callab
     return profiled(run.folder, run.ranks.device, log.say)
 
 
-def open_loader(run: Run, windows: Windows, order: TokenOrder) -> Iterator[list[Tensor]]:
-    """This rank's micro-batches of all steps to come, read ahead by a thread."""
-    config, ranks, steps = run.config, run.ranks, range(run.step, run.config.steps)
-    batches = (batch for step in steps for batch in micro_batches(config, ranks, windows, order, step))
-    return prefetched(batches, READ_AHEAD, ranks.begin_thread)
-
-
-def loss_model(model: GPT, config: Config, compiled: bool) -> Any:
-    """The function of inputs and targets whose gradient a step takes. The raw model is what is saved and evaluated."""
-    if config.fused == "on":
-        from core.ops import FusedLoss  # needs Triton, which torch brings along for CUDA alone
-
-        return FusedLoss(model, compiled, config.activation_checkpointing)
-    model.activation_checkpointing = config.activation_checkpointing
-    return torch.compile(model, dynamic=False) if compiled else model
-
-
-def parallel(model: GPT, config: Config, ranks: Ranks) -> Any:
-    """The same on every rank, their gradients averaged."""
-    step_model = loss_model(model, config, config.compile == "on")
-    if ranks.world_size == 1:
-        return step_model
-    # Gradients live in the buckets that are reduced, not beside them.
-    return DistributedDataParallel(step_model, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def micro_batches(
-    config: Config, ranks: Ranks, windows: Windows, order: TokenOrder, step: int
-) -> Iterator[list[Tensor]]:
-    """This rank's share of a step's sequences, as inputs and targets (B, T) in the host's memory."""
-    sequences = config.batch_tokens // config.seq_len
-    stride = config.micro_batch * ranks.world_size
-    for first in range(step * sequences + ranks.rank * config.micro_batch, (step + 1) * sequences, stride):
-        yield ranks.pinned(*windows.batch(order[range(first, first + config.micro_batch)]))
-
-
-def train_step(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[list[Tensor]],
-    config: Config,
-    ranks: Ranks,
-    interrupts: Interrupts,
-) -> Tensor:
-    """One optimizer step. Still on the device, (3,): mean loss over all ranks, gradient norm, ranks asked to stop."""
-    accumulation = config.batch_tokens // (config.micro_batch * config.seq_len * ranks.world_size)
-    loss_sum = torch.zeros((), device=ranks.device)
-    for i in range(accumulation):
-        interrupts.alive()
-        inputs, targets = ranks.to_device(*next(batches))
-        last = i == accumulation - 1
-        with nullcontext() if last or ranks.world_size == 1 else model.no_sync():  # reduce gradients once a step
-            with autocast(ranks, config.dtype):
-                loss = model(inputs, targets) / accumulation
-            loss.backward()
-        loss_sum += loss.detach()
-    sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop)])
-    if ranks.world_size > 1:
-        dist.all_reduce(sums)
-    loss, stop = sums[0] / ranks.world_size, sums[1]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    # Where this is 1 the fused optimizer leaves weights and moments as they were, and nobody waits to know.
-    optimizer.found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, norm, stop])
-
-
-def warm_up(model: Any, inputs: Tensor, targets: Tensor, config: Config, ranks: Ranks) -> None:
-    """Compile on one micro-batch whose gradients are thrown away, so that no step's time holds the compiler's."""
-    begin = time.perf_counter()
-    with autocast(ranks, config.dtype):
-        loss = model(*ranks.to_device(inputs, targets))
-    loss.backward()
-    loss.item()  # waits for the device
-    for p in model.parameters():
-        p.grad = None
-    ranks.say(f"compiled in {time.perf_counter() - begin:.0f} s")
-
-
 def measure(run: Run, measures: list[tuple[int, Any]], log: RunLog | None, told: frozenset[str] = frozenset()) -> None:
     """Take and report the measures that are due at this step, but for those whose split is `told` already."""
     for every, taken in measures:
@@ -452,7 +354,7 @@ def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) 
     if source is None:
         raise ValueError(f"{folder} has no checkpoint to evaluate: name weights with --init-from")
     model = load_model(config, dataset, source).to(ranks.device)
-    (_, validation), *others = open_measures(config, dataset, ranks)
+    (_, validation), *others = open_measures(config, dataset, ranks, model)
     result = validation.run(model)
     ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
     ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")

@@ -35,7 +35,8 @@ from core.distributed import DeviceClock, Ranks, peak_flops, pick_device, proces
 from core.interrupts import Interrupts
 from core.optim import adamw, check_batch, set_learning_rate
 from core.runlog import versions
-from core.shards import Dataset, TokenOrder, Windows, open_dataset
+from core.shards import TokenOrder, Windows, open_dataset
+from core.step import loss_model, open_loader, parallel, train_step
 from model import GPT, PRESETS, GPTConfig
 
 WARM_UP = 3  # steps that don't count
@@ -150,7 +151,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     raw: Any = TransformersLoss(shape) if "transformers" in config.only else GPT(shape)
     raw = raw.to(ranks.device)
     if config.only in ("ours", "compiled"):
-        model = train.parallel(raw, settings, ranks)
+        model = parallel(loss_model(raw, settings, settings.compile == "on"), ranks)
     else:
         model = torch.compile(raw, dynamic=False) if "compiled" in config.only else raw
     optimizer = adamw(raw, settings.weight_decay, train.BETAS)
@@ -158,7 +159,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     interrupts = Interrupts(3600, False)
 
     def step(batches: Iterator[list[Tensor]]) -> None:
-        train.train_step(model, optimizer, batches, settings, ranks, interrupts)
+        train_step(model, optimizer, batches, settings, ranks, interrupts)
 
     resident = itertools.cycle(random_batches(config, ranks))
     step(resident)
@@ -171,7 +172,9 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     found["mfu"] = flops / peak if (peak := peak_flops(ranks.device)) else None
     if config.data and config.only == "ours":
         dataset = open_dataset(config.data)
-        loader = open_loader(config, settings, ranks, dataset)
+        windows = Windows(dataset, "train", config.seq_len)
+        order = TokenOrder(dataset.manifest_hash, settings.seed, config.seq_len, len(windows))
+        loader = open_loader(settings, ranks, windows, order, range(config.steps + 1))
         step(loader)
         found["with_loader"] = timed(lambda: step(loader), config, ranks)["tokens_per_second"]
     if config.roofline and config.only == "ours" and ranks.device.type == "cuda":
@@ -188,12 +191,6 @@ def random_batches(config: Config, ranks: Ranks) -> list[list[Tensor]]:
     vocab = PRESETS[config.preset].vocab_size
     rows = [torch.randint(vocab, size, generator=generator, device=ranks.device) for _ in range(count)]
     return [[tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()] for tokens in rows]
-
-
-def open_loader(config: Config, settings: train.Config, ranks: Ranks, dataset: Dataset) -> Iterator[list[Tensor]]:
-    windows = Windows(dataset, "train", config.seq_len)
-    order = TokenOrder(dataset.manifest_hash, settings.seed, config.seq_len, len(windows))
-    return train.open_loader(train.Run(settings, ranks, dataset, Path()), windows, order)
 
 
 def timed(step: Callable[[], None], config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -306,6 +303,9 @@ def report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[str, An
         times = ours["tokens_per_second"] / rate
         first = f"{row['first_step_s']:.0f} s{warm}"
         print(f"{variant:24}  {rate / 1e3:6.1f}  {times:5.3f}  {mfu:>6}  {peak:>9}   {spread:>29}   {first}")
+    if config.gpus > 1:
+        share = rows[f"ours, {config.gpus} GPUs"]["tokens_per_second"] / ours["tokens_per_second"] / config.gpus
+        print(f"{config.gpus} GPUs: {share:.1%} of {config.gpus} times one")
     print(f"times: ours over this. Waits for the device {ours['syncs']}, recompilations {ours['recompilations']}")
     if "with_loader" in ours:
         ratio = ours["with_loader"] / ours["tokens_per_second"]

@@ -31,7 +31,8 @@ class FusedLoss(nn.Module):
         # One compiled block serves all: the first step comes after seconds for any depth, and gradients of each are
         # reduced among ranks while the next are computed.
         compiler: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
-        self._embed, self._block, self._loss = compiler(embed), compiler(run_block), compiler(mean_loss)
+        self._embed, self._block = compiler(embed), compiler(run_block)
+        self._loss, self._loss_alone = compiler(mean_loss), compiler(model.cross_entropy)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """(B, T), (B, T) -> mean cross-entropy in nats a token."""
@@ -45,6 +46,8 @@ class FusedLoss(nn.Module):
                 x, h = checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, h = self._block(block, next_norm, x, h, len(tokens))
+        if not torch.is_grad_enabled():
+            return self._loss_alone(h.view(*tokens.shape, -1), targets)
         return self._loss(h, transformer["wte"].weight, targets, self.model.config.vocab_size)
 
 

@@ -1,10 +1,12 @@
 """What is measured while a run goes on, the work shared among the ranks: the validation loss, and LAMBADA."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core import evaluation, tokenizer
 from core.distributed import Ranks, autocast
@@ -12,16 +14,24 @@ from core.shards import Dataset, Windows
 from core.tasks import QuestionSet, lambada
 from model import GPT
 
+BATCH_SIZE = 16  # windows a forward: logits are large, and validation is no faster with more
+
 
 class Validation:
     split = "val"  # in metrics.jsonl
 
     def __init__(
-        self, dataset: Dataset, ranks: Ranks, seq_len: int, max_tokens: int, batch_size: int, dtype: str
+        self,
+        dataset: Dataset,
+        ranks: Ranks,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        seq_len: int,
+        max_tokens: int,
+        dtype: str,
     ) -> None:
-        """The first `max_tokens` of the split, in windows of `seq_len`, `batch_size` windows a forward."""
+        """The first `max_tokens` of the split, in windows of `seq_len`, by a model's `loss` on inputs and targets."""
         self._windows = Windows(dataset, "val", seq_len)
-        self._ranks, self._dtype, self._batch_size = ranks, dtype, batch_size
+        self._ranks, self._loss, self._dtype = ranks, loss, dtype
         self._count = min(max(max_tokens // seq_len, 1), len(self._windows))
         has_tokenizer = (dataset.folder / "tokenizer.json").is_file()
         self._token_bytes = tokenizer.token_bytes(dataset.folder) if has_tokenizer else None
@@ -31,13 +41,14 @@ class Validation:
     def run(self, model: GPT) -> dict[str, float | None]:
         """`loss` in nats a token and `bits_per_byte` of text (None without a tokenizer). All ranks must call it."""
         losses, sizes, text_bytes = [], [], 0
-        ranks, size = self._ranks, self._batch_size
+        ranks, size = self._ranks, BATCH_SIZE
         for first in range(ranks.rank * size, self._count, ranks.world_size * size):
             inputs, targets = self._windows.batch(range(first, min(first + size, self._count)))  # (B, T)
             if self._token_bytes is not None:
                 text_bytes += int(self._token_bytes[targets.numpy()].sum())
+            loss = self._loss if len(inputs) == size else model  # the last few would be compiled for themselves
             with autocast(ranks, self._dtype):
-                losses.append(model(*ranks.to_device(inputs, targets)))
+                losses.append(loss(*ranks.to_device(inputs, targets)))
             sizes.append(targets.numel())
         means = torch.stack(losses).tolist() if losses else []  # one wait for the device, at the end
         nats = math.fsum(mean * n for mean, n in zip(means, sizes, strict=True))

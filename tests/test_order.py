@@ -14,6 +14,7 @@ import torch
 import train
 from core.distributed import Ranks
 from core.shards import TokenOrder, Windows, open_dataset
+from core.step import micro_batches
 
 SEQ_LEN = 16
 # Three epochs of ten windows, computed once: a change here would make every resumed run see other tokens.
@@ -94,7 +95,7 @@ def step_sequences(dataset, step, world_size, micro_batch):
     shares = []
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
-        batches = list(train.micro_batches(config, ranks, windows, order, step))
+        batches = list(micro_batches(config, ranks, windows, order, step))
         assert all(inputs.shape == targets.shape == (micro_batch, 64) for inputs, targets in batches)
         shares.append([sequence for batch in batches for sequence in as_tuples(*batch)])
     return shares
@@ -132,7 +133,7 @@ def test_each_window_of_an_epoch_is_seen_once_whatever_ranks_take_part_in_which_
             config = train.Config(batch_tokens=12 * SEQ_LEN, micro_batch=micro_batch, seq_len=SEQ_LEN, seed=seed)
             for rank in range(world_size):
                 ranks = Ranks(rank, world_size, torch.device("cpu"))
-                for inputs, targets in train.micro_batches(config, ranks, windows, order, step):
+                for inputs, targets in micro_batches(config, ranks, windows, order, step):
                     seen.update(as_tuples(inputs, targets))
             assert seen.total() == 12 * (step + 1)
             assert max(seen.values()) - min(seen.values()) <= 1  # no second time before all others' first
