@@ -9,6 +9,7 @@ The same command goes on where an interrupted run stopped: Ctrl-C, SIGTERM and S
 defaults are the recipe of the original project.
 """
 
+import gc
 import math
 import os
 from collections.abc import Callable
@@ -277,6 +278,7 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
             profiled_step()
             if run.step == first + 1:
                 saver.reserve(run.model, training_state(run, optimizer))
+                gc.freeze()  # what is there now stays; looking through it again would be a pause of half a second
                 reports.restart_clock()
             if reports.stop or any(is_due(run, every) for every in intervals):
                 run.seconds, run.bad_steps = reports.flush()

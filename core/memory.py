@@ -23,12 +23,21 @@ def largest_micro_batch(
     most = ON_HOST
     if ranks.device.type == "cuda":
         _, two, three = (peak_bytes(loss, n, seq_len, ranks.device) for n in (1, 2, 3))  # the first sets up libraries
-        each = max(three - two, 1)
         free, _ = torch.cuda.mem_get_info(ranks.device)
         free += torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
-        fitting = int((free * (1 - MARGIN) - optimizer_bytes - (two - 2 * each)) / each)
-        most = max(min(fitting, MOST_TOKENS // seq_len), 1)
-    return min(ranks.gather(max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)))
+        most = min(fitting(free - optimizer_bytes, two, three), MOST_TOKENS // seq_len)
+    return min(ranks.gather(largest_divisor(sequences, most)))
+
+
+def fitting(free: int, two: int, three: int) -> int:
+    """How many sequences fit into `free` bytes but for a margin, if two and three take that much."""
+    each = max(three - two, 1)
+    return int((free * (1 - MARGIN) - (two - 2 * each)) / each)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that isn't above `most`; 1 where that is less."""
+    return max(n for n in range(1, max(min(most, number), 1) + 1) if number % n == 0)
 
 
 def peak_bytes(loss: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, device: torch.device) -> int:

@@ -24,7 +24,13 @@ def profiled(folder: Path, device: torch.device, say: Callable[[str], None]) -> 
 
     plan = schedule(wait=WAIT, warmup=WARM_UP, active=STEPS, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=tell) as recorder:
-        yield recorder.step
+
+        def step() -> None:
+            if on_cuda and recorder.step_num <= PROFILED_UNTIL:  # or kernels of the step before would be counted in
+                torch.cuda.synchronize(device)
+            recorder.step()
+
+        yield step
 
 
 def costliest(recorded: profile, on_cuda: bool, count: int = 10) -> str:

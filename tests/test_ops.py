@@ -1,0 +1,194 @@
+"""The fused step computes what the plain model does: each kernel beside its twin, and the whole loss and its gradients.
+
+Triton's interpreter runs the kernels on the CPU. It can't multiply bfloat16, so that float32 and float16 stand in.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+from core import kernels, ops
+from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # 1 / (1 + inf) is the zero it should be
+SHAPE = GPTConfig(n_layer=2, n_head=3, n_embd=96, n_positions=32, vocab_size=300)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    monkeypatch.setattr(kernels, "NORM_PROGRAMS", 7)  # the interpreter runs one after the other
+
+
+@pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
+def draw(request):
+    """Random tensors of one dtype."""
+    torch.manual_seed(0)
+    return lambda *size, scale=1.0: (torch.randn(*size) * scale).to(request.param)
+
+
+def error(found, wanted):
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@pytest.mark.parametrize("rows, inputs, outputs", [(200, 96, 192), (128, 64, 128), (1, 32, 40), (150, 160, 200)])
+def test_linear_gelu(draw, rows, inputs, outputs):
+    x, weight, bias = draw(rows, inputs), draw(outputs, inputs, scale=0.3), draw(outputs)
+    activation, slope = kernels.linear_gelu(x, weight, bias)
+    u = (x.double() @ weight.double().T + bias.double()).requires_grad_()
+    wanted = F.gelu(u, approximate="tanh")
+    wanted.sum().backward()
+    assert error(activation, wanted) < TOLERANCE[x.dtype]
+    assert error(slope, u.grad) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("rows, inputs, outputs", [(200, 96, 192), (128, 64, 128), (1, 32, 40), (150, 160, 200)])
+def test_matmul_times(draw, rows, inputs, outputs):
+    x, weight, factor = draw(rows, inputs), draw(inputs, outputs, scale=0.3), draw(rows, outputs)
+    out, sums = kernels.matmul_times(x, weight, factor)
+    wanted = x.double() @ weight.double() * factor.double()
+    assert error(out, wanted) < TOLERANCE[x.dtype]
+    assert error(sums, wanted.sum(0)) < 1e-5  # summed in float32, before rounding
+
+
+@pytest.mark.parametrize("rows, width", [(50, 96), (1, 32), (100, 160)])
+def test_norm_backward(draw, rows, width):
+    x, d_norm, d_stream = draw(rows, width, scale=3.0), draw(rows, width), draw(rows, width)
+    wide, gain, shift = (t.double().requires_grad_() for t in (x, torch.rand(width), torch.randn(width)))
+    normal, mean, rstd = torch.native_layer_norm(wide, (width,), gain, shift, 1e-5)
+    (normal * d_norm.double() + wide * d_stream.double()).sum().backward()
+    dx, sums = kernels.norm_backward(x, mean.float(), rstd.float(), gain.float().detach(), d_norm, d_stream)
+    assert error(dx, wide.grad) < TOLERANCE[x.dtype]
+    for found, wanted in zip(sums, (gain.grad, shift.grad, wide.grad.sum(0)), strict=True):
+        assert error(found, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["(B, T, H, D)", "(B, H, T, D)", "mixed"])
+def test_pack(draw, layout):
+    B, H, T, D = 2, 3, 45, 24
+    between = [draw(B, T, H, D).transpose(1, 2) for _ in range(3)]
+    parts = [part.contiguous() for part in between] if layout == "(B, H, T, D)" else between
+    if layout == "mixed":
+        parts[1] = parts[1].contiguous()
+    packed, sums = kernels.pack(*parts)
+    wanted = torch.stack(parts).permute(1, 3, 0, 2, 4).reshape(B * T, 3 * H * D)
+    assert torch.equal(packed, wanted)
+    assert error(sums, wanted.double().sum(0)) < 1e-5
+
+
+@pytest.mark.parametrize("vocab, block", [(1000, 8192), (1000, 256), (1024, 256), (770, 256)])
+def test_cross_entropy(draw, monkeypatch, vocab, block):
+    """Losses and gradients, with columns that fill blocks and that don't; the padding gets no gradient."""
+    monkeypatch.setattr(kernels, "LOGITS_BLOCK", block)
+    padded, C = 1024, 32
+    hidden, weight = draw(9, C), draw(padded, C, scale=0.5)
+    targets = torch.randint(vocab, (9,))
+    targets[:2] = torch.tensor([0, vocab - 1])
+    wide, head = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = F.cross_entropy((wide @ head.T)[:, :vocab], targets)
+    wanted.backward()
+    for chunk_rows in (4, 9):
+        loss, d_hidden, d_weight = kernels.linear_cross_entropy(hidden, weight, targets, vocab, chunk_rows)
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-2 if hidden.dtype == torch.float16 else 1e-5)
+        assert error(d_hidden, wide.grad) < 3 * TOLERANCE[hidden.dtype]
+        assert error(d_weight, head.grad) < 3 * TOLERANCE[hidden.dtype]
+        assert not d_weight[vocab:].any()
+
+
+def test_cross_entropy_of_logits_far_from_zero(draw):
+    hidden, weight = draw(4, 32, scale=20.0), draw(128, 32)
+    targets = torch.tensor([0, 5, 50, 99])
+    loss, d_hidden, _ = kernels.linear_cross_entropy(hidden, weight, targets, 100, 4)
+    wanted = F.cross_entropy((hidden.double() @ weight.double().T)[:, :100], targets)
+    assert wanted > 50
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+    assert d_hidden.isfinite().all()
+
+
+def test_the_operators_tell_the_compiler_the_truth():
+    """Shapes and dtypes that torch.compile is told are those that come out; nothing is written to an input."""
+    draw = torch.randn
+    x, weight, targets = draw(20, 32), draw(128, 32), torch.randint(100, (20,))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels.linear_gelu, (x, weight, draw(128)), test_utils=tests)
+    torch.library.opcheck(kernels.matmul_times, (x, weight.T.contiguous(), draw(20, 128)), test_utils=tests)
+    norm = (x, draw(20), draw(20).abs(), draw(32), draw(20, 32), draw(20, 32))
+    torch.library.opcheck(kernels.norm_backward, norm, test_utils=tests)
+    torch.library.opcheck(kernels.pack, [draw(2, 2, 10, 8) for _ in range(3)], test_utils=tests)
+    torch.library.opcheck(kernels.linear_cross_entropy, (x, weight, targets, 100, 16), test_utils=tests)
+
+
+@pytest.fixture
+def model():
+    """A GPT whose biases, gains and residual projections have had some training, too."""
+    torch.manual_seed(1)
+    model = GPT(SHAPE, seed=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+        model.transformer["wte"].weight[SHAPE.vocab_size :] = 0.0
+    return model
+
+
+def gradients(loss, model, tokens):
+    """The loss on those tokens, and each parameter's gradient."""
+    value = loss(tokens[:, :-1], tokens[:, 1:])
+    value.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return value.item(), found
+
+
+@pytest.fixture
+def tokens(monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK_ROWS", 24)  # three chunks, the last one shorter
+    return torch.randint(SHAPE.vocab_size, (3, 21), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 1e-2)])
+def test_the_fused_loss_is_the_models(model, tokens, dtype, tolerance):
+    plain, wanted = gradients(model, model, tokens)
+    fused, found = gradients(ops.FusedLoss(model, compiled=False, dtype=dtype), model, tokens)
+    assert fused == pytest.approx(plain, rel=tolerance / 10)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert error(gradient, wanted[name]) < tolerance, name
+    assert not found["transformer.wte.weight"][SHAPE.vocab_size :].any()
+
+
+def test_without_gradients_the_fused_loss_is_the_same(model, tokens):
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    with torch.no_grad():
+        fused = ops.FusedLoss(model, compiled=False, dtype=torch.float32)(inputs, targets)
+        assert fused.item() == pytest.approx(model(inputs, targets).item(), abs=1e-5)
+
+
+def test_activation_checkpointing_changes_no_bit(model, tokens):
+    plain = gradients(ops.FusedLoss(model, False, dtype=torch.float32), model, tokens)
+    again = gradients(ops.FusedLoss(model, False, True, dtype=torch.float32), model, tokens)
+    assert plain[0] == again[0]
+    assert all(torch.equal(gradient, again[1][name]) for name, gradient in plain[1].items())
+
+
+def test_all_blocks_and_steps_share_one_compiled_block(model, tokens, monkeypatch):
+    """Three graphs: the embedding, a block, the loss. None is compiled again for another block or step."""
+    compile_ = torch.compile
+
+    def without_inductor(function=None, **options):
+        return compile_(function, **(options | {"backend": "aot_eager"}))
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    torch._dynamo.reset()
+    counters.clear()
+    loss = ops.FusedLoss(model, compiled=True, dtype=torch.float32)
+    wanted = gradients(ops.FusedLoss(model, compiled=False, dtype=torch.float32), model, tokens)
+    for _ in range(2):
+        found = gradients(loss, model, tokens)
+        assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+        assert all(error(found[1][name], gradient) < 2e-6 for name, gradient in wanted[1].items())
+        assert counters["stats"]["unique_graphs"] == 3
