@@ -93,7 +93,7 @@ class Config:
     activation_checkpointing: bool = False
     """Compute each block again for its gradient: less than half the memory and 1.2 times the time for gpt2-xl."""
     deterministic: bool = False
-    """Bit for bit the same result from as many ranks on GPUs too, also after a resume; 5 to 8 % slower on an H200."""
+    """Bit for bit the same result from as many ranks on GPUs too, also after a resume; 12 % slower on an H200."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the training step. auto: on CUDA."""
     fused: Literal["auto", "on", "off"] = "auto"

@@ -4,6 +4,7 @@ import gzip
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from core.distributed import Ranks
 from core.runlog import read_metrics
 from core.shards import TokenOrder, Windows, open_dataset, prefetched
 from core.step import micro_batches, open_loader
+from core.validation import Validation
+from model import GPT, PRESETS
 
 RECIPE = (*TRAIN, "--data", "data/small", "--lr", "2e-3", "--val-tokens", "1280")
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -94,6 +97,19 @@ def test_the_micro_batch_is_chosen_told_and_changes_nothing_else(world, capsys):
     assert json.loads((world / "logs/chosen/run.json").read_text())["micro_batch"] == 8
 
 
+def test_validation_takes_the_steps_loss_for_whole_batches_and_the_model_for_the_rest(world):
+    """A compiled loss would be compiled again for the few windows that are left."""
+    model, sizes = GPT(replace(PRESETS["tiny"], vocab_size=664)), []
+
+    def loss(inputs, targets):
+        sizes.append(len(inputs))
+        return model(inputs, targets)
+
+    validation = Validation(open_dataset(world / "data/small"), CPU, loss, 64, 40 * 64, "float32")
+    validation.run(model)
+    assert sizes == [16, 16]
+
+
 def test_a_profile_of_a_few_steps(world, capsys):
     train_here(*RECIPE, "--run", "profiled", "--steps", 8, "--profile", cwd=world)
     said = capsys.readouterr().out
@@ -102,6 +118,7 @@ def test_a_profile_of_a_few_steps(world, capsys):
     assert any("aten::" in line for line in table[1:11])
     shares = [float(line.split()[1].rstrip("%")) for line in table[1:11]]
     assert shares == sorted(shares, reverse=True)
+    assert sum(shares) > 50
     with gzip.open(world / "logs/profiled/trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     steps = [event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep")]
