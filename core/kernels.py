@@ -116,6 +116,8 @@ def cross_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * PADDED
     column = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    target_logit = tl.load(logits + target).to(tl.float32) * LOG2_E
     most = tl.full((BLOCK // 8,), -1e30, tl.float32)
     total = tl.zeros((BLOCK // 8,), tl.float32)
     for first in range(0, WHOLE, BLOCK):
@@ -124,10 +126,9 @@ def cross_entropy_kernel(
     most, total = fold(rest, most, total, BLOCK)
     top = tl.max(most, 0)
     log2_sum = top + tl.log2(tl.sum(total * tl.exp2(most - top), 0))
-    target = tl.load(targets + row)
-    target_logit = tl.load(logits + target).to(tl.float32) * LOG2_E
     tl.store(losses + row, (log2_sum - target_logit) / LOG2_E)
     shift = tl.log2(scale) - log2_sum
+    tl.debug_barrier()  # every thread has read the target's logit before one of them writes there
     gradient = tl.exp2(rest.to(tl.float32) * LOG2_E + shift)  # zero in the padding
     tl.store(logits + WHOLE + column, gradient.to(logits.dtype.element_ty), mask=WHOLE + column < PADDED)
     for first in range(0, WHOLE, BLOCK):
