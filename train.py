@@ -35,6 +35,7 @@ from core.validation import LambadaCurve, Validation
 from model import GPT, PRESETS
 
 BETAS = (0.9, 0.95)
+VAL_BATCH = 16  # windows a forward at most: logits are large, and validation is no faster with more
 WARMUP_FRACTION = 715 / 19_073  # GPT-3's 375M warm-up tokens of 10 billion
 
 
@@ -51,7 +52,7 @@ class Config:
     batch_tokens: int = 524_288
     """Tokens an optimizer step, over all ranks: 2**19, near the 0.5M of GPT-3's table 2.1."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Sequences a rank computes at once: changes the result by rounding alone. auto: what fits, up to 65,536 tokens."""
+    """Sequences a rank computes at once; changes the result by rounding. auto: what fits, to 65,536 tokens (CPU: 8)."""
     seq_len: int = 1024
     """Tokens a sequence, at most the preset's context."""
     seed: int = 1337
@@ -91,7 +92,7 @@ class Config:
     log_every: int = 10
     """Steps between lines on the terminal; metrics.jsonl has every step."""
     activation_checkpointing: bool = False
-    """Compute each block again for its gradient: less than half the memory and 1.2 times the time for gpt2-xl."""
+    """Compute each block again for its gradient: gpt2-xl (--fused off) takes half the memory and 1.2 times the time."""
     deterministic: bool = False
     """Bit for bit the same result from as many ranks on GPUs too, also after a resume; 12 % slower on an H200."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -218,10 +219,12 @@ def begin(run: Run) -> torch.optim.Optimizer:
         torch.set_rng_state(state["rng"])
         run.step, run.tokens = state["step"], state["tokens"]
         run.seconds, run.bad_steps = state["seconds"], state.get("bad_steps", 0)  # which older ones don't have
+        if config.deterministic and state.get("world_size") == ranks.world_size and config.micro_batch == "auto":
+            run.config = config = replace(config, micro_batch=state["micro_batch"])  # another would round otherwise
         ranks.say(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
     if config.micro_batch == "auto" and run.step < config.steps:
         run.config = replace(config, micro_batch=fitting_micro_batch(run.model, optimizer, config, ranks))
-        ranks.say(f"--micro-batch {run.config.micro_batch}, which fits")
+        ranks.say(f"--micro-batch {run.config.micro_batch}")
     return optimizer
 
 
@@ -229,6 +232,7 @@ def training_state(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     """All that a resume needs but the weights: plain values and tensors."""
     state = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "bad_steps": run.bad_steps}
     state |= {"rng": torch.get_rng_state(), "settings": must_agree(run.config, run.dataset)}
+    state |= {"micro_batch": run.config.micro_batch, "world_size": run.ranks.world_size}
     return state | {"optimizer": optimizer.state_dict()}
 
 
@@ -260,8 +264,8 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
         open_log(run) as log,
         open_saver(run, log) as saver,
         open_profiler(run, log) as profiled_step,
-        closing(open_loader(config, ranks, windows, order, range(run.step, config.steps))) as batches,
         interrupts,
+        closing(open_loader(config, ranks, windows, order, range(run.step, config.steps))) as batches,
     ):
         told = ranks.from_main(log.told if log is not None else None)
         measure(run, measures, log, told)  # at step 0, or what a run that was stopped left to be measured
@@ -278,6 +282,7 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
             profiled_step()
             if run.step == first + 1:
                 saver.reserve(run.model, training_state(run, optimizer))
+                gc.collect()
                 gc.freeze()  # what is there now stays; looking through it again would be a pause of half a second
                 reports.restart_clock()
             if reports.stop or any(is_due(run, every) for every in intervals):
@@ -297,7 +302,8 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 def open_measures(config: Config, dataset: Dataset, ranks: Ranks, loss: Any) -> list[tuple[int, Any]]:
     """What is measured while the run goes on, each with the steps between; validation, by `loss`, first."""
-    validation = Validation(dataset, ranks, loss, config.seq_len, config.val_tokens, config.dtype)
+    batch = VAL_BATCH if config.micro_batch == "auto" else min(config.micro_batch, VAL_BATCH)
+    validation = Validation(dataset, ranks, loss, config.seq_len, config.val_tokens, batch, config.dtype)
     if config.eval_lambada is None:
         return [(config.val_every, validation)]
     context = PRESETS[config.preset].n_positions
@@ -335,6 +341,8 @@ def open_saver(run: Run, log: RunLog | None) -> Saver:
 def open_profiler(run: Run, log: RunLog | None) -> AbstractContextManager[Callable[[], None]]:
     if not run.config.profile or log is None:
         return nullcontext(lambda: None)
+    if run.config.steps - run.step < PROFILED_UNTIL:
+        log.say(f"no profile: it takes {PROFILED_UNTIL} steps, and {run.config.steps - run.step} are left")
     return profiled(run.folder, run.ranks.device, log.say)
 
 

@@ -50,7 +50,8 @@ class Ranks:
 
     def to_device(self, *batch: Tensor) -> list[Tensor]:
         """Tensors on this rank's device; to CUDA without making the host wait."""
-        return [tensor.to(self.device, non_blocking=True) for tensor in self.pinned(*batch)]
+        to_cuda = self.device.type == "cuda"  # MPS would go on reading memory that is free again (pytorch issue 189690)
+        return [tensor.to(self.device, non_blocking=to_cuda) for tensor in self.pinned(*batch)]
 
     def begin_thread(self) -> None:
         """What a thread that pins tensors does first: threads begin on cuda:0, and would open a context there."""
@@ -174,8 +175,8 @@ class DeviceClock:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether core/kernels.py's kernels run there: Triton, and NVIDIA's compute capability 9.0 (Hopper) or later."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+    """Whether core/kernels.py's kernels run there: Triton, and NVIDIA's Hopper or the data centers' Blackwell."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return False
     return importlib.util.find_spec("triton") is not None
 

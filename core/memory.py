@@ -17,16 +17,21 @@ def largest_micro_batch(
 ) -> int:
     """The largest divisor of `sequences`, a rank's share of a step, that fits on every rank. All ranks must call it.
 
-    `loss` of one, two and three sequences, with its gradients, tells what each more takes; `optimizer_bytes` are yet
-    to be allocated. Raises torch.OutOfMemoryError where not even these fit.
+    `loss` of one, two and three sequences, with its gradients, tells what each more takes; where these don't fit the
+    answer is one. `optimizer_bytes` are yet to be allocated.
     """
     most = ON_HOST
     if ranks.device.type == "cuda":
-        _, two, three = (peak_bytes(loss, n, seq_len, ranks.device) for n in (1, 2, 3))  # the first sets up libraries
-        free, _ = torch.cuda.mem_get_info(ranks.device)
-        free += torch.cuda.memory_reserved(ranks.device) - torch.cuda.memory_allocated(ranks.device)
-        most = min(fitting(free - optimizer_bytes, two, three), MOST_TOKENS // seq_len)
-    return min(ranks.gather(largest_divisor(sequences, most)))
+        device = ranks.device
+        try:
+            _, two, three = (peak_bytes(loss, n, seq_len, device) for n in (1, 2, 3))  # the first sets up libraries
+        except torch.OutOfMemoryError:
+            most = 1
+        else:
+            free, _ = torch.cuda.mem_get_info(device)
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            most = min(fitting(free - optimizer_bytes, two, three), MOST_TOKENS // seq_len)
+    return min(ranks.gather(largest_divisor(sequences, most)))  # no rank may leave before this
 
 
 def fitting(free: int, two: int, three: int) -> int:

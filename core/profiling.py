@@ -19,8 +19,13 @@ def profiled(folder: Path, device: torch.device, say: Callable[[str], None]) -> 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
 
     def tell(recorded: profile) -> None:
-        recorded.export_chrome_trace(str(folder / TRACE))
-        say(f"{costliest(recorded, on_cuda)}\nwrote {folder / TRACE}: open it in https://ui.perfetto.dev")
+        say(costliest(recorded, on_cuda))
+        try:
+            recorded.export_chrome_trace(str(folder / TRACE))
+        except OSError as error:
+            say(f"{folder / TRACE} can't be written ({error.strerror}); training goes on")
+        else:
+            say(f"wrote {folder / TRACE}: open it in https://ui.perfetto.dev")
 
     plan = schedule(wait=WAIT, warmup=WARM_UP, active=STEPS, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=tell) as recorder:

@@ -237,8 +237,11 @@ class TokenOrder:
 
 def prefetched(items: Iterator[Item], ahead: int, begin: Callable[[], None]) -> Iterator[Item]:
     """The same items, of which a thread, that begins with `begin`, makes up to `ahead` before they are asked for."""
-    with ThreadPoolExecutor(1, initializer=begin) as thread:
+    thread = ThreadPoolExecutor(1, initializer=begin)
+    try:
         coming = deque(thread.submit(next, items, None) for _ in range(ahead))
         while (item := coming.popleft().result()) is not None:
             coming.append(thread.submit(next, items, None))
             yield item
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -14,8 +14,6 @@ from core.shards import Dataset, Windows
 from core.tasks import QuestionSet, lambada
 from model import GPT
 
-BATCH_SIZE = 16  # windows a forward: logits are large, and validation is no faster with more
-
 
 class Validation:
     split = "val"  # in metrics.jsonl
@@ -27,11 +25,12 @@ class Validation:
         loss: Callable[[Tensor, Tensor], Tensor],
         seq_len: int,
         max_tokens: int,
+        batch_size: int,
         dtype: str,
     ) -> None:
-        """The first `max_tokens` of the split, in windows of `seq_len`, by a model's `loss` on inputs and targets."""
+        """The first `max_tokens` of the split, by a model's `loss` on `batch_size` windows of `seq_len` at once."""
         self._windows = Windows(dataset, "val", seq_len)
-        self._ranks, self._loss, self._dtype = ranks, loss, dtype
+        self._ranks, self._loss, self._dtype, self._batch_size = ranks, loss, dtype, batch_size
         self._count = min(max(max_tokens // seq_len, 1), len(self._windows))
         has_tokenizer = (dataset.folder / "tokenizer.json").is_file()
         self._token_bytes = tokenizer.token_bytes(dataset.folder) if has_tokenizer else None
@@ -41,7 +40,7 @@ class Validation:
     def run(self, model: GPT) -> dict[str, float | None]:
         """`loss` in nats a token and `bits_per_byte` of text (None without a tokenizer). All ranks must call it."""
         losses, sizes, text_bytes = [], [], 0
-        ranks, size = self._ranks, BATCH_SIZE
+        ranks, size = self._ranks, self._batch_size
         for first in range(ranks.rank * size, self._count, ranks.world_size * size):
             inputs, targets = self._windows.batch(range(first, min(first + size, self._count)))  # (B, T)
             if self._token_bytes is not None:

@@ -197,8 +197,9 @@ def test_all_blocks_and_steps_share_one_compiled_block(model, tokens, monkeypatc
     counters.clear()
     loss = ops.FusedLoss(model, compiled=True, dtype=torch.float32)
     wanted = gradients(ops.FusedLoss(model, compiled=False, dtype=torch.float32), model, tokens)
-    for _ in range(2):
-        found = gradients(loss, model, tokens)
+    again = ops.FusedLoss(model, compiled=True, activation_checkpointing=True, dtype=torch.float32)
+    for compiled in (loss, loss, again):
+        found = gradients(compiled, model, tokens)
         assert found[0] == pytest.approx(wanted[0], rel=1e-6)
         assert all(error(found[1][name], gradient) < 2e-6 for name, gradient in wanted[1].items())
         assert counters["stats"]["unique_graphs"] == 3
