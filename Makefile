@@ -25,7 +25,7 @@ demo: setup
 	python report.py --runs demo --out logs/demo --floor data/stories/stories.jsonl
 
 test: setup
-	python -m pytest -q -n 2 --dist loadfile
+	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup
 	SOAK_KILLS=25 python -m pytest -q tests/test_kills.py
