@@ -35,7 +35,7 @@ from core.validation import LambadaCurve, Validation
 from model import GPT, PRESETS
 
 BETAS = (0.9, 0.95)
-VAL_BATCH = 16  # windows a forward at most: logits are large, and validation is no faster with more
+VAL_BATCH = 16  # windows a forward at most, as logits are large
 WARMUP_FRACTION = 715 / 19_073  # GPT-3's 375M warm-up tokens of 10 billion
 
 
@@ -98,7 +98,7 @@ class Config:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the training step. auto: on CUDA."""
     fused: Literal["auto", "on", "off"] = "auto"
-    """The step by core/ops.py's kernels, for bfloat16 on NVIDIA's Hopper GPUs and later. auto: where they run."""
+    """The step by core/ops.py's kernels, for bfloat16 on NVIDIA's Hopper GPUs and B200. auto: where they run."""
     profile: bool = False
     """Record three early steps: the ten costliest kernels on the terminal, and logs/RUN/trace.json.gz."""
     device: str = "auto"
@@ -193,7 +193,7 @@ def resolve_device(config: Config, ranks: Ranks) -> Config:
     compiled = ("on" if on_cuda else "off") if config.compile == "auto" else config.compile
     can_fuse = dtype == "bfloat16" and runs_triton(ranks.device)
     if config.fused == "on" and not can_fuse:
-        raise ValueError("--fused on takes --dtype bfloat16, and an NVIDIA GPU from Hopper on, with Triton: take auto")
+        raise ValueError("--fused on takes --dtype bfloat16, and an NVIDIA Hopper or B200 GPU with Triton: take auto")
     fused = "on" if can_fuse and config.fused != "off" else "off"
     return replace(config, dtype=dtype, compile=compiled, fused=fused)
 
@@ -343,6 +343,7 @@ def open_profiler(run: Run, log: RunLog | None) -> AbstractContextManager[Callab
         return nullcontext(lambda: None)
     if run.config.steps - run.step < PROFILED_UNTIL:
         log.say(f"no profile: it takes {PROFILED_UNTIL} steps, and {run.config.steps - run.step} are left")
+        return nullcontext(lambda: None)
     return profiled(run.folder, run.ranks.device, log.say)
 
 

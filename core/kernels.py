@@ -1,4 +1,4 @@
-"""The Triton kernels of core/ops.py, for NVIDIA GPUs from Hopper on, each behind an operator that torch.compile knows.
+"""The Triton kernels of core/ops.py, for NVIDIA Hopper GPUs, each behind an operator that torch.compile knows.
 
 With TRITON_INTERPRET=1 they run on the CPU, where tests compare each with plain torch. What each saves is in LOG.md.
 """

@@ -8,7 +8,7 @@ from torch import Tensor
 from core.distributed import Ranks
 
 MARGIN = 0.1  # of the memory that is free: for fragments, the compiler's buffers, and measures taken on the way
-MOST_TOKENS = 65_536  # more at once are no faster (LOG.md)
+MOST_TOKENS = 65_536  # what the speed was measured with; more was not tried
 ON_HOST = 8  # sequences, where memory isn't counted: small products stay in a CPU's caches
 
 

@@ -1,4 +1,4 @@
-"""GPT-2's training loss with its memory traffic fused away, in bfloat16, on NVIDIA GPUs from Hopper on.
+"""GPT-2's training loss with its memory traffic fused away, in bfloat16, on NVIDIA Hopper GPUs.
 
 It computes what GPT.forward does, but for rounding: the same products and the same attention, while what lies between
 them (biases, GELU, residual sums, LayerNorms, softmax, and their gradients) is read and written once.

@@ -27,7 +27,6 @@ class StepConfig(Protocol):
     seq_len: int
     dtype: str
     grad_clip: float
-    compile: str
     fused: str
     activation_checkpointing: bool
 
