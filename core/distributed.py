@@ -175,7 +175,7 @@ class DeviceClock:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether core/kernels.py's kernels run there: Triton, and NVIDIA's Hopper or the data centers' Blackwell (untried)."""
+    """Whether core/kernels.py's kernels run there: Triton, and NVIDIA's Hopper, or B200, which is untried."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return False
     return importlib.util.find_spec("triton") is not None

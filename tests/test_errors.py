@@ -86,7 +86,7 @@ def test_what_must_be_above_0(mistake, here, option, value):
         (["--device", "gpu"], "--device gpu is no device; take auto, cuda, cuda:1, mps or cpu"),
         (
             ["--fused", "on"],
-            "--fused on takes --dtype bfloat16, and an NVIDIA Hopper or B200 GPU with Triton: take auto",
+            "--fused on takes --dtype bfloat16, and an NVIDIA Hopper or B200 GPU.*: take auto",
         ),
         (["--profile"], "--profile records until step 6, --steps is 3"),
         (["--eval-only"], "logs/tiny has no checkpoint to evaluate: name weights with --init-from"),
