@@ -21,52 +21,37 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from core import checkpoint, cli
+from core import checkpoint, cli, recipe
 from core.claims import hold_run
 from core.distributed import Ranks, process_group, runs_triton
 from core.interrupts import Interrupts
-from core.optim import adamw, check_batch, learning_rate, set_learning_rate
+from core.optim import Optimizers, optimizers
 from core.profiling import PROFILED_UNTIL, profiled
+from core.recipe import SETTINGS, Recipe, Schedule, align_keys
 from core.runlog import RunLog, StepReports, versions
 from core.saver import Saver
 from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
-from core.step import fitting_micro_batch, loss_model, micro_batches, open_loader, parallel, train_step, warm_up
+from core.step import fitting_micro_batch, loss_model, open_loader, parallel, train_step, warm_up
 from core.validation import LambadaCurve, Validation
 from model import GPT, PRESETS
 
-BETAS = (0.9, 0.95)
 VAL_BATCH = 16  # windows a forward at most, as logits are large
-WARMUP_FRACTION = 715 / 19_073  # GPT-3's 375M warm-up tokens of 10 billion
 
 
 @dataclass
-class Config:
+class Config(Recipe):
     data: str = DEFAULT_DATA
     """Folder of shards that fineweb.py wrote."""
     run: Annotated[str | None, tyro.conf.arg(aliases=["--run-name"])] = None
     """Name of the run, logs/RUN; else the preset's. Under torchrun, which has a --run-path, write --run-name."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
     """Size of the model: 124M, 355M, 774M, 1558M, and two small ones for the demo and tests."""
-    steps: int = 19_073
-    """Optimizer steps; 19,073 of 524,288 tokens are 10 billion."""
-    batch_tokens: int = 524_288
-    """Tokens an optimizer step, over all ranks: 2**19, near the 0.5M of GPT-3's table 2.1."""
     micro_batch: int | Literal["auto"] = "auto"
     """Sequences a rank computes at once; changes the result by rounding. auto: what fits, to 65,536 tokens (CPU: 8)."""
     seq_len: int = 1024
     """Tokens a sequence, at most the preset's context."""
     seed: int = 1337
     """Draws the initial weights and the order of the data."""
-    lr: float = 6e-4
-    """Peak learning rate (GPT-3's for 124M)."""
-    final_lr_fraction: float = 0.1
-    """The cosine ends at this fraction of the peak."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up. Default: 715 of 19,073, scaled with --steps."""
-    weight_decay: float = 0.1
-    """AdamW's, on matrices alone."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the matrix products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float32 elsewhere."""
     val_every: int = 250
@@ -161,21 +146,19 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     """Check every setting before the first step and fill in those that follow from others."""
     micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
     cli.check_positive(micro_batch=micro_batch)
-    counts = ("steps", "batch_tokens", "seq_len", "val_tokens")
     intervals = ("val_every", "eval_every", "save_every", "log_every", "keep", "hang_timeout")
-    cli.check_positive(**{name: getattr(config, name) for name in (*counts, *intervals, "lr", "grad_clip")})
-    cli.check_between(0, 1, weight_decay=config.weight_decay, final_lr_fraction=config.final_lr_fraction)
+    cli.check_positive(**{name: getattr(config, name) for name in ("seq_len", "val_tokens", *intervals)})
+    shape = PRESETS[config.preset]
+    if config.seq_len > shape.n_positions:
+        raise ValueError(
+            f"--seq-len {config.seq_len} passes the context of {config.preset}: take --seq-len {shape.n_positions}"
+        )
+    config = recipe.resolve(config, shape, config.seq_len, micro_batch, ranks.world_size)
     if config.profile and config.steps < PROFILED_UNTIL:
         raise ValueError(f"--profile records until step {PROFILED_UNTIL}, --steps is {config.steps}")
     may_be_zero = ("seed", "sample_every", "keep_every", "max_bad_steps")
     cli.check_between(0, 2**63 - 1, **{name: getattr(config, name) for name in may_be_zero})
-    warmup = round(config.steps * WARMUP_FRACTION) if config.warmup_steps is None else config.warmup_steps
-    cli.check_between(0, config.steps, warmup_steps=warmup)
     cli.check_between(0, 10**9, hang_timeout=config.hang_timeout)  # in seconds; clocks know no larger ones
-    context = PRESETS[config.preset].n_positions
-    if config.seq_len > context:
-        raise ValueError(f"--seq-len {config.seq_len} passes the context of {config.preset}: take --seq-len {context}")
-    check_batch(config.batch_tokens, micro_batch, config.seq_len, ranks.world_size)
     run = config.run or config.preset
     if Path(run).name != run:
         raise ValueError(f"--run {run} is no plain name: the run's folder is logs/RUN")
@@ -183,7 +166,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing: take 0")
     for split in ("train", "val"):
         Windows(dataset, split, config.seq_len)
-    return resolve_device(replace(config, warmup_steps=warmup, run=run), ranks)
+    return resolve_device(replace(config, run=run), ranks)
 
 
 def resolve_device(config: Config, ranks: Ranks) -> Config:
@@ -200,20 +183,19 @@ def resolve_device(config: Config, ranks: Ranks) -> Config:
 
 def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run may not change, or its steps would not be those of one that was never interrupted."""
-    names = ("preset", "seed", "seq_len", "batch_tokens", "steps", "lr", "final_lr_fraction", "warmup_steps")
-    more = ("weight_decay", "grad_clip", "val_tokens", "init_from")
-    settings = {name: getattr(config, name) for name in (*names, *more)}
+    names = ("preset", "seed", "seq_len", "val_tokens", "init_from", *SETTINGS)
+    settings = {name: getattr(config, name) for name in names}
     return settings | {"manifest_hash": dataset.manifest_hash}
 
 
-def begin(run: Run) -> torch.optim.Optimizer:
+def begin(run: Run) -> Optimizers:
     """Put the run where its newest valid checkpoint left it; else at step 0, with --init-from's or random weights."""
     config, ranks = run.config, run.ranks
     found = checkpoint.find(run.folder, ranks, anew=config.resume == "never")
     state = checkpoint.load_training_state(found, must_agree(config, run.dataset)) if found else None
     source = found or (checkpoint.resolve(config.init_from, "--init-from") if config.init_from else None)
     run.model = load_model(config, run.dataset, source).to(ranks.device)
-    optimizer = adamw(run.model, config.weight_decay, BETAS)
+    optimizer = optimizers(run.model, config, ranks)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
@@ -228,7 +210,7 @@ def begin(run: Run) -> torch.optim.Optimizer:
     return optimizer
 
 
-def training_state(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def training_state(run: Run, optimizer: Optimizers) -> dict[str, Any]:
     """All that a resume needs but the weights: plain values and tensors."""
     state = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "bad_steps": run.bad_steps}
     state |= {"rng": torch.get_rng_state(), "settings": must_agree(run.config, run.dataset)}
@@ -240,7 +222,10 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
     """The model at its start. Raises ValueError where weights given don't fit the preset or the shards."""
     shape = replace(PRESETS[config.preset], vocab_size=dataset.vocab_size)
     if source is None:
-        return GPT(shape, seed=config.seed)
+        model = GPT(shape, seed=config.seed)
+        if config.init == "aligned":
+            align_keys(model)
+        return model
     model = checkpoint.load_model(str(source))
     if model.config != shape:
         raise ValueError(
@@ -250,22 +235,23 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
     return model
 
 
-def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
+def train(run: Run, optimizer: Optimizers) -> None:
     config, ranks = run.config, run.ranks
     windows = Windows(run.dataset, "train", config.seq_len)
     order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
+    schedule = Schedule(config, config.seq_len)
     loss = loss_model(run.model, config, config.compile == "on")
     measures = open_measures(config, run.dataset, ranks, loss)
     model = parallel(loss, ranks)
     if "on" in (config.compile, config.fused):
-        warm_up(model, *next(micro_batches(config, ranks, windows, order, run.step)), config, ranks)
+        warm_up(model, config, schedule, ranks, run.step)
     interrupts = Interrupts(config.hang_timeout, ranks.is_main)
     with (
         open_log(run) as log,
         open_saver(run, log) as saver,
         open_profiler(run, log) as profiled_step,
         interrupts,
-        closing(open_loader(config, ranks, windows, order, range(run.step, config.steps))) as batches,
+        closing(open_loader(config, schedule, ranks, windows, order, range(run.step, config.steps))) as batches,
     ):
         told = ranks.from_main(log.told if log is not None else None)
         measure(run, measures, log, told)  # at step 0, or what a run that was stopped left to be measured
@@ -274,11 +260,11 @@ def train(run: Run, optimizer: torch.optim.Optimizer) -> None:
         first = run.step
         while run.step < config.steps and not reports.stop:
             interrupts.alive()
-            lr = learning_rate(run.step, config.steps, config.warmup_steps, config.lr, config.final_lr_fraction)
-            set_learning_rate(optimizer, lr)
-            stats = train_step(model, optimizer, batches, config, ranks, interrupts)
-            run.step, run.tokens = run.step + 1, run.tokens + config.batch_tokens
-            reports.launched(run.step, run.tokens, config.batch_tokens, lr, stats)
+            rate, sequences = schedule.rate(run.step), len(schedule.sequences(run.step))
+            optimizer.set_rate(rate)
+            stats = train_step(model, optimizer, batches, sequences, config, ranks, interrupts)
+            run.step, run.tokens = run.step + 1, schedule.tokens(run.step + 1)
+            reports.launched(run.step, run.tokens, sequences * config.seq_len, rate * config.lr, stats)
             profiled_step()
             if run.step == first + 1:
                 saver.reserve(run.model, training_state(run, optimizer))

@@ -30,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train
-from core import cli
+from core import cli, recipe
 from core.distributed import DeviceClock, Ranks, peak_flops, pick_device, process_group
 from core.interrupts import Interrupts
-from core.optim import adamw, check_batch, set_learning_rate
+from core.optim import Optimizers, optimizers
+from core.recipe import Schedule
 from core.runlog import versions
 from core.shards import TokenOrder, Windows, open_dataset
 from core.step import loss_model, open_loader, parallel, train_step
@@ -65,6 +66,8 @@ class Config:
     """Steps that count."""
     variants: tuple[str, ...] = VARIANTS
     """Which to run, of: transformers, transformers compiled, compiled (this model and torch.compile alone), ours."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """As train.py's; for ours and compiled."""
     gpus: int = 1
     """More than one: ours on so many too, with the same number of tokens a step in all."""
     data: str | None = None
@@ -84,7 +87,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_batch(config.batch_tokens, config.micro_batch, config.seq_len, config.gpus)
+    settings_of(config)
     if config.roofline and pick_device(config.device).type != "cuda":
         raise ValueError("--roofline measures a GPU, and this machine has none that torch can use: leave it out")
     unknown = set(config.variants) - set(VARIANTS)
@@ -113,7 +116,7 @@ def main(config: Config) -> None:
 def child(config: Config, variant: str, caches: str, gpus: int = 1) -> dict[str, Any]:
     """What a process of its own found out about a variant."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "steps", "device", "data")
+    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "steps", "device", "data", "optimizer")
     options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names if getattr(config, name)]
     flags = [
         f"--{name.replace('_', '-')}" for name in ("roofline", "activation_checkpointing") if getattr(config, name)
@@ -145,21 +148,20 @@ class TransformersLoss(nn.Module):
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     """Rates, memory and times of the variant `only`."""
     shape = PRESETS[config.preset]
-    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "device", "activation_checkpointing")
-    settings = train.Config(**{name: getattr(config, name) for name in names}, lr=6e-4)
-    settings = train.resolve_device(replace(settings, fused="auto" if config.only == "ours" else "off"), ranks)
+    settings = train.resolve_device(settings_of(config), ranks)
     raw: Any = TransformersLoss(shape) if "transformers" in config.only else GPT(shape)
     raw = raw.to(ranks.device)
     if config.only in ("ours", "compiled"):
         model = parallel(loss_model(raw, settings, settings.compile == "on"), ranks)
     else:
         model = torch.compile(raw, dynamic=False) if "compiled" in config.only else raw
-    optimizer = adamw(raw, settings.weight_decay, train.BETAS)
-    set_learning_rate(optimizer, settings.lr)
+    optimizer = optimizer_of(raw, settings, ranks)
+    optimizer.set_rate(1.0)
+    sequences = config.batch_tokens // config.seq_len
     interrupts = Interrupts(3600, False)
 
     def step(batches: Iterator[list[Tensor]]) -> None:
-        train_step(model, optimizer, batches, settings, ranks, interrupts)
+        train_step(model, optimizer, batches, sequences, settings, ranks, interrupts)
 
     resident = itertools.cycle(random_batches(config, ranks))
     step(resident)
@@ -174,13 +176,28 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         dataset = open_dataset(config.data)
         windows = Windows(dataset, "train", config.seq_len)
         order = TokenOrder(dataset.manifest_hash, settings.seed, config.seq_len, len(windows))
-        loader = open_loader(settings, ranks, windows, order, range(config.steps + 1))
+        schedule = Schedule(replace(settings, steps=config.steps + 1), config.seq_len)
+        loader = open_loader(settings, schedule, ranks, windows, order, range(config.steps + 1))
         step(loader)
         found["with_loader"] = timed(lambda: step(loader), config, ranks)["tokens_per_second"]
     if config.roofline and config.only == "ours" and ranks.device.type == "cuda":
         found["parts_ms"] = profile_parts(lambda: step(resident))
     interrupts.pause()
     return found
+
+
+def settings_of(config: Config) -> train.Config:
+    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "device", "activation_checkpointing", "optimizer")
+    given = {name: getattr(config, name) for name in names}
+    settings = train.Config(**given, steps=config.steps, fused="auto" if config.only == "ours" else "off")
+    return recipe.resolve(settings, PRESETS[config.preset], config.seq_len, config.micro_batch, config.gpus)
+
+
+def optimizer_of(model: Any, settings: train.Config, ranks: Ranks) -> Optimizers:
+    if isinstance(model, GPT):
+        return optimizers(model, settings, ranks)
+    groups = [{"params": list(model.parameters()), "peak": settings.lr}]
+    return Optimizers(torch.optim.AdamW(groups, lr=0.0, weight_decay=settings.weight_decay, fused=True))
 
 
 def random_batches(config: Config, ranks: Ranks) -> list[list[Tensor]]:

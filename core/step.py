@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.distributed import Ranks, autocast
 from core.interrupts import Interrupts
-from core.memory import largest_micro_batch
+from core.memory import largest_divisor, largest_micro_batch
+from core.optim import Optimizers
+from core.recipe import Schedule
 from core.shards import TokenOrder, Windows, prefetched
 from model import GPT
 
@@ -22,30 +24,36 @@ READ_AHEAD = 4  # micro-batches in host memory before they are needed
 class StepConfig(Protocol):
     """What a step needs of train.py's settings."""
 
-    batch_tokens: int
+    batch_tokens: Any  # an int, as all that the recipe sets is known by then
     micro_batch: Any  # an int; "auto" until `fitting_micro_batch` has said which
     seq_len: int
     dtype: str
-    grad_clip: float
+    grad_clip: Any
     fused: str
     activation_checkpointing: bool
 
 
+def at_once(config: StepConfig, ranks: Ranks, sequences: int) -> int:
+    """How many of a step's sequences a rank computes at once: the micro-batch, or less where the step has less."""
+    return largest_divisor(sequences // ranks.world_size, config.micro_batch)
+
+
 def micro_batches(
-    config: StepConfig, ranks: Ranks, windows: Windows, order: TokenOrder, step: int
+    config: StepConfig, schedule: Schedule, ranks: Ranks, windows: Windows, order: TokenOrder, step: int
 ) -> Iterator[list[Tensor]]:
-    """This rank's share of a step's sequences, as inputs and targets (B, T) in the host's memory."""
-    sequences = config.batch_tokens // config.seq_len
-    stride = config.micro_batch * ranks.world_size
-    for first in range(step * sequences + ranks.rank * config.micro_batch, (step + 1) * sequences, stride):
-        yield ranks.pinned(*windows.batch(order[range(first, first + config.micro_batch)]))
+    """This rank's share of a step's sequences, cut to the step's pieces: inputs and targets (B, T) on the host."""
+    sequences, piece = schedule.sequences(step), schedule.piece(step)
+    size = at_once(config, ranks, len(sequences))
+    for first in range(sequences.start + ranks.rank * size, sequences.stop, size * ranks.world_size):
+        batch = windows.batch(order[range(first, first + size)])
+        yield ranks.pinned(*(tokens.view(-1, piece) for tokens in batch))
 
 
 def open_loader(
-    config: StepConfig, ranks: Ranks, windows: Windows, order: TokenOrder, steps: range
+    config: StepConfig, schedule: Schedule, ranks: Ranks, windows: Windows, order: TokenOrder, steps: range
 ) -> Iterator[list[Tensor]]:
     """This rank's micro-batches of those steps, read ahead by a thread."""
-    batches = (batch for step in steps for batch in micro_batches(config, ranks, windows, order, step))
+    batches = (batch for step in steps for batch in micro_batches(config, schedule, ranks, windows, order, step))
     return prefetched(batches, READ_AHEAD, ranks.begin_thread)
 
 
@@ -67,27 +75,31 @@ def parallel(loss: Any, ranks: Ranks) -> Any:
     return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def fitting_micro_batch(model: GPT, optimizer: torch.optim.Optimizer, config: StepConfig, ranks: Ranks) -> int:
+def fitting_micro_batch(model: GPT, optimizer: Optimizers, config: StepConfig, ranks: Ranks) -> int:
     """As many sequences at once as the memory of every rank has room for, beside the optimizer's two moments."""
     loss = loss_model(model, config, compiled=False)
-    moments = 0 if optimizer.state else 8 * model.num_parameters()
+    moments = 0 if optimizer.begun else 8 * model.num_parameters()
     sequences = config.batch_tokens // config.seq_len // ranks.world_size
     with autocast(ranks, config.dtype):
         fitting = largest_micro_batch(loss, sequences, config.seq_len, moments, ranks)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return fitting
 
 
 def train_step(
     model: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     batches: Iterator[list[Tensor]],
+    sequences: int,
     config: StepConfig,
     ranks: Ranks,
     interrupts: Interrupts,
 ) -> Tensor:
-    """One optimizer step. Still on the device, (3,): mean loss over all ranks, gradient norm, ranks asked to stop."""
-    accumulation = config.batch_tokens // (config.micro_batch * config.seq_len * ranks.world_size)
+    """One optimizer step on so many sequences, this rank's among the `batches`.
+
+    Still on the device, (3,): mean loss over all ranks, gradient norm, ranks asked to stop.
+    """
+    accumulation = sequences // ranks.world_size // at_once(config, ranks, sequences)
     loss_sum = torch.zeros((), device=ranks.device)
     for i in range(accumulation):
         interrupts.alive()
@@ -103,20 +115,21 @@ def train_step(
         dist.all_reduce(sums)
     loss, stop = sums[0] / ranks.world_size, sums[1]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    # Where this is 1 the fused optimizer leaves weights and moments as they were, and nobody waits to know.
-    optimizer.found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.step(skip=1 - (loss.isfinite() & norm.isfinite()).float())
+    optimizer.zero_grad()
     return torch.stack([loss, norm, stop])
 
 
-def warm_up(model: Any, inputs: Tensor, targets: Tensor, config: StepConfig, ranks: Ranks) -> None:
-    """Compile on one micro-batch whose gradients are thrown away, so that no step's time holds the compiler's."""
+def warm_up(model: Any, config: StepConfig, schedule: Schedule, ranks: Ranks, step: int) -> None:
+    """Compile for every shape of the steps to come, so that no step's time holds the compiler's."""
     begin = time.perf_counter()
-    with autocast(ranks, config.dtype):
-        loss = model(*ranks.to_device(inputs, targets))
-    loss.backward()
-    loss.item()  # waits for the device
+    shapes = [(at_once(config, ranks, sequences), piece) for sequences, piece in schedule.shapes(step)]
+    for size, piece in dict.fromkeys(shapes):
+        tokens = torch.zeros(size * config.seq_len // piece, piece, dtype=torch.long, device=ranks.device)
+        with autocast(ranks, config.dtype):
+            loss = model(tokens, tokens)
+        loss.backward()
+        loss.item()  # waits for the device
     for p in model.parameters():
         p.grad = None
     ranks.say(f"compiled in {time.perf_counter() - begin:.0f} s")

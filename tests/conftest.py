@@ -13,8 +13,8 @@ import torch
 import tyro
 
 import train
-from core import stories, tokenizer
-from model import GPT, GPTConfig
+from core import recipe, stories, tokenizer
+from model import GPT, PRESETS, GPTConfig
 
 for number in (signal.SIGINT, signal.SIGHUP):  # which shells ignore for jobs in the background, and nohup
     signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
@@ -136,6 +136,12 @@ def faulty(path, when, fault):
     """A train.py in whose `when` (an expression of rank and call) a rank's micro-batch meets a `fault`."""
     path.write_text(FAULTY.format(when=when, fault=fault))
     return path
+
+
+def resolved(world_size=1, shape=PRESETS["tiny"], **options):
+    """train.py's settings with what the recipe fills in."""
+    config = train.Config(**{"seq_len": 64, "micro_batch": 1} | options)
+    return recipe.resolve(config, shape, config.seq_len, config.micro_batch, world_size)
 
 
 def fill(path):

@@ -27,7 +27,7 @@ def weights(folder, step):
 
 def moments(folder, step):
     path = folder / f"checkpoints/step_{step:06d}" / checkpoint.TRAINING_STATE
-    return torch.load(path, weights_only=True)["optimizer"]["state"]
+    return torch.load(path, weights_only=True)["optimizer"]["AdamW"]["state"]
 
 
 def assert_skipped(folder, step):

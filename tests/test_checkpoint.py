@@ -107,7 +107,7 @@ def test_the_training_state_is_plain_values_and_tensors(finished):
     assert (state["step"], state["tokens"]) == (4, 4 * 2048)
     assert state["settings"]["seed"] == 1337
     assert state["settings"]["manifest_hash"] == open_dataset(finished / "data/small").manifest_hash
-    moments = state["optimizer"]["state"].values()
+    moments = state["optimizer"]["AdamW"]["state"].values()
     assert len(moments) == len(list(GPT.from_pretrained(path.parent).parameters()))
     assert {int(moment["step"]) for moment in moments} == {4}
 

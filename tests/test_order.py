@@ -10,9 +10,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from conftest import resolved
 
-import train
 from core.distributed import Ranks
+from core.recipe import Schedule
 from core.shards import TokenOrder, Windows, open_dataset
 from core.step import micro_batches
 
@@ -89,13 +90,13 @@ def as_tuples(inputs, targets):
 
 def step_sequences(dataset, step, world_size, micro_batch):
     """What each rank computes in a step: the sequences of all its micro-batches."""
-    config = train.Config(batch_tokens=16 * 64, micro_batch=micro_batch, seq_len=64, seed=5)
+    config = resolved(batch_tokens=16 * 64, micro_batch=micro_batch, seed=5, steps=step + 1)
     windows = Windows(dataset, "train", 64)
     order = TokenOrder(dataset.manifest_hash, config.seed, 64, len(windows))
     shares = []
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
-        batches = list(micro_batches(config, ranks, windows, order, step))
+        batches = list(micro_batches(config, Schedule(config, 64), ranks, windows, order, step))
         assert all(inputs.shape == targets.shape == (micro_batch, 64) for inputs, targets in batches)
         shares.append([sequence for batch in batches for sequence in as_tuples(*batch)])
     return shares
@@ -130,10 +131,11 @@ def test_each_window_of_an_epoch_is_seen_once_whatever_ranks_take_part_in_which_
         assert len(seen) == len(windows)
         for step in range(2 * len(windows)):
             world_size, micro_batch = shares[step % len(shares)] if shares else (1, 12)
-            config = train.Config(batch_tokens=12 * SEQ_LEN, micro_batch=micro_batch, seq_len=SEQ_LEN, seed=seed)
+            config = resolved(batch_tokens=12 * SEQ_LEN, micro_batch=micro_batch, seq_len=SEQ_LEN, steps=step + 1)
+            schedule = Schedule(config, SEQ_LEN)
             for rank in range(world_size):
                 ranks = Ranks(rank, world_size, torch.device("cpu"))
-                for inputs, targets in micro_batches(config, ranks, windows, order, step):
+                for inputs, targets in micro_batches(config, schedule, ranks, windows, order, step):
                     seen.update(as_tuples(inputs, targets))
             assert seen.total() == 12 * (step + 1)
             assert max(seen.values()) - min(seen.values()) <= 1  # no second time before all others' first

@@ -129,6 +129,8 @@ def test_a_finished_run_says_so_and_is_left_alone(world, whole):
         ({"final_lr_fraction": 0.2}, 0.1),
         ({"weight_decay": 0.0}, 0.1),
         ({"grad_clip": 2.0}, 1.0),
+        ({"optimizer": "muon"}, "adamw"),
+        ({"init": "aligned"}, "gpt2"),
         ({"init_from": "logs/whole"}, None),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TRAIN, train_here
+from conftest import TRAIN, resolved, train_here
 
-import train
 from core import memory
 from core.distributed import Ranks
+from core.recipe import Schedule
 from core.runlog import read_metrics
 from core.shards import TokenOrder, Windows, open_dataset, prefetched
 from core.step import micro_batches, open_loader
@@ -26,11 +26,12 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 
 def test_the_loader_gives_the_micro_batches_of_all_steps_in_order(world):
     dataset = open_dataset(world / "data/small")
-    config = train.Config(batch_tokens=1024, micro_batch=4, seq_len=64)
+    config = resolved(batch_tokens=1024, micro_batch=4, steps=9)
+    schedule = Schedule(config, 64)
     windows = Windows(dataset, "train", 64)
     order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
-    loaded = list(open_loader(config, CPU, windows, order, range(3, 9)))
-    wanted = [batch for step in range(3, 9) for batch in micro_batches(config, CPU, windows, order, step)]
+    loaded = list(open_loader(config, schedule, CPU, windows, order, range(3, 9)))
+    wanted = [batch for step in range(3, 9) for batch in micro_batches(config, schedule, CPU, windows, order, step)]
     assert len(loaded) == len(wanted) == 24
     for found, batch in zip(loaded, wanted, strict=True):
         assert all(torch.equal(*tensors) for tensors in zip(found, batch, strict=True))

@@ -1,0 +1,202 @@
+"""How much sooner `--recipe speedrun` reaches the loss that a baseline ends with, both from scratch on the same card.
+
+    python benchmarks/time_to_loss.py --data data/corpus --tokens 150_000_000 300_000_000 --shares 0.12 0.2 1
+    python benchmarks/time_to_loss.py --data data/corpus --tokens 150_000_000 --shares 0.5 0.7 \\
+        --baseline='--recipe speedrun --optimizer adamw --lr 7e-4 --embed-lr 2e-3' --name adamw
+    python benchmarks/time_to_loss.py --data data/demo --preset demo --seq-len 256 --tokens 1_000_000 --shares 0.1 1 \\
+        --ours='--recipe speedrun --first-batch-tokens 2048 --batch-tokens 16384' --baseline='--batch-tokens 16384'
+
+A share of 0.2 is a run whose whole schedule has a fifth of the baseline's tokens. Seconds are those of training steps
+alone. Runs lie in logs/ and are finished ones or go on when the same command is given again. The ratio at the very loss
+is read off the line between two of ours, in log(seconds).
+"""
+
+import sys
+
+sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
+
+import json
+import math
+import shlex
+import subprocess
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from core import cli
+from core.results import table
+from core.runlog import read_metrics
+from model import PRESETS
+
+TRAIN = Path(sys.path[0]) / "train.py"
+COLOURS = ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
+SMOOTHED = 60  # points of a drawn curve
+
+
+@dataclass
+class Config:
+    data: str
+    """Folder of shards."""
+    tokens: tuple[int, ...] = (150_000_000,)
+    """The baseline's tokens; several for several baselines."""
+    shares: tuple[float, ...] = (0.1, 0.2)
+    """Our runs' tokens, as parts of the baseline's."""
+    seeds: tuple[int, ...] = (1337,)
+    """Each for all runs."""
+    baseline: str = "--recipe original"
+    """train.py's options of the baseline."""
+    ours: str = "--recipe speedrun"
+    """train.py's options of ours."""
+    preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
+    """Size of the model."""
+    seq_len: int = 1024
+    """Tokens a sequence."""
+    val_tokens: int = 10_485_760
+    """Validation tokens at most."""
+    lambada: str | None = None
+    """File of LAMBADA passages to score at each run's end."""
+    gpus: int = 1
+    """More than one: each run under torchrun, on so many."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    name: str = "time-to-loss"
+    """Begins the runs' names; logs/NAME.json, logs/NAME.md and logs/NAME.png are what comes out."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    name: str
+    label: str
+    tokens: int
+    seconds: float  # of training steps
+    loss: float  # validation, after the last step
+    lambada: str
+    curve: list[tuple[int, float, float]]  # tokens, seconds, training loss
+    versions: dict[str, Any]
+
+
+def main(config: Config) -> None:
+    cli.check_positive(**{"tokens": min(config.tokens), "shares": min(config.shares), "gpus": config.gpus})
+    rows, facts, outcomes = [], [], []
+    for seed in config.seeds:
+        for tokens in config.tokens:
+            baseline = trained(config, "baseline", config.baseline, tokens, seed)
+            ours = [trained(config, "ours", config.ours, round(tokens * share), seed) for share in config.shares]
+            outcomes += [baseline, *ours]
+            sooner, bound = times_sooner(baseline, ours)
+            for run in (baseline, *ours):
+                rows.append(row(run, baseline))
+            facts.append({"seed": seed, "tokens": tokens, "times_sooner": sooner, "at_least": bound})
+            print(f"seed {seed}, {tokens:,} tokens: loss {baseline.loss:.4f} is reached {said(sooner, bound)}\n")
+    header = [
+        "run",
+        "tokens",
+        "seconds",
+        "ktok/s",
+        "validation loss",
+        "beside baseline",
+        "times sooner",
+        "LAMBADA",
+    ]
+    page = table(header, rows) + f"\n\n{outcomes[0].versions}\n"
+    page += "".join(
+        f"\nSeed {f['seed']}, {f['tokens']:,} tokens: the loss is reached {said(f['times_sooner'], f['at_least'])}.\n"
+        for f in facts
+    )
+    print(page)
+    stem = Path("logs") / config.name
+    stem.with_suffix(".md").write_text(page)
+    all_facts = {"config": asdict(config), "ratios": facts, "runs": [asdict(outcome) for outcome in outcomes]}
+    stem.with_suffix(".json").write_text(json.dumps(all_facts, indent=1) + "\n")
+    draw(outcomes, stem.with_suffix(".png"))
+
+
+def trained(config: Config, kind: str, options: str, tokens: int, seed: int) -> Outcome:
+    """The run of that kind, made by train.py unless it is there."""
+    name = f"{config.name}-{kind}-{tokens}-{seed}"
+    names = ("data", "preset", "seq_len", "val_tokens", "device")
+    given = [f"--{option.replace('_', '-')}={getattr(config, option)}" for option in names]
+    given += [f"--tokens={tokens}", f"--seed={seed}", f"--run-name={name}", "--val-every=1000000000"]
+    given += ["--save-every=1000000000", "--eval-every=1000000000", "--log-every=100", *shlex.split(options)]
+    given += [f"--eval-lambada={config.lambada}"] if config.lambada else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.gpus}"]
+    command = [sys.executable, *(launcher if config.gpus > 1 else []), str(TRAIN), *given]
+    print(f"{name}: train.py {shlex.join(given)}", flush=True)
+    if status := subprocess.run(command, check=False).returncode:
+        raise ValueError(f"{name} ended with status {status}, see above")
+    return outcome(Path("logs") / name, f"{kind}, {tokens / 1e6:g}M tokens, seed {seed}")
+
+
+def outcome(run: Path, label: str) -> Outcome:
+    """What a finished run came to. Raises ValueError where it ended without a loss."""
+    facts, lines = json.loads((run / "run.json").read_text()), read_metrics(run)
+    train = [line for line in lines if line["split"] == "train"]
+    loss = [line["loss"] for line in lines if line["split"] == "val"][-1]
+    if loss is None:
+        raise ValueError(f"{run.name} diverged: take a lower --lr for it")
+    lambada = [f"{line['correct']:,} of {line['total']:,}" for line in lines if line["split"] == "lambada"]
+    curve = [(line["tokens"], line["seconds"], line["loss"]) for line in train if line["loss"] is not None]
+    done = (train[-1]["tokens"], train[-1]["seconds"], loss)
+    return Outcome(run.name, label, *done, (lambada or [""])[-1], curve, facts["versions"])
+
+
+def times_sooner(baseline: Outcome, ours: list[Outcome]) -> tuple[float | None, bool]:
+    """The ratio of seconds at the baseline's final loss, and whether that is a lower bound; None: it wasn't reached.
+
+    Between the two runs around that loss, loss is taken as a line in log(seconds). Where every one of ours is below it,
+    the shortest gives the bound.
+    """
+    runs = sorted(ours, key=lambda run: run.tokens)
+    if runs[0].loss <= baseline.loss:
+        return baseline.seconds / runs[0].seconds, True
+    for above, below in pairwise(runs):
+        if above.loss > baseline.loss >= below.loss:
+            part = (above.loss - baseline.loss) / (above.loss - below.loss)
+            seconds = math.exp(math.log(above.seconds) + part * math.log(below.seconds / above.seconds))
+            return baseline.seconds / seconds, False
+    return None, False
+
+
+def said(sooner: float | None, bound: bool) -> str:
+    if sooner is None:
+        return "by none of our runs"
+    return f"{'at least ' if bound else ''}{sooner:.2f} times sooner"
+
+
+def row(run: Outcome, baseline: Outcome) -> list[str]:
+    ratio = f"{baseline.seconds / run.seconds:.2f}" if run.loss <= baseline.loss else ""
+    rate = f"{run.tokens / run.seconds / 1000:,.1f}"
+    beside = f"{run.loss - baseline.loss:+.4f}"
+    return [run.label, f"{run.tokens:,}", f"{run.seconds:.1f}", rate, f"{run.loss:.4f}", beside, ratio, run.lambada]
+
+
+def draw(outcomes: list[Outcome], path: Path) -> None:
+    """Training loss (means of a sixtieth of a run) over seconds and tokens; final validation losses as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
+    for panel, column, label in ((panels[0], 1, "seconds of training"), (panels[1], 0, "tokens seen")):
+        for run, colour in zip(outcomes, COLOURS * len(outcomes), strict=False):
+            size = max(len(run.curve) // SMOOTHED, 1)
+            chunks = [run.curve[i : i + size] for i in range(0, len(run.curve), size)]
+            places = [chunk[-1][column] for chunk in chunks]
+            panel.plot(places, [sum(p[2] for p in chunk) / len(chunk) for chunk in chunks], color=colour, linewidth=1.2)
+            end = run.seconds if column == 1 else run.tokens
+            panel.plot(end, run.loss, "o", color=colour, markersize=7, label=f"{run.label}: {run.loss:.3f}")
+        panel.set(xlabel=label, xscale="log")
+        panel.grid(alpha=0.3)
+    panels[1].xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    panels[0].set(ylabel="loss (nats a token): training, and validation (dots)")
+    panels[1].legend(frameon=False, title="validation loss at the end")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)
