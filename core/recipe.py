@@ -145,7 +145,7 @@ def resolve(options: Options, shape: GPTConfig, seq_len: int, micro_batch: int, 
         scaled = {"warmup_steps": round(steps * WARMUP_FRACTION)}
     else:
         scaled = {
-            "warmup_steps": min(options.warmup_steps, steps),
+            "warmup_steps": min(options.warmup_steps, steps // 10),
             "short_tokens": min(options.short_tokens, 4 * tokens // 10),
         }
     options = replace(options, **scaled | given | {"steps": steps, "tokens": tokens})
