@@ -44,18 +44,18 @@ def test_a_smaller_micro_batch_changes_nothing(world, one_process):
     assert_same(read_metrics(world / "logs/micro"), one_process)
 
 
-def test_resumed_by_two_three_and_four_ranks_it_goes_on_as_one_process(world):
+def test_resumed_by_two_and_by_three_ranks_it_goes_on_as_one_process(world):
     """Three steps each, of 12 sequences."""
-    twelve = (*RECIPE, "--batch-tokens", 768, "--micro-batch", 3, "--steps", 12, "--save-every", 3, "--keep", 4)
+    twelve = (*RECIPE, "--batch-tokens", 768, "--micro-batch", 3, "--steps", 9, "--save-every", 3, "--keep", 4)
     train_here(*twelve, "--run", "alone", cwd=world)
     expected = read_metrics(world / "logs/alone")
     shutil.copytree(world / "logs/alone", world / "logs/handed-on")
-    for ranks, step in ((2, 3), (3, 6), (4, 9)):
+    for ranks, step in ((2, 3), (3, 6)):
         for path in (world / "logs/handed-on/checkpoints").iterdir():
             if int(path.name[5:]) > step:
                 shutil.rmtree(path)
         said = torchrun(ranks, "train.py", *twelve, "--micro-batch", 1, "--run-name", "handed-on", cwd=world).stdout
-        assert f"step {step} of 12" in said
+        assert f"step {step} of 9" in said
     metrics = read_metrics(world / "logs/handed-on")
     assert [(line["step"], line["split"]) for line in metrics] == [(line["step"], line["split"]) for line in expected]
     losses = [[line["loss"] for line in lines] for lines in (metrics, expected)]

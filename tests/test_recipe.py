@@ -180,19 +180,19 @@ def test_a_run_that_was_cut_in_two_ends_bit_for_bit(world, monkeypatch):
     """Where batch and pieces have changed before and after."""
     monkeypatch.setattr("core.recipe.FIRST_PHASE", 4)
     command = (*TRAIN[:4], "--device", "cpu", "--data", "data/small", "--val-tokens", 640, "--recipe", "speedrun")
-    command += ("--first-batch-tokens", 512, "--short-seq-len", 16, "--steps", 14, "--save-every", 6, "--run", "cut")
+    command += ("--first-batch-tokens", 512, "--short-seq-len", 16, "--steps", 14, "--save-every", 6, "--run", "grown")
     train_here(*command, cwd=world)
-    last = world / "logs/cut/checkpoints/step_000014"
+    last = world / "logs/grown/checkpoints/step_000014"
     whole, state = last / "model.safetensors", last / TRAINING_STATE
     expected, moments = whole.read_bytes(), torch.load(state, weights_only=True)["optimizer"]["Muon"]["state"]
-    lines = read_metrics(world / "logs/cut")
+    lines = read_metrics(world / "logs/grown")
     shutil.rmtree(last)
-    shutil.rmtree(world / "logs/cut/checkpoints/step_000012")
+    shutil.rmtree(world / "logs/grown/checkpoints/step_000012")
     train_here(*command, cwd=world)
     assert whole.read_bytes() == expected
     again = torch.load(state, weights_only=True)["optimizer"]["Muon"]["state"]
     assert all(torch.equal(moments[i]["momentum"], again[i]["momentum"]) for i in moments)
-    tokens = [line["tokens"] for line in read_metrics(world / "logs/cut") if line["split"] == "train"]
+    tokens = [line["tokens"] for line in read_metrics(world / "logs/grown") if line["split"] == "train"]
     assert tokens == [line["tokens"] for line in lines if line["split"] == "train"]
     assert [b - a for a, b in pairwise(tokens)] == [512] * 3 + [1024] * 6 + [2048] * 4
 
@@ -200,9 +200,11 @@ def test_a_run_that_was_cut_in_two_ends_bit_for_bit(world, monkeypatch):
 def test_two_ranks_learn_what_one_does(world):
     command = (*TRAIN[:4], "--device", "cpu", "--data", "data/small", "--val-tokens", 2560, "--recipe", "speedrun")
     command += ("--first-batch-tokens", 256, "--short-seq-len", 16, "--steps", 40)
-    train_here(*command, "--run", "alone", cwd=world)
-    torchrun(2, "train.py", *command, "--run-name", "shared", cwd=world)
-    alone, shared = ([line["loss"] for line in read_metrics(world / f"logs/{name}")] for name in ("alone", "shared"))
+    train_here(*command, "--run", "muon-alone", cwd=world)
+    torchrun(2, "train.py", *command, "--run-name", "muon-shared", cwd=world)
+    alone, shared = (
+        [line["loss"] for line in read_metrics(world / f"logs/muon-{name}")] for name in ("alone", "shared")
+    )
     assert shared == pytest.approx(alone, rel=1e-3)
     assert alone[-1] < alone[0] - 1
 
