@@ -202,9 +202,8 @@ def test_two_ranks_learn_what_one_does(world):
     command += ("--first-batch-tokens", 256, "--short-seq-len", 16, "--steps", 40)
     train_here(*command, "--run", "muon-alone", cwd=world)
     torchrun(2, "train.py", *command, "--run-name", "muon-shared", cwd=world)
-    alone, shared = (
-        [line["loss"] for line in read_metrics(world / f"logs/muon-{name}")] for name in ("alone", "shared")
-    )
+    names = ("muon-alone", "muon-shared")
+    alone, shared = ([line["loss"] for line in read_metrics(world / "logs" / name)] for name in names)
     assert shared == pytest.approx(alone, rel=1e-3)
     assert alone[-1] < alone[0] - 1
 
