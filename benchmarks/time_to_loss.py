@@ -1,14 +1,15 @@
 """How much sooner `--recipe speedrun` reaches the loss that a baseline ends with, both from scratch on the same card.
 
-    python benchmarks/time_to_loss.py --data data/corpus --tokens 150_000_000 300_000_000 --shares 0.12 0.2 1
-    python benchmarks/time_to_loss.py --data data/corpus --tokens 150_000_000 --shares 0.5 0.7 \\
-        --baseline='--recipe speedrun --optimizer adamw --lr 7e-4 --embed-lr 2e-3' --name adamw
-    python benchmarks/time_to_loss.py --data data/demo --preset demo --seq-len 256 --tokens 1_000_000 --shares 0.1 1 \\
-        --ours='--recipe speedrun --first-batch-tokens 2048 --batch-tokens 16384' --baseline='--batch-tokens 16384'
+    python benchmarks/time_to_loss.py --data data/corpus --tokens 150_000_000 300_000_000
+    python benchmarks/time_to_loss.py --data data/corpus --name time-to-loss-adamw --label adamw \\
+        --baseline='--recipe speedrun --optimizer adamw --lr 7e-4 --embed-lr 2e-3'
+    python benchmarks/time_to_loss.py --data data/demo --preset demo --seq-len 256 --tokens 1_000_000 \\
+        --ours-tokens 100_000 500_000 --baseline='--batch-tokens 16384' \\
+        --ours='--recipe speedrun --first-batch-tokens 2048 --batch-tokens 16384'
 
-A share of 0.2 is a run whose whole schedule has a fifth of the baseline's tokens. Seconds are those of training steps
-alone. Runs lie in logs/ and are finished ones or go on when the same command is given again. The ratio at the very loss
-is read off the line between two of ours, in log(seconds).
+Each run has its whole schedule. Seconds are those of training steps alone. Runs lie in logs/: those that are finished
+count as they are when a command is given again. The ratio at the very loss is read off the line between two of ours,
+in log(seconds).
 """
 
 import sys
@@ -29,8 +30,10 @@ from core.results import table
 from core.runlog import read_metrics
 from model import PRESETS
 
-TRAIN = Path(sys.path[0]) / "train.py"
+REPO = Path(sys.path[0])
+LAMBADA = "lambada.json"  # in a run's folder
 COLOURS = ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
+RUNS = "time-to-loss"  # begins their names
 SMOOTHED = 60  # points of a drawn curve
 
 
@@ -40,12 +43,14 @@ class Config:
     """Folder of shards."""
     tokens: tuple[int, ...] = (150_000_000,)
     """The baseline's tokens; several for several baselines."""
-    shares: tuple[float, ...] = (0.1, 0.2)
-    """Our runs' tokens, as parts of the baseline's."""
+    ours_tokens: tuple[int, ...] = (20_000_000, 60_000_000, 150_000_000)
+    """Our runs' tokens."""
     seeds: tuple[int, ...] = (1337,)
     """Each for all runs."""
     baseline: str = "--recipe original"
     """train.py's options of the baseline."""
+    label: str = "original"
+    """What the baseline is called."""
     ours: str = "--recipe speedrun"
     """train.py's options of ours."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
@@ -55,13 +60,13 @@ class Config:
     val_tokens: int = 10_485_760
     """Validation tokens at most."""
     lambada: str | None = None
-    """File of LAMBADA passages to score at each run's end."""
+    """File of LAMBADA passages in the standard text: each run is scored on them at its end, by protocol `standard`."""
     gpus: int = 1
     """More than one: each run under torchrun, on so many."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     name: str = "time-to-loss"
-    """Begins the runs' names; logs/NAME.json, logs/NAME.md and logs/NAME.png are what comes out."""
+    """logs/NAME.json, logs/NAME.md and logs/NAME.png are what comes out."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +84,17 @@ class Outcome:
 
 
 def main(config: Config) -> None:
-    cli.check_positive(**{"tokens": min(config.tokens), "shares": min(config.shares), "gpus": config.gpus})
+    cli.check_positive(tokens=min(config.tokens), ours_tokens=min(config.ours_tokens), gpus=config.gpus)
     rows, facts, outcomes = [], [], []
     for seed in config.seeds:
-        for tokens in config.tokens:
-            baseline = trained(config, "baseline", config.baseline, tokens, seed)
-            ours = [trained(config, "ours", config.ours, round(tokens * share), seed) for share in config.shares]
-            outcomes += [baseline, *ours]
+        ours = [trained(config, "ours", config.ours, tokens, seed) for tokens in config.ours_tokens]
+        baselines = [trained(config, config.label, config.baseline, tokens, seed) for tokens in config.tokens]
+        outcomes += [*baselines, *ours]
+        for baseline in baselines:
             sooner, bound = times_sooner(baseline, ours)
-            for run in (baseline, *ours):
-                rows.append(row(run, baseline))
-            facts.append({"seed": seed, "tokens": tokens, "times_sooner": sooner, "at_least": bound})
-            print(f"seed {seed}, {tokens:,} tokens: loss {baseline.loss:.4f} is reached {said(sooner, bound)}\n")
+            rows += [row(run, baseline) for run in (baseline, *ours)]
+            facts.append({"seed": seed, "tokens": baseline.tokens, "times_sooner": sooner, "at_least": bound})
+            print(f"seed {seed}, {baseline.label}: loss {baseline.loss:.4f} is reached {said(sooner, bound)}\n")
     header = [
         "run",
         "tokens",
@@ -114,20 +118,30 @@ def main(config: Config) -> None:
     draw(outcomes, stem.with_suffix(".png"))
 
 
-def trained(config: Config, kind: str, options: str, tokens: int, seed: int) -> Outcome:
-    """The run of that kind, made by train.py unless it is there."""
-    name = f"{config.name}-{kind}-{tokens}-{seed}"
+def trained(config: Config, label: str, options: str, tokens: int, seed: int) -> Outcome:
+    """The run of that label, made by train.py unless one of the same options is finished."""
+    name = f"{RUNS}-{label}-{tokens}-{seed}"
     names = ("data", "preset", "seq_len", "val_tokens", "device")
     given = [f"--{option.replace('_', '-')}={getattr(config, option)}" for option in names]
     given += [f"--tokens={tokens}", f"--seed={seed}", f"--run-name={name}", "--val-every=1000000000"]
     given += ["--save-every=1000000000", "--eval-every=1000000000", "--log-every=100", *shlex.split(options)]
-    given += [f"--eval-lambada={config.lambada}"] if config.lambada else []
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.gpus}"]
-    command = [sys.executable, *(launcher if config.gpus > 1 else []), str(TRAIN), *given]
-    print(f"{name}: train.py {shlex.join(given)}", flush=True)
+    folder, finished = Path("logs") / name, Path("logs") / name / "finished.json"
+    if not finished.is_file() or json.loads(finished.read_text()) != given:
+        print(f"{name}: train.py {shlex.join(given)}", flush=True)
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.gpus}")
+        call("train.py", *given, launcher=torchrun if config.gpus > 1 else ())
+        finished.write_text(json.dumps(given))
+    if config.lambada and not (folder / LAMBADA).is_file():
+        scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", folder / LAMBADA)
+        call("eval_lambada.py", *scored, "--text", "standard", "--protocol", "standard")
+    return outcome(folder, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
+
+
+def call(script: str, *options: str | Path, launcher: tuple[str, ...] = ()) -> None:
+    """Run one of the project's scripts. Raises ValueError where it fails, after it has said why."""
+    command = [sys.executable, *launcher, str(REPO / script), *map(str, options)]
     if status := subprocess.run(command, check=False).returncode:
-        raise ValueError(f"{name} ended with status {status}, see above")
-    return outcome(Path("logs") / name, f"{kind}, {tokens / 1e6:g}M tokens, seed {seed}")
+        raise ValueError(f"{shlex.join(command)} ended with status {status}, see above")
 
 
 def outcome(run: Path, label: str) -> Outcome:
@@ -137,10 +151,13 @@ def outcome(run: Path, label: str) -> Outcome:
     loss = [line["loss"] for line in lines if line["split"] == "val"][-1]
     if loss is None:
         raise ValueError(f"{run.name} diverged: take a lower --lr for it")
-    lambada = [f"{line['correct']:,} of {line['total']:,}" for line in lines if line["split"] == "lambada"]
+    lambada = ""
+    if (run / LAMBADA).is_file():
+        (result,) = json.loads((run / LAMBADA).read_text())
+        lambada = f"{result['correct']:,} of {result['total']:,}, perplexity {result['perplexity']:,.0f}"
     curve = [(line["tokens"], line["seconds"], line["loss"]) for line in train if line["loss"] is not None]
     done = (train[-1]["tokens"], train[-1]["seconds"], loss)
-    return Outcome(run.name, label, *done, (lambada or [""])[-1], curve, facts["versions"])
+    return Outcome(run.name, label, *done, lambada, curve, facts["versions"])
 
 
 def times_sooner(baseline: Outcome, ours: list[Outcome]) -> tuple[float | None, bool]:

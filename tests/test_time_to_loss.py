@@ -30,7 +30,7 @@ def test_the_seconds_at_the_loss_lie_between_two_runs(ours, expected):
 
 def test_both_recipes_from_scratch(world):
     command = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--device", "cpu", "--val-tokens", 2560)
-    command += ("--tokens", 40_000, "--shares", 0.5, "--baseline=--batch-tokens 2048")
+    command += ("--tokens", 40_000, "--ours-tokens", 20_000, "--baseline=--batch-tokens 2048")
     command += ("--ours=--recipe speedrun --first-batch-tokens 512",)
     said = run("benchmarks/time_to_loss.py", *command, cwd=world).stdout
     found = json.loads((world / "logs/time-to-loss.json").read_text())
