@@ -209,8 +209,9 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
         panel.set(xlabel=label, xscale="log")
         panel.grid(alpha=0.3)
     panels[1].xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    panels[0].set(ylabel="loss (nats a token): training, and validation (dots)")
-    panels[1].legend(frameon=False, title="validation loss at the end")
+    top = 2 + max(run.loss for run in outcomes)  # the first steps' fall from ln(vocabulary) says nothing
+    panels[0].set(ylabel="loss (nats a token): training, and validation (dots)", ylim=(None, top))
+    panels[1].legend(frameon=False, title="validation loss at the end", loc="lower left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
