@@ -1,4 +1,4 @@
-"""Draw the loss curves of runs and gather all results in one Markdown page; also while a run goes on.
+"""Draw how runs went and gather all results in one Markdown page; also while a run goes on.
 
     python report.py                                                 # every run in logs/
     python report.py --runs gpt2 gpt2-medium --out logs/sizes        # these runs over one another
@@ -8,6 +8,8 @@ The page and the pictures go to logs/.
 
 import json
 import os
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ class Config:
     runs: tuple[str, ...] = ()
     """Runs to show, by name. Default: every run in logs/."""
     out: str = "logs"
-    """Folder for report.md and, of several runs, loss.png. Each run's own loss.png goes into its folder."""
+    """Folder for report.md and, of several runs, loss.png with the newest six of them. Each run's own loss.png goes
+    into its folder."""
     floor: str | None = None
     """The demo's stories.jsonl: draws the least loss that any model can reach on them."""
 
@@ -49,7 +52,8 @@ def main(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     pictures = [draw([run], Path("logs") / run.name / "loss.png") for run in runs]
     if len(runs) > 1:
-        pictures.append(draw(runs, out / "loss.png"))
+        newest = sorted(runs, key=lambda run: (Path("logs") / run.name / METRICS).stat().st_mtime)[-len(COLOURS) :]
+        pictures.append(draw(newest, out / "loss.png"))
     page = out / "report.md"
     found = results.load_all()
     if config.runs:
@@ -86,71 +90,102 @@ def load_floor(facts: dict[str, Any], floor: str) -> float | None:
 
 
 def draw(runs: list[RunFacts], path: Path) -> Path:
-    """Loss against tokens, and below it LAMBADA's accuracy where a run has scored it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    scored = any(run.lambada for run in runs)
-    rows = {"nrows": 2, "height_ratios": (2, 1), "sharex": True, "figsize": (8, 7)} if scored else {"figsize": (8, 5)}
-    figure, panels = plt.subplots(squeeze=False, layout="constrained", **rows)
-    draw_losses(panels[0, 0], runs)
-    if scored:
-        draw_lambada(panels[1, 0], runs)
-    for axes in panels[:, 0]:
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    panels[-1, 0].set(xlabel="tokens seen", xlim=(0, None))
-    panels[-1, 0].xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    figure.savefig(path, dpi=150)
+    figure = picture(runs)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
 
 
-def draw_losses(axes: Any, runs: list[RunFacts]) -> None:
+def picture(runs: list[RunFacts]) -> Any:
+    """A figure of the runs over one another: loss over tokens and over time, LAMBADA, and how each step went."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    top = ["tokens", "tokens", "time", "time", "lambada", "lambada"] if any(run.lambada for run in runs) else None
+    rows = [top or ["tokens"] * 3 + ["time"] * 3, ["lr", "lr", "rate", "rate", "norm", "norm"]]
+    figure, panels = plt.subplot_mosaic(rows, figsize=(15, 8), height_ratios=(3, 2), layout="constrained")
+    unit, seconds = time_unit(runs)
+    for run, colour in zip(runs, COLOURS, strict=False):
+        draw_losses(panels["tokens"], run, colour, lambda line: line["tokens"])
+        draw_losses(panels["time"], run, colour, lambda line: line["seconds"] / seconds)
+        draw_lambada(panels.get("lambada"), run, colour)
+        draw_steps(panels["lr"], run, colour, "lr", 1)
+        draw_steps(panels["rate"], run, colour, "tokens_per_second", 1000)
+        draw_steps(panels["norm"], run, colour, "grad_norm", 1)
+    for name, axes in panels.items():
+        axes.grid(alpha=0.3)
+        axes.set(xlabel=f"{unit} of training" if name == "time" else "tokens seen", xlim=(0, None))
+        if name != "time":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    label_panels(panels, runs)
+    handles, labels = panels["tokens"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 3), frameon=False)
+    return figure
+
+
+def time_unit(runs: list[RunFacts]) -> tuple[str, int]:
+    """The unit in which the longest run takes at least two, and its seconds."""
+    longest = max((line["seconds"] for run in runs for line in run.train[-1:]), default=0)
+    return next((unit for unit in (("hours", 3600), ("minutes", 60)) if longest >= 2 * unit[1]), ("seconds", 1))
+
+
+def draw_losses(axes: Any, run: RunFacts, colour: str, place: Callable[[dict[str, Any]], float]) -> None:
     """Training faint, validation as marked lines, the floor dashed."""
+    train = [line for line in run.train if line["loss"] is not None]
+    axes.plot(list(map(place, train)), [line["loss"] for line in train], color=colour, alpha=0.35, linewidth=0.8)
+    # No line from step 0: it would cut across the steep part, where there was no validation.
+    later = [line for line in run.val if line["step"] > 0 and line["loss"] is not None]
+    last = f": validation loss {later[-1]['loss']:.3f}" if later else ""
+    marks = (list(map(place, later)), [line["loss"] for line in later])
+    axes.plot(*marks, color=colour, marker="o", markersize=4, linewidth=1.8, label=f"{run.name}{last}")
+    if run.floor is not None:
+        label = f"the least possible: {run.floor:.3f} (the stories' entropy)"
+        axes.axhline(run.floor, color="black", linestyle="--", linewidth=1, label=label)
+
+
+def draw_lambada(axes: Any, run: RunFacts, colour: str) -> None:
+    if run.lambada:
+        percent = [100 * line["accuracy"] for line in run.lambada]
+        axes.plot([line["tokens"] for line in run.lambada], percent, color=colour, marker="o", markersize=4)
+
+
+def draw_steps(axes: Any, run: RunFacts, colour: str, name: str, unit: float) -> None:
+    """A value of each step, faint where steps differ, and the medians of a hundredth of the run."""
+    lines = [line for line in run.train if line[name] is not None]
+    values = [line[name] / unit for line in lines]
+    axes.plot([line["tokens"] for line in lines], values, color=colour, alpha=0.3, linewidth=0.6)
+    size = max(len(lines) // 100, 1)
+    parts = range(0, len(lines), size)
+    medians = [statistics.median(values[i : i + size]) for i in parts]
+    axes.plot([lines[min(i + size // 2, len(lines) - 1)]["tokens"] for i in parts], medians, color=colour)
+
+
+def label_panels(panels: dict[str, Any], runs: list[RunFacts]) -> None:
     from matplotlib.ticker import FormatStrFormatter
 
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        train = [line for line in run.train if line["loss"] is not None]
-        axes.plot(*columns(train, "loss"), color=colour, alpha=0.35, linewidth=0.8, label=f"{run.name}, training")
-        # No line from step 0: it would cut across the steep part, where there was no validation.
-        later = [line for line in run.val if line["step"] > 0 and line["loss"] is not None]
-        last = f": {later[-1]['loss']:.3f} at the end" if later else ""
-        draw_marked(axes, columns(later, "loss"), colour, f"{run.name}, validation{last}")
-        if run.floor is not None:
-            label = f"the least possible: {run.floor:.3f} (the stories' entropy)"
-            axes.axhline(run.floor, color="black", linestyle="--", linewidth=1, label=label)
-    shown = [line["loss"] for run in runs for line in [*run.train, *run.val] if line["loss"] is not None]
-    axes.set(ylabel="loss (nats a token)")
-    if shown and max(shown) > 3 * min(shown):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
-
-
-def draw_lambada(axes: Any, runs: list[RunFacts]) -> None:
-    for run, colour in zip(runs, COLOURS * len(runs), strict=False):
-        if run.lambada:
-            last = run.lambada[-1]
-            tokens, accuracies = columns(run.lambada, "accuracy")
-            label = f"{run.name}, {last['protocol']}: {last['correct']:,} of {last['total']:,} at the end"
-            draw_marked(axes, (tokens, [100 * accuracy for accuracy in accuracies]), colour, label)
-    axes.set(ylabel="LAMBADA accuracy (%)", ylim=(0, None))
-
-
-def draw_marked(axes: Any, points: tuple[list[int], list[float]], colour: str, label: str) -> None:
-    axes.plot(*points, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
-
-
-def columns(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    return [line["tokens"] for line in lines], [line[name] for line in lines]
+    losses = [line["loss"] for run in runs for line in [*run.train, *run.val] if line["loss"] is not None]
+    for name in ("tokens", "time"):
+        panels[name].set(ylabel="loss (nats a token): training faint, validation dotted")
+        if losses and max(losses) > 3 * min(losses):
+            panels[name].set_yscale("log")
+            panels[name].yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            panels[name].yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    panels["lr"].set(ylabel="learning rate", ylim=(0, None))
+    panels["rate"].set(ylabel="thousand tokens a second", ylim=(0, None))
+    panels["norm"].set(ylabel="gradient norm", yscale="log")
+    if "lambada" in panels:
+        protocols = {line["protocol"] for run in runs for line in run.lambada}
+        panels["lambada"].set(ylabel=f"LAMBADA accuracy (%), {', '.join(sorted(protocols))}", ylim=(0, None))
 
 
 def write_page(runs: list[RunFacts], found: list[Result], pictures: list[Path], out: Path) -> str:
     parts = ["# Runs", runs_table(runs)]
-    parts += [f"![loss curve]({os.path.relpath(path, out)})" for path in pictures]
+    parts += [f"![how it went]({os.path.relpath(path, out)})" for path in pictures]
     if found:
         parts += ["# Results", results.results_table(found)]
     for task in sorted({result.task for result in found if result.has_published}):

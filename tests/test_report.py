@@ -25,7 +25,8 @@ def write_run(folder, name, data, end="", losses=None, val_losses=(6.0, 3.5, 2.5
         lines.append(line | {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 2000.0, "mfu": None})
     for step, loss in zip((0, 15, 30), val_losses, strict=True):
         bits = loss and loss / math.log(2) / 4
-        lines.append({"step": step, "tokens": 1000 * step, "split": "val", "loss": loss, "bits_per_byte": bits})
+        line = {"step": step, "tokens": 1000 * step, "split": "val", "loss": loss, "bits_per_byte": bits}
+        lines.append(line | {"seconds": step / 2})
     lines.sort(key=lambda line: line["step"])
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
 
@@ -62,7 +63,7 @@ def test_two_runs_one_of_them_going_on_and_the_floor(world, tmp_path):
             *(f"{least:.4f} (+{2.5 / least - 1:.1%})", "2.0", "0.2", "1 x CPU"),
         ]
     for picture in ("first/loss.png", "second/loss.png", "loss.png"):
-        assert f"![loss curve]({picture})" in page
+        assert f"![how it went]({picture})" in page
 
 
 def test_one_run_by_name_without_floor_into_another_folder(world, tmp_path, monkeypatch):
@@ -73,7 +74,7 @@ def test_one_run_by_name_without_floor_into_another_folder(world, tmp_path, monk
     page = (tmp_path / "logs/pages/one/report.md").read_text()
     assert "| second " in page
     assert "| first " not in page
-    assert "![loss curve](../../second/loss.png)" in page
+    assert "![how it went](../../second/loss.png)" in page
     check_picture(tmp_path / "logs/second/loss.png")
     assert not (tmp_path / "logs/first/loss.png").exists()
     assert cells(page, "second")[6] == ""
@@ -108,6 +109,34 @@ def test_a_run_that_diverged_is_shown_too(world, tmp_path, monkeypatch):
     report.main(report.Config())
     assert cells((tmp_path / "logs/report.md").read_text(), "diverged")[2] == "30 of 40"
     check_picture(tmp_path / "logs/diverged/loss.png")
+
+
+def test_the_picture_shows_each_run_over_tokens_and_time(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        write_run(tmp_path, name, world / "data/small")
+    scored = {"step": 30, "tokens": 30_000, "split": "lambada", "accuracy": 0.25, "protocol": "openai", "seconds": 15}
+    with open("logs/second/metrics.jsonl", "a") as file:
+        file.write(json.dumps(scored) + "\n")
+    runs = [report.load_run(name, None) for name in ("first", "second")]
+    panels = {axes.get_ylabel().split(" (")[0]: axes for axes in report.picture(runs).axes}
+    assert list(panels) == ["loss", "LAMBADA accuracy", "learning rate", "thousand tokens a second", "gradient norm"]
+    tokens, seconds = (axes for axes in report.picture(runs).axes if axes.get_ylabel().startswith("loss"))
+    for axes, unit in ((tokens, 1000), (seconds, 0.5)):
+        first, second = ([line for line in axes.lines if line.get_color() == c] for c in report.COLOURS[:2])
+        for training, validation in (first, second):
+            assert list(training.get_xdata()) == [unit * step for step in range(1, 31)]
+            assert [*validation.get_xdata(), *validation.get_ydata()] == [15 * unit, 30 * unit, 3.5, 2.5]
+    assert seconds.get_xlabel() == "seconds of training"
+    (curve,) = panels["LAMBADA accuracy"].lines
+    assert (list(curve.get_ydata()), curve.get_color()) == ([25], report.COLOURS[1])
+    assert {tuple(line.get_ydata()) for line in panels["thousand tokens a second"].lines} == {(2.0,) * 30}
+
+
+@pytest.mark.parametrize("seconds, unit", [(90, "seconds"), (120, "minutes"), (7199, "minutes"), (7200, "hours")])
+def test_time_has_the_unit_that_suits_the_longest_run(seconds, unit):
+    runs = [report.RunFacts("run", {}, [{"seconds": last}], [], [], None) for last in (1, seconds)]
+    assert report.time_unit(runs)[0] == unit
 
 
 def test_no_runs_are_refused(tmp_path):
