@@ -21,7 +21,9 @@ OFFICIAL = re.compile(r"cbtest_(NE|CN|V|P)_(?:valid_(2000)|test_(2500))ex\.txt")
 
 
 @dataclass
-class Config(evaluation.Options):
+class Questions:
+    """What is asked, and by which rule."""
+
     data: tuple[str, ...] = ()
     """Files in the data set's own format (21 numbered lines a question). Default: the hub's data set."""
     types: tuple[Literal[cbt.TYPES], ...] = ("NE", "CN")
@@ -30,6 +32,11 @@ class Config(evaluation.Options):
     """Of the hub's data set. The GPT-2 paper reports validation."""
     protocol: tuple[Literal[("all", *cbt.PROTOCOLS)], ...] = ("paper",)
     """How to score; README tells them apart."""
+
+
+@dataclass
+class Config(Questions, evaluation.Scoring):
+    """Each of the dataclasses is a group of --help."""
 
 
 def main(config: Config) -> None:

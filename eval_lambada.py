@@ -11,21 +11,28 @@ Results go to logs/results/, where report.py finds them.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from core import cli, evaluation, results
 from core.tasks import QuestionSet, lambada
 
 
 @dataclass
-class Config(evaluation.Options):
-    data: str | None = None
+class Questions:
+    """What is asked, and by which rule."""
+
+    data: Annotated[str | None, cli.UNSET] = None
     """File of passages: .txt, one a line, or .jsonl with a `text` field. Default: the hub's test set."""
-    text: Literal["openai", "standard", "other"] | None = None
+    text: Annotated[Literal["openai", "standard", "other"] | None, cli.UNSET] = None
     """Which text --data holds: OpenAI's, the tokenised standard one, or one of your own. Known from LAMBADA's own
     file names; lines can't tell."""
     protocol: tuple[Literal[("all", *lambada.PROTOCOLS)], ...] = ()
     """How to score; `all` that the data allow. Default: openai, on a standard text standard."""
+
+
+@dataclass
+class Config(Questions, evaluation.Scoring):
+    """Each of the dataclasses is a group of --help."""
 
 
 def main(config: Config) -> None:

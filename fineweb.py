@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -63,10 +63,10 @@ class Config:
     """tiktoken's name of the encoding, or a folder with a tokenizer.json (at most 65,536 ids)."""
     shard_tokens: int = 100_000_000
     """Tokens a shard: 200 MB each at the default. A source file's last shard is shorter."""
-    val_tokens: int | None = None
+    val_tokens: Annotated[int | None, cli.UNSET] = None
     """Tokens held out for validation, whole documents from the start of the first file.
     Default: 10,485,760, or 1 % of the source where that is less."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int | None, cli.UNSET] = None
     """Stop before the document that would pass this many tokens. Default: all of the source."""
     workers: int = available_cores()
     """Processes that tokenise; the shards are the same for any number."""
@@ -77,9 +77,9 @@ class Config:
     """Leave out documents that are no valid text, listed in the manifest, instead of stopping at the first."""
     overwrite: bool = False
     """Start anew where --out holds shards, finished or not."""
-    verify: str | None = None
+    verify: Annotated[str | None, cli.UNSET] = None
     """Only check this folder: every shard's hash and counts against its manifest, and a sample of documents."""
-    adopt: str | None = None
+    adopt: Annotated[str | None, cli.UNSET] = None
     """Only describe this folder's shards (build-nanogpt's .npy, llm.c's .bin) in a manifest, so that train.py reads
     them. Their encoding is --encoding, and `val` in a file's name makes it validation."""
 
@@ -281,7 +281,7 @@ class Progress:
     def __init__(self, done: int, left: dict[int, list[sources.Unit]]) -> None:
         self._bytes_left = sum(unit.bytes for units in left.values() for unit in units)
         self._bytes = self._tokens = 0
-        self._bar = tqdm(unit="tok", unit_scale=True, disable=None, initial=done)
+        self._bar = cli.bar(unit="tok", unit_scale=True, initial=done)
         self._done = done
 
     def __enter__(self) -> "Progress":

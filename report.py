@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from core import cli, results, stories
 from core.results import Result
@@ -32,7 +32,7 @@ class Config:
     out: str = "logs"
     """Folder for report.md and, of several runs, loss.png with the newest six of them. Each run's own loss.png goes
     into its folder."""
-    floor: str | None = None
+    floor: Annotated[str | None, cli.UNSET] = None
     """The demo's stories.jsonl: draws the least loss that any model can reach on them."""
 
 

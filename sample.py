@@ -7,6 +7,7 @@ Without --prompt the model begins a document of its own.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from core import checkpoint, cli
 from core.distributed import pick_device
@@ -25,9 +26,9 @@ class Config:
     """How many texts to write."""
     temperature: float = 1.0
     """Below 1 keeps to likelier words; 0 always takes the likeliest."""
-    top_k: int | None = 50
-    """Draw from the k likeliest tokens only."""
-    top_p: float | None = None
+    top_k: int = 50
+    """Draw from so many of the likeliest tokens only; 0: from all."""
+    top_p: Annotated[float | None, cli.UNSET] = None
     """Draw from the fewest tokens whose probabilities reach p."""
     seed: int = 0
     """Equal seeds give equal texts on the same device."""
@@ -47,7 +48,7 @@ def main(config: Config) -> None:
         config.tokens,
         samples=config.samples,
         temperature=config.temperature,
-        top_k=config.top_k,
+        top_k=config.top_k or None,
         top_p=config.top_p,
         seed=config.seed,
     )

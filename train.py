@@ -27,77 +27,55 @@ from core.distributed import Ranks, process_group, runs_triton
 from core.interrupts import Interrupts
 from core.optim import Optimizers, optimizers
 from core.profiling import PROFILED_UNTIL, profiled
-from core.recipe import SETTINGS, Recipe, Schedule, align_keys
+from core.recipe import SETTINGS, Schedule, align_keys
 from core.runlog import RunLog, StepReports, versions
 from core.saver import Saver
 from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
-from core.step import fitting_micro_batch, loss_model, open_loader, parallel, train_step, warm_up
-from core.validation import LambadaCurve, Validation
+from core.step import StepConfig, fitting_micro_batch, loss_model, open_loader, parallel, train_step, warm_up
+from core.validation import Measurement, open_measures
 from model import GPT, PRESETS
-
-VAL_BATCH = 16  # windows a forward at most, as logits are large
 
 
 @dataclass
-class Config(Recipe):
+class Origin:
+    """What is trained, and on what."""
+
     data: str = DEFAULT_DATA
     """Folder of shards that fineweb.py wrote."""
-    run: Annotated[str | None, tyro.conf.arg(aliases=["--run-name"])] = None
-    """Name of the run, logs/RUN; else the preset's. Under torchrun, which has a --run-path, write --run-name."""
+    run: Annotated[str | None, cli.UNSET, tyro.conf.arg(aliases=["--run-name"])] = None
+    """Name of the run, logs/RUN. Default: the preset's. Under torchrun, which has a --run-path, write --run-name."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
     """Size of the model: 124M, 355M, 774M, 1558M, and two small ones for the demo and tests."""
-    micro_batch: int | Literal["auto"] = "auto"
-    """Sequences a rank computes at once; changes the result by rounding. auto: what fits, to 65,536 tokens (CPU: 8)."""
-    seq_len: int = 1024
-    """Tokens a sequence, at most the preset's context."""
     seed: int = 1337
     """Draws the initial weights and the order of the data."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the matrix products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float32 elsewhere."""
-    val_every: int = 250
-    """Steps between validations; there is one at step 0 and one after the last step too."""
-    val_tokens: int = 10_485_760
-    """Validation tokens at most, always the same ones."""
-    eval_lambada: str | None = None
-    """File of LAMBADA passages to score while the run goes on: the accuracy's curve beside the loss's."""
-    eval_every: int = 250
-    """Steps between those scores; there is one at step 0 and one after the last step too."""
+    init_from: Annotated[str | None, cli.UNSET] = None
+    """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2. Default: random
+    ones."""
+    verify: Annotated[bool, cli.UNSET] = True
+    """Leave out the hashing of all shards at the start (remembered, so that only the first start takes the time)."""
+
+
+@dataclass
+class Survival:
+    """What a run does about interruptions and trouble."""
+
     save_every: int = 1000
     """Steps between checkpoints; there is one after the last step too."""
     keep: int = 3
     """Newest checkpoints that stay on disk (124M: 1.5 GB each, 12 bytes a weight)."""
     keep_every: int = 5
     """Every so many checkpoints one that stays for good; 0: none."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest valid checkpoint. never: refuse a run that exists; torchrun's restarts go on."""
     max_bad_steps: int = 10
     """Steps whose loss or gradient isn't finite change no weight and are counted; more than this end the run."""
     hang_timeout: float = 600
     """Seconds without a micro-batch, or of waiting for another rank, after which the run ends with an error."""
-    sample_every: int = 0
-    """Steps between text samples; 0: none."""
-    log_every: int = 10
-    """Steps between lines on the terminal; metrics.jsonl has every step."""
-    activation_checkpointing: bool = False
-    """Compute each block again for its gradient: gpt2-xl (--fused off) takes half the memory and 1.2 times the time."""
-    deterministic: bool = False
-    """Bit for bit the same result from as many ranks on GPUs too, also after a resume; 12 % slower on an H200."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the training step. auto: on CUDA."""
-    fused: Literal["auto", "on", "off"] = "auto"
-    """The step by core/ops.py's kernels, for bfloat16 on NVIDIA's Hopper GPUs and B200. auto: where they run."""
-    profile: bool = False
-    """Record three early steps: the ten costliest kernels on the terminal, and logs/RUN/trace.json.gz."""
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest valid checkpoint. never: refuse a run that exists; torchrun's restarts go on."""
-    init_from: str | None = None
-    """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2."""
-    eval_only: bool = False
-    """Print the validation loss, perplexity and bits per byte of --init-from or the run, and stop."""
-    verify: bool = True
-    """Hash all shards at the start (remembered, so that only the first start takes the time)."""
-    wandb_project: str | None = None
-    """Mirror the metrics to this wandb project, offline where there is no login."""
+
+
+@dataclass
+class Config(Origin, StepConfig, Measurement, Survival):
+    """Each of the dataclasses is a group of --help."""
 
 
 @dataclass
@@ -153,7 +131,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
         raise ValueError(
             f"--seq-len {config.seq_len} passes the context of {config.preset}: take --seq-len {shape.n_positions}"
         )
-    config = recipe.resolve(config, shape, config.seq_len, micro_batch, ranks.world_size)
+    config = recipe.resolve(config, shape, micro_batch, ranks.world_size)
     if config.profile and config.steps < PROFILED_UNTIL:
         raise ValueError(f"--profile records until step {PROFILED_UNTIL}, --steps is {config.steps}")
     may_be_zero = ("seed", "sample_every", "keep_every", "max_bad_steps")
@@ -239,7 +217,7 @@ def train(run: Run, optimizer: Optimizers) -> None:
     config, ranks = run.config, run.ranks
     windows = Windows(run.dataset, "train", config.seq_len)
     order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
-    schedule = Schedule(config, config.seq_len)
+    schedule = Schedule(config)
     loss = loss_model(run.model, config, config.compile == "on")
     measures = open_measures(config, run.dataset, ranks, loss)
     model = parallel(loss, ranks)
@@ -284,17 +262,6 @@ def train(run: Run, optimizer: Optimizers) -> None:
         saver.finish()
         if run.step < config.steps:
             ranks.say(f"stopped after step {run.step:,} of {config.steps:,}: the same command goes on")
-
-
-def open_measures(config: Config, dataset: Dataset, ranks: Ranks, loss: Any) -> list[tuple[int, Any]]:
-    """What is measured while the run goes on, each with the steps between; validation, by `loss`, first."""
-    batch = VAL_BATCH if config.micro_batch == "auto" else min(config.micro_batch, VAL_BATCH)
-    validation = Validation(dataset, ranks, loss, config.seq_len, config.val_tokens, batch, config.dtype)
-    if config.eval_lambada is None:
-        return [(config.val_every, validation)]
-    context = PRESETS[config.preset].n_positions
-    curve = LambadaCurve(config.eval_lambada, dataset, ranks, context, config.dtype)
-    return [(config.val_every, validation), (config.eval_every, curve)]
 
 
 def is_due(run: Run, every: int) -> bool:

@@ -16,7 +16,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -34,11 +34,11 @@ LARGEST_DIFFERENCE = 1e-4  # of two log-probabilities of one passage
 class Config:
     ckpt: str
     """A run, a checkpoint, or a Hugging Face folder with tokenizer.json."""
-    lambada: str | None = None
+    lambada: Annotated[str | None, cli.UNSET] = None
     """File of LAMBADA passages."""
-    cbt: str | None = None
+    cbt: Annotated[str | None, cli.UNSET] = None
     """File of Children's Book Test questions."""
-    passages: int | None = None
+    passages: Annotated[int | None, cli.UNSET] = None
     """Take only the first so many passages. Default: all."""
     plain_questions: int = 20
     """Questions for the plain scoring of CBT, which takes a forward a candidate."""
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
 def timed(task: Task, model: GPT, source: str, questions: QuestionSet, dtype: str) -> tuple[float, list[Verdict]]:
     """Seconds from questions to verdicts."""
     encoding = checkpoint.load_encoding(source, model.config.vocab_size)
-    options = evaluation.Options(dtype=dtype)
+    options = evaluation.Scoring(dtype=dtype)
     begin = time.perf_counter()
     (verdicts,) = evaluation.evaluate(
         task, model, encoding, questions, options, Ranks(0, 1, model.device)

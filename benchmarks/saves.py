@@ -20,6 +20,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -52,7 +53,7 @@ class Config:
     """Runs of each kind."""
     device: str = "auto"
     """auto, cuda or cpu."""
-    out: str | None = None
+    out: Annotated[str | None, cli.UNSET] = None
     """File for the figures as JSON."""
 
 

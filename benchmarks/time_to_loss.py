@@ -23,7 +23,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from core import cli
 from core.results import table
@@ -59,7 +59,7 @@ class Config:
     """Tokens a sequence."""
     val_tokens: int = 10_485_760
     """Validation tokens at most."""
-    lambada: str | None = None
+    lambada: Annotated[str | None, cli.UNSET] = None
     """File of LAMBADA passages in the standard text: each run is scored on them at its end, by protocol `standard`."""
     gpus: int = 1
     """More than one: each run under torchrun, on so many."""

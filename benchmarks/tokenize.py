@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Config:
     """Processes that tokenise, of each command."""
     out: str = "logs/benchmarks/tokenize.json"
     """Where the figures go."""
-    plain_loop: str | None = None
+    plain_loop: Annotated[str | None, cli.UNSET] = None
     """What the benchmark starts itself: run the plain loop, writing to this folder."""
 
 

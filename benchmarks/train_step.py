@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ class Config:
     """As train.py's; for ours and compiled."""
     gpus: int = 1
     """More than one: ours on so many too, with the same number of tokens a step in all."""
-    data: str | None = None
+    data: Annotated[str | None, cli.UNSET] = None
     """Folder of shards: ours with the real loader too."""
     roofline: bool = False
     """Measure each matrix shape and attention alone, and print what each part of our step takes beside its limit."""
@@ -78,9 +78,9 @@ class Config:
     """As train.py's; for ours and compiled."""
     device: str = "auto"
     """auto, cuda or cpu."""
-    out: str | None = None
+    out: Annotated[str | None, cli.UNSET] = None
     """File for all figures as JSON."""
-    only: str | None = None
+    only: Annotated[str | None, cli.UNSET] = None
     """One variant, within this process: what the benchmark calls itself with."""
     started: float = 0.0
     """When that process was started, in seconds since 1970."""
@@ -176,7 +176,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         dataset = open_dataset(config.data)
         windows = Windows(dataset, "train", config.seq_len)
         order = TokenOrder(dataset.manifest_hash, settings.seed, config.seq_len, len(windows))
-        schedule = Schedule(replace(settings, steps=config.steps + 1), config.seq_len)
+        schedule = Schedule(replace(settings, steps=config.steps + 1))
         loader = open_loader(settings, schedule, ranks, windows, order, range(config.steps + 1))
         step(loader)
         found["with_loader"] = timed(lambda: step(loader), config, ranks)["tokens_per_second"]
@@ -190,7 +190,7 @@ def settings_of(config: Config) -> train.Config:
     names = ("preset", "micro_batch", "batch_tokens", "seq_len", "device", "activation_checkpointing", "optimizer")
     given = {name: getattr(config, name) for name in names}
     settings = train.Config(**given, steps=config.steps, fused="auto" if config.only == "ours" else "off")
-    return recipe.resolve(settings, PRESETS[config.preset], config.seq_len, config.micro_batch, config.gpus)
+    return recipe.resolve(settings, PRESETS[config.preset], config.micro_batch, config.gpus)
 
 
 def optimizer_of(model: Any, settings: train.Config, ranks: Ranks) -> Optimizers:

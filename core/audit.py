@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from core import tokenizer
+from core import cli, tokenizer
 from core.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard, sha256, write_json
 
 DOCUMENTS = 50  # of each split are decoded and encoded again
@@ -41,7 +40,7 @@ def verify(folder: Path) -> None:
     problems = _misplaced(shards)
     with ThreadPoolExecutor(8) as pool:
         checks = pool.map(lambda shard: _problem(dataset, shard, sizes), shards)
-        checks = tqdm(checks, "checking shards", len(shards), leave=False, delay=1, disable=None)
+        checks = cli.bar(checks, "checking shards", len(shards), leave=False, delay=1)
         problems += [f"{shard['file']} {problem}" for shard, problem in zip(shards, checks, strict=True) if problem]
     if not problems:
         problems = _check_sample(dataset)
@@ -138,7 +137,7 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     tokenizer.save(encoding, folder)
     sizes, end_of_text_id = tokenizer.token_bytes(folder), tokenizer.end_of_text_id(encoding)
     shards = []
-    for path in tqdm(sorted(paths, key=lambda path: (splits[path.name] != "val", path.name)), "reading", disable=None):
+    for path in cli.bar(sorted(paths, key=lambda path: (splits[path.name] != "val", path.name)), "reading"):
         try:
             counts = _counts(open_shard(path), end_of_text_id, sizes)
         except ValueError as error:

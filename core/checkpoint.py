@@ -23,7 +23,12 @@ NEEDED = ("config.json", "model.safetensors", TRAINING_STATE)
 
 
 def save(
-    run: Path, model: GPT, state: dict[str, Any], end_of_text_id: int | None = None, tokenizer_from: Path | None = None
+    run: Path,
+    model: GPT,
+    state: dict[str, Any],
+    end_of_text_id: int | None = None,
+    tokenizer_from: Path | None = None,
+    card: str | None = None,
 ) -> Path:
     """Write `run`/checkpoints/step_NNNNNN and return it. `state` holds plain values and tensors, `step` among them."""
     folder = run / "checkpoints" / f"step_{state['step']:06d}"
@@ -36,6 +41,8 @@ def save(
         for name in TOKENIZER_FILES:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, unfinished / name)
+        if card is not None:
+            (unfinished / "README.md").write_text(card)
         write_json(unfinished / CHECKSUMS, {path.name: sha256(path) for path in sorted(unfinished.iterdir())})
         for path in (*unfinished.iterdir(), run / METRICS):  # no power cut may leave a step in one and not in the other
             flush_to_disk(path)

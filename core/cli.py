@@ -1,14 +1,29 @@
-"""One dataclass a script is its command line, its help and its logged config."""
+"""One dataclass a script is its command line, its help and its logged config; and how scripts speak to who watches."""
 
 import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass, is_dataclass, make_dataclass
+from typing import Any, TypeVar
 
 import tyro
+from tqdm import tqdm
 
 Config = TypeVar("Config")
+# For an option whose default is None: its text says what that means.
+UNSET = tyro.conf.arg(help_behavior_hint="")
+
+
+@dataclass
+class Terminal:
+    """What is said on the way."""
+
+    quiet: bool = False
+    """No progress bars and no line a step: results, warnings and errors alone. CI=1 in the environment: no bars."""
+
+
+terminal = Terminal()
 
 
 def run(main: Callable[[Config], None], config_type: type[Config], description: str | None) -> None:
@@ -17,7 +32,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], description: 
     ValueError and OSError are what a user can cause: they end in one sentence and exit status 2. TRACEBACK=1 in the
     environment shows where they came from.
     """
-    config = tyro.cli(config_type, description=description)
+    config = parse(config_type, description)
     try:
         main(config)
     except (ValueError, OSError) as error:
@@ -27,6 +42,25 @@ def run(main: Callable[[Config], None], config_type: type[Config], description: 
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def parse(config_type: type[Config], description: str | None, args: list[str] | None = None) -> Config:
+    """The command line as a `config_type`.
+
+    Where that only joins dataclasses, each is a group of --help, named after the class and described by its docstring.
+    """
+    parts = [part for part in config_type.__mro__ if is_dataclass(part) and "__annotations__" in part.__dict__]
+    groups = {"script": config_type} if config_type in parts else {part.__name__.lower(): part for part in parts}
+    members = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in (groups | {"terminal": Terminal}).items()]
+    style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    parsed: Any = tyro.cli(make_dataclass("Command", members), description=description, args=args, config=style)
+    terminal.quiet = parsed.terminal.quiet
+    return config_type(**{key: value for name in groups for key, value in vars(getattr(parsed, name)).items()})
+
+
+def bar(*args: Any, hidden: bool = False, **settings: Any) -> Any:
+    """A progress bar where somebody watches: on a terminal, without --quiet, outside CI."""
+    return tqdm(*args, disable=hidden or terminal.quiet or bool(os.environ.get("CI")) or None, **settings)
 
 
 def check_positive(**values: float) -> None:

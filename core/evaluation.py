@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -19,28 +19,28 @@ from model import GPT, PRESETS
 
 
 @dataclass
-class Options:
-    """The command line that all evaluations share."""
+class Scoring:
+    """Which models, and how they are scored."""
 
     ckpt: tuple[str, ...] = ()
     """Models: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...). Several give
     one table, and McNemar's test of each pair."""
-    compare: tuple[str, str] | None = None
+    compare: Annotated[tuple[str, str] | None, cli.UNSET] = None
     """Two files that --items wrote: McNemar's exact test of the models in them. Nothing is scored."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the blocks' matrix products. bfloat16 is faster on a GPU, turns near-ties, and is named in the results."""
-    batch_tokens: int | None = None
+    batch_tokens: Annotated[int | None, cli.UNSET] = None
     """Tokens a forward; fewer when memory runs out. Changes the result by rounding alone. Default: 32,768 on a GPU,
     1,024 on a CPU, what its caches hold."""
     device: str = "auto"
     """auto, cuda, mps or cpu. Under torchrun each rank scores its share."""
-    out: str | None = None
+    out: Annotated[str | None, cli.UNSET] = None
     """File for the results. Default: one each in logs/results/, where report.py finds them."""
-    items: str | None = None
+    items: Annotated[str | None, cli.UNSET] = None
     """File for the outcome of each question, a JSON object a line; --compare reads it."""
 
 
-def check(options: Options, data: tuple[str, ...]) -> list[str]:
+def check(options: Scoring, data: tuple[str, ...]) -> list[str]:
     """The models to score, resolved. Refuses what can't be meant, before anything is loaded."""
     if options.batch_tokens is not None:
         cli.check_positive(batch_tokens=options.batch_tokens)
@@ -57,7 +57,7 @@ def check(options: Options, data: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(checkpoint.resolve_all(options.ckpt)))
 
 
-def compare(options: Options) -> None:
+def compare(options: Scoring) -> None:
     """McNemar's test of the models in the two files of --compare."""
     if options.ckpt:
         raise ValueError("--compare reads what --items wrote and scores nothing: leave --ckpt out")
@@ -68,7 +68,7 @@ def compare(options: Options) -> None:
     print(table)
 
 
-def run(task: Task, options: Options, sources: list[str], sets: list[QuestionSet], reference: str) -> None:
+def run(task: Task, options: Scoring, sources: list[str], sets: list[QuestionSet], reference: str) -> None:
     """Score all models on all sets, print one table and, below it, `reference`; save results and items."""
     with process_group(options.device) as ranks:
         found: list[Result] = []
@@ -98,7 +98,7 @@ def load(source: str, ranks: Ranks) -> GPT:
 
 
 def evaluate(
-    task: Task, model: GPT, encoding: Any, questions: QuestionSet, options: Options, ranks: Ranks
+    task: Task, model: GPT, encoding: Any, questions: QuestionSet, options: Scoring, ranks: Ranks
 ) -> dict[str, list[Verdict]]:
     """A verdict on each question by each of the set's protocols. All ranks must call it."""
     asked = ask(task, questions, encoding.encode_ordinary, model.config.n_positions)
@@ -213,7 +213,7 @@ def itemize(task: Task, result: Result, questions: QuestionSet, verdicts: list[V
     return items
 
 
-def report(options: Options, found: list[Result], items: list[dict[str, Any]], reference: str) -> None:
+def report(options: Scoring, found: list[Result], items: list[dict[str, Any]], reference: str) -> None:
     saved = results.save(found, options.out)
     if options.items:
         results.save_items(items, options.items)

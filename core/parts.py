@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from core import cli
 from core.claims import ALL, Claims
 from core.shards import MANIFEST, UNFINISHED, open_dataset, sha256, write_json
 
@@ -324,7 +324,7 @@ def join(out: Path, parts: list[Part], head: dict[str, Any]) -> None:
             shards.append(shard | {"file": name, "source_file": number})
     with ThreadPoolExecutor(8) as pool:
         paths = [out / shard["file"] for shard in shards]
-        digests = list(tqdm(pool.map(sha256, paths), "checking shards", len(paths), delay=1, leave=False, disable=None))
+        digests = list(cli.bar(pool.map(sha256, paths), "checking shards", len(paths), delay=1, leave=False))
     for path, shard, digest in zip(paths, shards, digests, strict=True):
         if digest != shard["sha256"]:
             raise ValueError(f"{path} was altered since it was written: write all again with --overwrite")

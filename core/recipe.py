@@ -68,12 +68,15 @@ def option(name: str, meaning: str) -> Any:
 
 @dataclass
 class Recipe:
+    """What decides what the model becomes. Values shown are those of GPT-2 124M on ten billion tokens."""
+
     recipe: Literal["original", "speedrun"] = "original"
-    """Sets what follows, each of which can be set by itself too. Values shown are those of GPT-2 124M on 10 billion
-    tokens."""
+    """Sets what follows but for --tokens and --seq-len; each can be set by itself too."""
     tokens: int = 10_000_000_000
     """Tokens to train on; the last step is the last that is whole."""
-    steps: int | None = None
+    seq_len: int = 1024
+    """Tokens a sequence, at most the preset's context."""
+    steps: Annotated[int | None, cli.UNSET] = None
     """Optimizer steps, in place of --tokens. Default: as many as --tokens takes."""
     optimizer: Annotated[
         Literal["adamw", "muon"] | None, option("optimizer", "Of the blocks' matrices; AdamW has the rest.")
@@ -118,11 +121,11 @@ class Recipe:
     ] = None
 
 
-SETTINGS = tuple(field.name for field in fields(Recipe) if field.name not in ("recipe", "tokens"))
+SETTINGS = tuple(field.name for field in fields(Recipe) if field.name not in ("recipe", "tokens", "seq_len"))
 Options = TypeVar("Options", bound=Recipe)
 
 
-def resolve(options: Options, shape: GPTConfig, seq_len: int, micro_batch: int, world_size: int) -> Options:
+def resolve(options: Options, shape: GPTConfig, micro_batch: int, world_size: int) -> Options:
     """Fill in from the recipe what wasn't given, and check each value. Raises ValueError with what would do."""
     cli.check_positive(tokens=options.tokens)
     if options.steps is not None:
@@ -134,13 +137,13 @@ def resolve(options: Options, shape: GPTConfig, seq_len: int, micro_batch: int, 
     parts = ("beta1", "beta2", "momentum", "weight_decay", "decay_fraction", "final_lr_fraction")
     cli.check_between(0, 1, **{name: getattr(options, name) for name in parts})
     options = replace(options, first_batch_tokens=min(options.first_batch_tokens, options.batch_tokens))
-    check_phases(options, seq_len)
-    check_batch(options, micro_batch, seq_len, world_size)
-    batches = Batches(options, seq_len)
+    check_phases(options)
+    check_batch(options, micro_batch, world_size)
+    batches = Batches(options)
     steps = options.steps or batches.whole_steps(options.tokens)
     if steps == 0:
         raise ValueError(f"--tokens {options.tokens} is less than the first step's {options.first_batch_tokens}")
-    tokens = batches.before(steps) * seq_len
+    tokens = batches.before(steps) * options.seq_len
     if options.recipe == "original":  # what depends on the length
         scaled = {"warmup_steps": round(steps * WARMUP_FRACTION)}
     else:
@@ -166,7 +169,7 @@ def values_for(options: Recipe, shape: GPTConfig) -> dict[str, Any]:
     return values
 
 
-def check_phases(options: Recipe, seq_len: int) -> None:
+def check_phases(options: Recipe) -> None:
     """Raise ValueError where the first batch doesn't double up to the last, or pieces don't fill a sequence."""
     growth = options.batch_tokens / options.first_batch_tokens
     if growth != 2 ** round(math.log2(growth)):
@@ -174,8 +177,8 @@ def check_phases(options: Recipe, seq_len: int) -> None:
             f"--batch-tokens {options.batch_tokens} is not --first-batch-tokens {options.first_batch_tokens} times a "
             f"power of two: take the same for both, or {options.batch_tokens} / 2, / 4, ... for the first"
         )
-    if options.short_tokens and options.short_seq_len < seq_len and seq_len % options.short_seq_len:
-        raise ValueError(f"--short-seq-len {options.short_seq_len} doesn't divide --seq-len {seq_len}")
+    if options.short_tokens and options.short_seq_len < options.seq_len and options.seq_len % options.short_seq_len:
+        raise ValueError(f"--short-seq-len {options.short_seq_len} doesn't divide --seq-len {options.seq_len}")
 
 
 class Batches:
@@ -186,8 +189,8 @@ class Batches:
     arXiv:2410.21676).
     """
 
-    def __init__(self, recipe: Recipe, seq_len: int) -> None:
-        self.seq_len = seq_len
+    def __init__(self, recipe: Recipe) -> None:
+        self.seq_len = seq_len = recipe.seq_len
         self._sizes = [recipe.first_batch_tokens // seq_len]
         self._begins, self._seen = [0], [0]  # of each size: its first step, and the sequences before that
         while self._sizes[-1] < recipe.batch_tokens // seq_len:
@@ -215,10 +218,10 @@ class Batches:
 class Schedule:
     """What each step of a resolved recipe follows; all are pure functions of the step, counted from 0."""
 
-    def __init__(self, recipe: Recipe, seq_len: int) -> None:
-        self._recipe, self._seq_len = recipe, seq_len
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe, self._seq_len = recipe, recipe.seq_len
         self.steps = recipe.steps
-        self.batches = Batches(recipe, seq_len)
+        self.batches = Batches(recipe)
         self._sequences = self.batches.before(recipe.steps)
 
     def sequences(self, step: int) -> range:
@@ -253,8 +256,9 @@ class Schedule:
         return list(dict.fromkeys((self.batches.size(step), self.piece(step)) for step in range(first, self.steps)))
 
 
-def check_batch(recipe: Recipe, micro_batch: int, seq_len: int, world_size: int) -> None:
+def check_batch(recipe: Recipe, micro_batch: int, world_size: int) -> None:
     """Raise ValueError, naming what would fit, where a batch doesn't divide into micro-batches on all ranks."""
+    seq_len = recipe.seq_len
     unit, first, most = world_size * seq_len, recipe.first_batch_tokens, recipe.batch_tokens
     if first < most and first % unit:
         fits = unit * 2 ** max(round(math.log2(first / unit)), 0)

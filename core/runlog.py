@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from core import cli
 from core.distributed import DeviceClock, Ranks, peak_flops
 from core.shards import write_json
 
@@ -35,7 +36,7 @@ class RunLog:
         )  # what is known of that step already
         self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
-        self._bar = tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = cli.bar(total=steps, initial=done, unit="step", dynamic_ncols=True)
         self._wandb = start_wandb(run, settings, wandb_project) if wandb_project else None
 
     def write(self, **metrics: Any) -> None:
@@ -145,7 +146,9 @@ class StepReports:
         if self._log is not None:
             self._log.write(**facts, **({"skipped": True} if bad else {}))
             self._log.advance()
-            if bad or facts["step"] % self._log_every == 0 or facts["step"] in (1, self._steps):
+            if bad or (
+                not cli.terminal.quiet and (facts["step"] % self._log_every == 0 or facts["step"] in (1, self._steps))
+            ):
                 skipped = f"  SKIPPED, {self.bad_steps} so far" if bad else ""
                 self._log.say(self._line(facts, seconds) + skipped)
         if self.bad_steps > self._max_bad_steps:

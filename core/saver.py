@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core import checkpoint
+from core.card import model_card
 from core.distributed import DeviceClock, Ranks
 from core.shards import Dataset
 from model import GPT
@@ -69,9 +70,10 @@ class Saver:
         stall = self._clock.seconds(begin, end)  # waits until the snapshot is there
         started = time.perf_counter()
         try:
-            end_of_text = self._dataset.manifest["end_of_text_id"]
-            folder = checkpoint.save(self._run, self._twin, self._state, end_of_text, self._dataset.folder)
-            self._delete_old(self._state["step"])
+            manifest, step = self._dataset.manifest, self._state["step"]
+            written_from = (manifest["end_of_text_id"], self._dataset.folder, self._card(step))
+            folder = checkpoint.save(self._run, self._twin, self._state, *written_from)
+            self._delete_old(step)
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who writes
             gigabytes = shutil.disk_usage(self._run).free / 1e9
             reason = f"{' '.join(str(error).split())} ({gigabytes:.2f} GB free)"
@@ -81,6 +83,13 @@ class Saver:
             self._failure = None
             written = time.perf_counter() - started
             self._say(f"saved {folder}: training stood still for {stall * 1000:.0f} ms, written in {written:.1f} s")
+
+    def _card(self, step: int) -> str | None:
+        try:
+            return model_card(self._run, self._dataset.manifest, step)
+        except Exception as error:  # no checkpoint is lost for its card
+            self._say(f"the checkpoint of step {step} has no model card: {error!r}")
+            return None
 
     def _delete_old(self, step: int) -> None:
         """Later ones than `step` are damaged ones that the resume passed over; they are written anew in their turn."""

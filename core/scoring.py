@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from core import cli
 from core.distributed import Ranks, autocast
 from model import GPT
 
@@ -96,8 +96,8 @@ def score(
     rows = [_row(bundle) for bundle in _bundles(spans, share)]
     batches = _pack(rows, batch_tokens or default_batch_tokens(model.device))[ranks.rank :: ranks.world_size]
     slots, values = [np.empty(0, np.int64)], [torch.empty(0, 3, device=model.device)]
-    disable = True if quiet or not ranks.is_main else None
-    with tqdm(total=sum(map(len, batches)), desc=label, unit="row", disable=disable, leave=False) as bar:
+    hidden = quiet or not ranks.is_main
+    with cli.bar(total=sum(map(len, batches)), desc=label, unit="row", hidden=hidden, leave=False) as bar:
         for batch in batches:
             for where, found in _score_batch(model, batch, ranks, dtype, banned):
                 slots.append(where)

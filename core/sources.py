@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from core import cli
+
 JSONL_RANGE = 16 * 2**20  # bytes of a jsonl file a unit: about as much text as a parquet row group
 ROW_GROUP_PART = 64 * 2**20  # bytes of text; a larger row group is cut into several units
 PAUSES = (1, 2, 4, 8, 16, 32, 64)  # seconds before a remote read is tried again
@@ -161,7 +163,7 @@ def cut(files: list[SourceFile]) -> list[list[Unit]]:
     remote = not all(is_local(file.url) for file in files)
     with ThreadPoolExecutor(16 if remote else 1) as pool:
         tasks = pool.map(lambda file: persist(partial(list_units, file.url, file.bytes), file.url), files)
-        units = list(tqdm(tasks, "looking at the files", len(files), leave=False, delay=1, disable=None))
+        units = list(cli.bar(tasks, "looking at the files", len(files), leave=False, delay=1))
     open_parquet.cache_clear()  # a forked worker must not read through this process's open file
     return units
 

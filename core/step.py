@@ -3,7 +3,8 @@
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,23 +15,38 @@ from core.distributed import Ranks, autocast
 from core.interrupts import Interrupts
 from core.memory import largest_divisor, largest_micro_batch
 from core.optim import Optimizers
-from core.recipe import Schedule
+from core.recipe import Recipe, Schedule
 from core.shards import TokenOrder, Windows, prefetched
 from model import GPT
 
 READ_AHEAD = 4  # micro-batches in host memory before they are needed
 
 
-class StepConfig(Protocol):
-    """What a step needs of train.py's settings."""
+@dataclass
+class Computation:
+    """How a step is computed: speed and memory; results change by rounding."""
 
-    batch_tokens: Any  # an int, as all that the recipe sets is known by then
-    micro_batch: Any  # an int; "auto" until `fitting_micro_batch` has said which
-    seq_len: int
-    dtype: str
-    grad_clip: Any
-    fused: str
-    activation_checkpointing: bool
+    micro_batch: int | Literal["auto"] = "auto"
+    """Sequences a rank computes at once; changes the result by rounding. auto: what fits, to 65,536 tokens (CPU: 8)."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the matrix products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float32 elsewhere."""
+    activation_checkpointing: bool = False
+    """Compute each block again for its gradient: gpt2-xl (--fused off) takes half the memory and 1.2 times the time."""
+    deterministic: bool = False
+    """Bit for bit the same result from as many ranks on GPUs too, also after a resume; 12 % slower on an H200."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the training step. auto: on CUDA."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """The step by core/ops.py's kernels, for bfloat16 on NVIDIA's Hopper GPUs and B200. auto: where they run."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    profile: bool = False
+    """Record three early steps: the ten costliest kernels on the terminal, and logs/RUN/trace.json.gz."""
+
+
+@dataclass
+class StepConfig(Recipe, Computation):
+    """All that a step follows, as `resolve` left it: nothing "auto" and nothing None any more."""
 
 
 def at_once(config: StepConfig, ranks: Ranks, sequences: int) -> int:

@@ -2,17 +2,42 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from core import evaluation, tokenizer
+from core import cli, evaluation, tokenizer
 from core.distributed import Ranks, autocast
 from core.shards import Dataset, Windows
 from core.tasks import QuestionSet, lambada
-from model import GPT
+from model import GPT, PRESETS
+
+VAL_BATCH = 16  # windows a forward at most, as logits are large
+
+
+@dataclass
+class Measurement:
+    """What is measured on the way; each at step 0 and after the last step too."""
+
+    val_every: int = 250
+    """Steps between validations."""
+    val_tokens: int = 10_485_760
+    """Validation tokens at most, always the same ones."""
+    eval_lambada: Annotated[str | None, cli.UNSET] = None
+    """File of LAMBADA passages to score while the run goes on: the accuracy's curve beside the loss's."""
+    eval_every: int = 250
+    """Steps between those scores."""
+    sample_every: int = 0
+    """Steps between text samples; 0: none."""
+    log_every: int = 10
+    """Steps between lines on the terminal; metrics.jsonl has every step."""
+    wandb_project: Annotated[str | None, cli.UNSET] = None
+    """Mirror the metrics to this wandb project, offline where there is no login."""
+    eval_only: bool = False
+    """Print the validation loss, perplexity and bits per byte of --init-from or the run, and stop."""
 
 
 class Validation:
@@ -85,3 +110,14 @@ class LambadaCurve:
         perplexity = f", perplexity {result['perplexity']:,.2f}" if result["perplexity"] else ""
         counts = f"{result['correct']:,} of {result['total']:,}"
         return f"LAMBADA {result['protocol']} {result['accuracy']:.2%}, {counts}{perplexity}"
+
+
+def open_measures(config: Any, dataset: Dataset, ranks: Ranks, loss: Any) -> list[tuple[int, Any]]:
+    """What train.py's settings ask to measure, each with the steps between; validation, by `loss`, first."""
+    batch = VAL_BATCH if config.micro_batch == "auto" else min(config.micro_batch, VAL_BATCH)
+    validation = Validation(dataset, ranks, loss, config.seq_len, config.val_tokens, batch, config.dtype)
+    if config.eval_lambada is None:
+        return [(config.val_every, validation)]
+    context = PRESETS[config.preset].n_positions
+    curve = LambadaCurve(config.eval_lambada, dataset, ranks, context, config.dtype)
+    return [(config.val_every, validation), (config.eval_every, curve)]

@@ -141,7 +141,7 @@ def faulty(path, when, fault):
 def resolved(world_size=1, shape=PRESETS["tiny"], **options):
     """train.py's settings with what the recipe fills in."""
     config = train.Config(**{"seq_len": 64, "micro_batch": 1} | options)
-    return recipe.resolve(config, shape, config.seq_len, config.micro_batch, world_size)
+    return recipe.resolve(config, shape, config.micro_batch, world_size)
 
 
 def fill(path):

@@ -21,6 +21,7 @@ from model import GPT
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 FILES = (
+    "README.md",
     "checksums.json",
     "config.json",
     "generation_config.json",

@@ -237,7 +237,7 @@ def test_a_file_where_a_folder_is_to_be(mistake, here):
         (["--tokens", 64], "a prompt of 1 tokens and 64 more pass .* context of 64: .* at most 63"),
         (["--prompt", "word " * 70], "a prompt of .* context of 64: shorten the prompt"),
         (["--temperature", -1], r"temperature -1\.0.*need >= 0"),
-        (["--top-k", 0], "top_k 0.*need .*>= 1"),
+        (["--top-k", -1], "top_k -1.*need .*>= 1"),
         (["--top-p", 0], "top_p 0.*0 < p <= 1"),
         (["--top-p", 1.5], r"top_p 1\.5.*0 < p <= 1"),
         (["--device", "gpu"], "--device gpu is no device"),

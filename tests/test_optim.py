@@ -24,7 +24,7 @@ from model import GPT, PRESETS
 import train
 
 with process_group("cpu") as ranks:
-    config = resolve(train.Config(recipe="speedrun", steps=9), PRESETS["tiny"], 64, 1, 1)
+    config = resolve(train.Config(recipe="speedrun", steps=9), PRESETS["tiny"], 1, 1)
     model = GPT(PRESETS["tiny"])
     optimizer = optimizers(model, config, ranks)
     for step in range(3):

@@ -96,7 +96,7 @@ def step_sequences(dataset, step, world_size, micro_batch):
     shares = []
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
-        batches = list(micro_batches(config, Schedule(config, 64), ranks, windows, order, step))
+        batches = list(micro_batches(config, Schedule(config), ranks, windows, order, step))
         assert all(inputs.shape == targets.shape == (micro_batch, 64) for inputs, targets in batches)
         shares.append([sequence for batch in batches for sequence in as_tuples(*batch)])
     return shares
@@ -132,7 +132,7 @@ def test_each_window_of_an_epoch_is_seen_once_whatever_ranks_take_part_in_which_
         for step in range(2 * len(windows)):
             world_size, micro_batch = shares[step % len(shares)] if shares else (1, 12)
             config = resolved(batch_tokens=12 * SEQ_LEN, micro_batch=micro_batch, seq_len=SEQ_LEN, steps=step + 1)
-            schedule = Schedule(config, SEQ_LEN)
+            schedule = Schedule(config)
             for rank in range(world_size):
                 ranks = Ranks(rank, world_size, torch.device("cpu"))
                 for inputs, targets in micro_batches(config, schedule, ranks, windows, order, step):

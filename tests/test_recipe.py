@@ -27,7 +27,7 @@ def speedrun(**options):
 
 def test_the_original_is_the_original():
     config = resolved(**GPT2)
-    schedule = Schedule(config, 1024)
+    schedule = Schedule(config)
     assert config.steps == schedule.steps == 19_073
     assert {len(schedule.sequences(step)) for step in range(19_073)} == {512}
     assert schedule.sequences(100) == range(51_200, 51_712)
@@ -57,7 +57,7 @@ def test_the_original_is_the_original():
     ],
 )
 def test_the_cosine_by_hand(step, expected):
-    schedule = Schedule(resolved(steps=100, warmup_steps=20), 64)
+    schedule = Schedule(resolved(steps=100, warmup_steps=20))
     assert schedule.rate(step) == pytest.approx(expected, rel=1e-12)
 
 
@@ -68,7 +68,7 @@ def test_the_originals_warm_up_scales_with_the_steps(steps, warmup_steps):
 
 @pytest.mark.parametrize("warmup_steps", [0, 10])
 def test_no_warm_up_and_nothing_but_warm_up(warmup_steps):
-    schedule = Schedule(resolved(steps=10, warmup_steps=warmup_steps), 64)
+    schedule = Schedule(resolved(steps=10, warmup_steps=warmup_steps))
     rates = [schedule.rate(step) for step in range(10)]
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[0 if warmup_steps == 0 else -1] == 1.0
@@ -77,7 +77,7 @@ def test_no_warm_up_and_nothing_but_warm_up(warmup_steps):
 def test_a_line_down_over_the_last_part_of_the_tokens():
     """Of a constant batch, that is the last 35 of 100 steps; the last step still learns."""
     config = speedrun(steps=100, first_batch_tokens=65_536, batch_tokens=65_536)
-    rates = [Schedule(config, 1024).rate(step) for step in range(100)]
+    rates = [Schedule(config).rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])  # never more than a tenth
     assert set(rates[9:66]) == {1.0}
     assert rates[65:] == pytest.approx([(100 - step) / 35 for step in range(65, 100)])
@@ -85,7 +85,7 @@ def test_a_line_down_over_the_last_part_of_the_tokens():
 
 def test_the_batch_doubles_each_time_the_tokens_seen_are_fourfold():
     config = speedrun()
-    schedule = Schedule(config, 1024)
+    schedule = Schedule(config)
     sizes = [1024 * len(schedule.sequences(step)) for step in range(config.steps)]
     assert Counter(sizes[:5000]) == {16_384: 160, 32_768: 240, 65_536: 480, 131_072: 960, 262_144: 1920, 524_288: 1240}
     assert sizes == sorted(sizes)
@@ -97,7 +97,7 @@ def test_the_batch_doubles_each_time_the_tokens_seen_are_fourfold():
 @pytest.mark.parametrize("options", [{}, {"tokens": 3_000_000}, {"steps": 700}, {"recipe": "original", "steps": 9}])
 def test_steps_take_all_sequences_once_and_in_order(options):
     config = speedrun(**options)
-    schedule, seen = Schedule(config, 1024), 0
+    schedule, seen = Schedule(config), 0
     for step in range(min(config.steps, 3000)):
         assert schedule.tokens(step) == 1024 * seen
         assert schedule.sequences(step).start == seen
@@ -108,14 +108,14 @@ def test_steps_take_all_sequences_once_and_in_order(options):
 @pytest.mark.parametrize("tokens", [10_000, 1_000_000, 2_621_440, 2_654_207, 2_654_208, 20_000_000, 10**9])
 def test_the_steps_are_as_many_whole_ones_as_the_tokens_take(tokens):
     config = speedrun(tokens=tokens, first_batch_tokens=8192)
-    schedule = Schedule(config, 1024)
+    schedule = Schedule(config)
     last = len(schedule.sequences(config.steps)) * 1024
     assert config.tokens == schedule.tokens(config.steps) <= tokens < config.tokens + last
 
 
 def test_sequences_are_cut_in_pieces_for_the_first_tokens():
     config = speedrun(tokens=100_000_000)
-    schedule = Schedule(config, 1024)
+    schedule = Schedule(config)
     pieces = [schedule.piece(step) for step in range(config.steps)]
     assert set(pieces) == {256, 1024}
     first_whole = pieces.index(1024)
@@ -135,7 +135,7 @@ def test_pieces_hold_the_tokens_that_whole_sequences_would(world):
     for piece in (16, 64):
         config = resolved(batch_tokens=512, micro_batch=4, steps=3, short_tokens=10**6, short_seq_len=piece)
         ranks = Ranks(0, 1, torch.device("cpu"))
-        batches[piece] = list(micro_batches(config, Schedule(config, 64), ranks, windows, order, 2))
+        batches[piece] = list(micro_batches(config, Schedule(config), ranks, windows, order, 2))
     assert [tokens.shape for tokens in batches[16][0]] == [(16, 16)] * 2
     for cut, whole in zip(batches[16], batches[64], strict=True):
         assert all(torch.equal(a.view(4, 64), b) for a, b in zip(cut, whole, strict=True))

@@ -347,7 +347,7 @@ def test_every_question_is_counted_once_and_what_was_not_scored_as_wrong(model):
     questions = QuestionSet([too_long, short, [], long, too_long, pair], ["a", "b"], "toy", None)
     encoding = SimpleNamespace(encode_ordinary=None)
     ranks = Ranks(0, 1, model.device)
-    verdicts = evaluation.evaluate(TOY, model, encoding, questions, evaluation.Options(), ranks)
+    verdicts = evaluation.evaluate(TOY, model, encoding, questions, evaluation.Scoring(), ranks)
     assert list(verdicts) == ["a", "b"]
     for protocol, outcome in verdicts.items():
         is_right = protocol == "a"

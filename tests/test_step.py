@@ -27,7 +27,7 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 def test_the_loader_gives_the_micro_batches_of_all_steps_in_order(world):
     dataset = open_dataset(world / "data/small")
     config = resolved(batch_tokens=1024, micro_batch=4, steps=9)
-    schedule = Schedule(config, 64)
+    schedule = Schedule(config)
     windows = Windows(dataset, "train", 64)
     order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
     loaded = list(open_loader(config, schedule, CPU, windows, order, range(3, 9)))

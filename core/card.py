@@ -1,0 +1,78 @@
+"""The model card of a checkpoint: README.md, which the Hugging Face hub shows, from what the run knows of itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from core.recipe import SETTINGS
+from core.runlog import read_metrics
+
+# Nothing here depends on when or how often the run was interrupted: the same run has the same card.
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+---
+
+# {title}
+
+A GPT-2 of {parameters:,} parameters, {begun}, after step {step:,} of {steps:,}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+```
+
+It continues text, as its training data do. It was not tuned to follow instructions or to be safe.
+"""
+
+
+def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
+    """The card of `run`'s checkpoint after `step`, with the measures that were taken at that step or last before."""
+    facts = json.loads((run / "run.json").read_text())
+    measured = {line["split"]: line for line in read_metrics(run) if line["step"] <= step}  # the last of each
+    seen = measured["train"]["tokens"] if "train" in measured else 0
+    split = {name: sum(s["tokens"] for s in manifest["shards"] if s["split"] == name) for name in ("train", "val")}
+    versions = facts["versions"]
+    rows = {
+        "architecture": f"{facts['preset']}, sequences of {facts['seq_len']:,} tokens",
+        "data": f"{manifest['source']['name']}{revision_of(manifest)}: {split['train']:,} training tokens",
+        "encoding": manifest["encoding"],
+        "manifest": f"sha256 {facts['manifest_hash']}",
+        "tokens seen": f"{seen:,}, {seen / split['train']:.2f} times the training tokens",
+        "recipe": f"{facts['recipe']}: " + ", ".join(f"{name} {facts[name]}" for name in SETTINGS),
+        "seed": str(facts["seed"]),
+        "computed with": f"torch {versions['torch']}, Python {versions['python']}, {facts['dtype']}, "
+        f"{facts['world_size']} x {versions['device']}, code {versions['git']}",
+    }
+    if "val" in measured and measured["val"]["loss"] is not None:
+        val = measured["val"]
+        bits = f", {val['bits_per_byte']:.4f} bits per byte" if val["bits_per_byte"] else ""
+        rows["validation loss"] = f"{val['loss']:.4f} nats a token{bits} (step {val['step']:,})"
+    if "lambada" in measured:
+        score = measured["lambada"]
+        counts = f"{score['correct']:,} of {score['total']:,}"
+        rows[f"LAMBADA, `{score['protocol']}`"] = (
+            f"{100 * score['accuracy']:.2f} % ({counts} in {Path(facts['eval_lambada']).name}, step {score['step']:,})"
+        )
+    return CARD.format(
+        title=f"{run.name}, step {step:,}",
+        parameters=facts["parameters"],
+        begun=f"begun from {facts['init_from']}" if facts["init_from"] else "trained from scratch",
+        step=step,
+        steps=facts["steps"],
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        folder=f"step_{step:06d}",
+    )
+
+
+def revision_of(manifest: dict[str, Any]) -> str:
+    revision = manifest["source"]["revision"]
+    return f" at revision {revision}" if revision else ""

@@ -1,0 +1,64 @@
+"""Every checkpoint has a model card, made of the run's own facts, that the hub can read."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import train_here
+from huggingface_hub import ModelCard
+
+from core.checkpoint import problem
+
+RUN = ("--data", "data/small", "--run", "carded", "--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048)
+RUN += ("--device", "cpu", "--micro-batch", 16, "--steps", 4, "--save-every", 2, "--val-every", 2)
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("carded")
+    shutil.copytree(world / "data", folder / "data")
+    lambada = ("--eval-lambada", "data/stories/lambada.txt", "--eval-every", 2)
+    train_here(*RUN, *lambada, cwd=folder)
+    return folder
+
+
+def rows(card):
+    """The table of a card, by the first cell."""
+    lines = [line for line in card.splitlines() if line.startswith("| ") and line != "| | |"]
+    return dict(line.strip("| ").split(" | ", 1) for line in lines)
+
+
+def test_the_card_says_what_was_measured_at_its_step(trained):
+    run = trained / "logs/carded"
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    manifest = json.loads((trained / "data/small/manifest.json").read_text())
+    train_tokens = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
+    for step in (2, 4):
+        card = (run / f"checkpoints/step_{step:06d}/README.md").read_text()
+        at_step = {line["split"]: line for line in metrics if line["step"] == step}
+        found = rows(card)
+        assert f"# carded, step {step}\n" in card
+        assert f"trained from scratch, after step {step} of 4." in card
+        assert found["validation loss"].startswith(f"{at_step['val']['loss']:.4f} nats a token")
+        assert f"({at_step['lambada']['correct']} of 40 in lambada.txt, step {step})" in found["LAMBADA, `openai`"]
+        assert found["tokens seen"] == f"{2048 * step:,}, {2048 * step / train_tokens:.2f} times the training tokens"
+        assert found["data"] == f"stories.jsonl: {train_tokens:,} training tokens"
+        assert "lr 0.0006" in found["recipe"]
+        assert torch.__version__ in found["computed with"]
+
+
+def test_the_hub_reads_the_card(trained):
+    card = ModelCard.load(trained / "logs/carded/checkpoints/step_000004/README.md")
+    card.validate = None  # which would ask the hub
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+
+
+def test_a_card_that_cannot_be_made_costs_no_checkpoint(world, tmp_path, monkeypatch, capsys):
+    shutil.copytree(world / "data/small", tmp_path / "data/small")
+    monkeypatch.setattr("core.card.SETTINGS", ("unknown",))
+    train_here(*RUN, cwd=tmp_path)
+    folder = tmp_path / "logs/carded/checkpoints/step_000004"
+    assert problem(folder) is None
+    assert not (folder / "README.md").exists()
+    assert "the checkpoint of step 4 has no model card: KeyError('unknown')" in capsys.readouterr().out
