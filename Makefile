@@ -34,3 +34,4 @@ soak: setup
 lint: setup
 	ruff check .
 	ruff format --check .
+	mypy

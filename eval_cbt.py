@@ -26,11 +26,11 @@ class Questions:
 
     data: tuple[str, ...] = ()
     """Files in the data set's own format (21 numbered lines a question). Default: the hub's data set."""
-    types: tuple[Literal[cbt.TYPES], ...] = ("NE", "CN")
+    types: tuple[Literal[cbt.TYPES], ...] = ("NE", "CN")  # type: ignore[valid-type]
     """Types of words, from the hub: named entities, common nouns, verbs, prepositions."""
     split: Literal["validation", "test"] = "validation"
     """Of the hub's data set. The GPT-2 paper reports validation."""
-    protocol: tuple[Literal[("all", *cbt.PROTOCOLS)], ...] = ("paper",)
+    protocol: tuple[Literal[("all", *cbt.PROTOCOLS)], ...] = ("paper",)  # type: ignore[valid-type]
     """How to score; README tells them apart."""
 
 
@@ -59,7 +59,7 @@ def load_questions(config: Config, protocols: list[str]) -> list[QuestionSet]:
         QuestionSet(
             cbt.from_hub(kind, config.split),
             protocols,
-            **evaluation.data_facts(None, f"{cbt.HUB} {kind} {config.split}"),
+            *evaluation.data_facts(None, f"{cbt.HUB} {kind} {config.split}"),
             subset=f"{kind} {config.split}",
         )
         for kind in dict.fromkeys(config.types)
@@ -71,11 +71,11 @@ def load_file(path: Path, protocols: list[str]) -> QuestionSet:
     clozes, facts = cbt.read(path), evaluation.data_facts(path, "")
     name = OFFICIAL.fullmatch(path.name)
     if name is None:
-        return QuestionSet(clozes, protocols, **facts, subset=path.stem, has_published=False)
+        return QuestionSet(clozes, protocols, *facts, subset=path.stem, has_published=False)
     whole = int(name[2] or name[3])
     if len(clozes) != whole:
         raise ValueError(f"{path} holds {len(clozes):,} questions of {whole:,}: it was cut short; fetch it again")
-    return QuestionSet(clozes, protocols, **facts, subset=f"{name[1]} {'validation' if name[2] else 'test'}")
+    return QuestionSet(clozes, protocols, *facts, subset=f"{name[1]} {'validation' if name[2] else 'test'}")
 
 
 def published_figures(protocols: list[str]) -> str:

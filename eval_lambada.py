@@ -26,7 +26,7 @@ class Questions:
     text: Annotated[Literal["openai", "standard", "other"] | None, cli.UNSET] = None
     """Which text --data holds: OpenAI's, the tokenised standard one, or one of your own. Known from LAMBADA's own
     file names; lines can't tell."""
-    protocol: tuple[Literal[("all", *lambada.PROTOCOLS)], ...] = ()
+    protocol: tuple[Literal[("all", *lambada.PROTOCOLS)], ...] = ()  # type: ignore[valid-type]
     """How to score; `all` that the data allow. Default: openai, on a standard text standard."""
 
 
@@ -85,12 +85,12 @@ def load_questions(config: Config, protocols: list[str], text: str | None) -> li
         facts = evaluation.data_facts(path, "")
         passages = lambada.read(path)
         is_test_set = text != "other" and len(passages) == lambada.TEST_PASSAGES
-        return [QuestionSet(passages, protocols, **facts, has_published=is_test_set)]
+        return [QuestionSet(passages, protocols, *facts, has_published=is_test_set)]
     by_text: dict[str, list[str]] = {}
     for protocol in protocols:
         by_text.setdefault(lambada.PROTOCOLS[protocol], []).append(protocol)
     return [
-        QuestionSet(lambada.from_hub(text), chosen, **evaluation.data_facts(None, lambada.HUB[text][0]))
+        QuestionSet(lambada.from_hub(text), chosen, *evaluation.data_facts(None, lambada.HUB[text][0]))
         for text, chosen in by_text.items()
     ]
 

@@ -112,8 +112,8 @@ def main(config: Config) -> None:
 def check(config: Config) -> tuple[int, int]:
     """Refuse settings that can't be meant; return this process's rank and how many there are."""
     limits = {"val_tokens": config.val_tokens, "max_tokens": config.max_tokens}
-    limits = {name: value for name, value in limits.items() if value is not None}
-    cli.check_positive(workers=config.workers, shard_tokens=config.shard_tokens, **limits)
+    given = {name: value for name, value in limits.items() if value is not None}
+    cli.check_positive(workers=config.workers, shard_tokens=config.shard_tokens, **given)
     encoders.choose(config.encoder)
     rank, ranks = place_among_ranks()
     if ranks > 1 and config.max_tokens is not None:

@@ -11,6 +11,7 @@ Module names are Hugging Face's own (`transformer.h.0.attn.c_attn`), so that eve
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -120,6 +121,15 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Transformer(nn.ModuleDict):
+    """The model's parts with their types; by index a ModuleDict knows them as modules alone."""
+
+    wte: nn.Embedding
+    wpe: nn.Embedding
+    h: Sequence[Block]  # a ModuleList, whose items would be modules alone too
+    ln_f: nn.LayerNorm
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int | None = 0) -> None:
         """Random weights, the same on every device for the same seed; None leaves them to be loaded."""
@@ -127,7 +137,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # True: a training step keeps blocks' inputs alone, and computes twice
         with torch.device("meta"):  # torch's own initial values would be drawn only to be overwritten
-            self.transformer = nn.ModuleDict(
+            self.transformer = Transformer(
                 {
                     "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
                     "wpe": nn.Embedding(config.n_positions, config.n_embd),
@@ -150,11 +160,11 @@ class GPT(nn.Module):
                 if name.endswith("c_proj.weight"):  # each block adds two of these to the residual stream
                     std /= math.sqrt(2 * self.config.n_layer)
                 p.normal_(0.0, std, generator=generator)
-        self.transformer["wte"].weight[self.config.vocab_size :] = 0.0
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     @property
     def device(self) -> torch.device:
-        return self.transformer["wte"].weight.device
+        return self.transformer.wte.weight.device
 
     def num_parameters(self) -> int:
         """How many weights the model has, padding left out: 124,439,808 for gpt2."""
@@ -178,23 +188,23 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
         if start:  # a query sees the cached tokens and, of the new ones, those up to itself
             visible = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S)
-        x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)  # (B, T, C)
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
         if torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
             # A training step is 5 % faster where the residual stream is bfloat16 too.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for layer, block in enumerate(self.transformer["h"]):
+        for layer, block in enumerate(self.transformer.h):
             if recompute:  # no random state to restore: GPT-2 is trained here without dropout
                 x = checkpoint(block, x, layer, cache, visible, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, layer, cache, visible)
         if cache is not None:
             cache.length += T
-        return self.transformer["ln_f"](x)
+        return self.transformer.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied head, cut to the real vocabulary: (..., C) -> (..., vocab_size)."""
-        return F.linear(hidden, self.transformer["wte"].weight)[..., : self.config.vocab_size]
+        return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, vocab_size); with targets (B, T) the mean cross-entropy instead, in nats a token."""
@@ -206,7 +216,7 @@ class GPT(nn.Module):
 
         The padded rows are left out of the loss: they get no gradient and stay zero.
         """
-        logits = F.linear(hidden, self.transformer["wte"].weight)  # (B, T, padded_vocab_size)
+        logits = F.linear(hidden, self.transformer.wte.weight)  # (B, T, padded_vocab_size)
         # Masked, not cut: softmax over a view of 50,257 of 50,304 columns made the whole step 5 % slower (LOG.md).
         padding = torch.arange(logits.size(-1), device=logits.device) >= self.config.vocab_size
         logits = logits.masked_fill(padding, -torch.inf)
@@ -259,7 +269,7 @@ class GPT(nn.Module):
             if given[name].shape != target.shape:
                 raise ValueError(f"{name} has shape {tuple(given[name].shape)}, config.json says {tuple(target.shape)}")
             target.copy_(given[name])
-        self.transformer["wte"].weight[self.config.vocab_size :] = 0.0
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
     def _unpadded(self, name: str, p: Tensor) -> Tensor:
         """A view of a parameter in Hugging Face's shape."""

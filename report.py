@@ -107,7 +107,7 @@ def picture(runs: list[RunFacts]) -> Any:
     from matplotlib.ticker import EngFormatter
 
     top = ["tokens", "tokens", "time", "time", "lambada", "lambada"] if any(run.lambada for run in runs) else None
-    rows = [top or ["tokens"] * 3 + ["time"] * 3, ["lr", "lr", "rate", "rate", "norm", "norm"]]
+    rows: list[Any] = [top or ["tokens"] * 3 + ["time"] * 3, ["lr", "lr", "rate", "rate", "norm", "norm"]]
     figure, panels = plt.subplot_mosaic(rows, figsize=(15, 8), height_ratios=(3, 2), layout="constrained")
     unit, seconds = time_unit(runs)
     for run, colour in zip(runs, COLOURS, strict=False):

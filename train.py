@@ -155,7 +155,7 @@ def resolve_device(config: Config, ranks: Ranks) -> Config:
     can_fuse = dtype == "bfloat16" and runs_triton(ranks.device)
     if config.fused == "on" and not can_fuse:
         raise ValueError("--fused on takes --dtype bfloat16, and an NVIDIA Hopper or B200 GPU with Triton: take auto")
-    fused = "on" if can_fuse and config.fused != "off" else "off"
+    fused: Literal["on", "off"] = "on" if can_fuse and config.fused != "off" else "off"
     return replace(config, dtype=dtype, compile=compiled, fused=fused)
 
 
@@ -190,7 +190,7 @@ def begin(run: Run) -> Optimizers:
 
 def training_state(run: Run, optimizer: Optimizers) -> dict[str, Any]:
     """All that a resume needs but the weights: plain values and tensors."""
-    state = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "bad_steps": run.bad_steps}
+    state: dict[str, Any] = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds, "bad_steps": run.bad_steps}
     state |= {"rng": torch.get_rng_state(), "settings": must_agree(run.config, run.dataset)}
     state |= {"micro_batch": run.config.micro_batch, "world_size": run.ranks.world_size}
     return state | {"optimizer": optimizer.state_dict()}

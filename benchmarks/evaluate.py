@@ -12,11 +12,12 @@ import sys
 sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
 
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -28,6 +29,7 @@ from core.tasks import QuestionSet, Task, Verdict, cbt, lambada
 from model import GPT
 
 LARGEST_DIFFERENCE = 1e-4  # of two log-probabilities of one passage
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass
@@ -69,7 +71,7 @@ def main(config: Config) -> None:
         raise ValueError("; ".join(problems))
 
 
-def timed(task: Task, model: GPT, source: str, questions: QuestionSet, dtype: str) -> tuple[float, list[Verdict]]:
+def timed(task: Task, model: GPT, source: str, questions: QuestionSet, dtype: Dtype) -> tuple[float, list[Verdict]]:
     """Seconds from questions to verdicts."""
     encoding = checkpoint.load_encoding(source, model.config.vocab_size)
     options = evaluation.Scoring(dtype=dtype)
@@ -94,11 +96,13 @@ def compare_with_harness(config: Config, source: str, model: GPT, problems: list
     answers, last, whole = harness(source, passages, best, device)
     rows = {"harness": [*seconds[best], last], "harness bf16": [harness(source, passages, best, device, "bfloat16")[1]]}
     outcomes = {}
-    for name, dtype in (("ours", "float32"), ("ours bf16", "bfloat16")):
+    dtypes: dict[str, Dtype] = {"ours": "float32", "ours bf16": "bfloat16"}
+    for name, dtype in dtypes.items():
         runs = [timed(lambada.TASK, model, source, questions, dtype) for _ in range(config.rounds)]
         rows[name], outcomes[name] = [run[0] for run in runs], runs[-1][1]
     verdicts, rounded = outcomes["ours"], outcomes["ours bf16"]
-    difference = max(abs(v.logprob - p) for v, (p, _) in zip(verdicts, answers, strict=True))
+    logprobs = [-math.inf if v.logprob is None else v.logprob for v in verdicts]  # None: it couldn't be asked
+    difference = max(abs(ours - theirs) for ours, (theirs, _) in zip(logprobs, answers, strict=True))
     disagreements = sum(v.correct != greedy for v, (_, greedy) in zip(verdicts, answers, strict=True))
     if difference > LARGEST_DIFFERENCE or disagreements > sum(v.near_tie for v in verdicts):
         problems.append(f"the harness differs by {difference} in log-probability, and in {disagreements} answers")

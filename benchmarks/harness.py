@@ -37,7 +37,12 @@ def harness(
     with tempfile.TemporaryDirectory() as name:
         data, task = Path(name, "passages.jsonl"), Path(name, "task.yaml")
         data.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages), encoding="utf-8")
-        config = {"task": TASK, "dataset_path": "json", "output_type": "loglikelihood", "test_split": "test"}
+        config: dict[str, Any] = {
+            "task": TASK,
+            "dataset_path": "json",
+            "output_type": "loglikelihood",
+            "test_split": "test",
+        }
         config["dataset_kwargs"] = {"data_files": {"test": str(data)}, "cache_dir": str(Path(name, "cache"))}
         config["doc_to_text"] = "{{text.split(' ')[:-1]|join(' ')}}"
         config["doc_to_target"] = "{{' '+text.split(' ')[-1]}}"

@@ -20,7 +20,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 
@@ -72,14 +72,14 @@ def main(config: Config) -> None:
         Path(config.out).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def timed(config: Config, save_every: int) -> dict[str, object]:
+def timed(config: Config, save_every: int) -> dict[str, Any]:
     """Seconds of the steps after the warm-up, and what was said of the saves among them."""
     starts: list[float] = []
     step = train.train_step
 
-    def noted(*args: object) -> torch.Tensor:
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
         starts.append(time.perf_counter())
-        return step(*args)
+        return step(*args, **kwargs)
 
     names = ("data", "preset", "batch_tokens", "micro_batch", "seq_len", "steps", "device")
     settings = {name: getattr(config, name) for name in names} | {"run": "saves-benchmark", "save_every": save_every}

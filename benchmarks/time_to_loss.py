@@ -85,7 +85,9 @@ class Outcome:
 
 def main(config: Config) -> None:
     cli.check_positive(tokens=min(config.tokens), ours_tokens=min(config.ours_tokens), gpus=config.gpus)
-    rows, facts, outcomes = [], [], []
+    rows: list[list[str]] = []
+    facts: list[dict[str, Any]] = []
+    outcomes: list[Outcome] = []
     for seed in config.seeds:
         ours = [trained(config, "ours", config.ours, tokens, seed) for tokens in config.ours_tokens]
         baselines = [trained(config, config.label, config.baseline, tokens, seed) for tokens in config.tokens]

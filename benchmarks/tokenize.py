@@ -132,6 +132,7 @@ def peak_memory(config: Config, folder: Path, source: str) -> dict[str, int]:
     shutil.rmtree(folder / "out", ignore_errors=True)
     run = subprocess.Popen(commands(config, source, folder / "out")["fineweb.py, fastokens"], stdout=subprocess.PIPE)
     peak = {"all": 0, "largest": 0}
+    assert run.stdout is not None  # it is a pipe
     threading.Thread(target=run.stdout.read, daemon=True).start()
     while run.poll() is None:
         shares = [proportional_share(pid) for pid in family(run.pid)]
@@ -208,9 +209,9 @@ def report(
             f"{name:24} {median:9.2f} {min(seconds):6.2f} {max(seconds):6.2f} {text / median / 1e6:6.1f} "
             f"{statistics.median(ratios):26.2f} {ratios[0]:7.2f} {ratios[-1]:7.2f}"
         )
-    for name, seconds in shares.items():
-        total = sum(seconds.values())
-        print(f"{name}: " + ", ".join(f"{stage} {100 * spent / total:.0f} %" for stage, spent in seconds.items()))
+    for name, stages in shares.items():
+        total = sum(stages.values())
+        print(f"{name}: " + ", ".join(f"{stage} {100 * spent / total:.0f} %" for stage, spent in stages.items()))
     for size, peak in memory.items():
         print(
             f"memory, {size} the source: {peak['all'] / 1e6:.0f} MB in all, {peak['largest'] / 1e6:.0f} MB the largest"

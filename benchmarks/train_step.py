@@ -147,6 +147,7 @@ class TransformersLoss(nn.Module):
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     """Rates, memory and times of the variant `only`."""
+    assert config.only is not None
     shape = PRESETS[config.preset]
     settings = train.resolve_device(settings_of(config), ranks)
     raw: Any = TransformersLoss(shape) if "transformers" in config.only else GPT(shape)

@@ -94,7 +94,7 @@ def _check_sample(dataset: Dataset) -> list[str]:
     encoding = tokenizer.load(dataset.folder)
     if dataset.manifest.get("encoding_sha256", found := tokenizer.fingerprint(encoding)) != found:
         return ["tokenizer.json is not the encoding that the manifest names"]
-    problems = []
+    problems: list[str] = []
     for split in ("val", "train"):
         for name, number, ids in _sample(dataset, split):
             try:
@@ -148,7 +148,7 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
             )
         entry = {"file": path.name, "split": splits[path.name]} | counts | {"sha256": sha256(path)}
         shards.append(entry | {"source_file": None, "begin": None})
-    head = {"source": {"name": f"adopted from {folder.resolve().name}", "revision": None, "files": []}}
+    head: dict[str, Any] = {"source": {"name": f"adopted from {folder.resolve().name}", "revision": None, "files": []}}
     head |= {"encoding": encoding.name, "encoding_sha256": tokenizer.fingerprint(encoding)}
     head |= {"vocab_size": encoding.n_vocab, "end_of_text_id": end_of_text_id, "shards": shards}
     write_json(folder / MANIFEST, head)

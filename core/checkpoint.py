@@ -91,7 +91,7 @@ def step_of(folder: Path) -> int:
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """A run's newest checkpoint that verifies (None if there is none), and why newer ones were passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in reversed(listed(run)):
         reason = problem(folder)
         if reason is None:

@@ -51,7 +51,10 @@ def parse(config_type: type[Config], description: str | None, args: list[str] | 
     """
     parts = [part for part in config_type.__mro__ if is_dataclass(part) and "__annotations__" in part.__dict__]
     groups = {"script": config_type} if config_type in parts else {part.__name__.lower(): part for part in parts}
-    members = [(name, tyro.conf.OmitArgPrefixes[part]) for name, part in (groups | {"terminal": Terminal}).items()]
+    members = [
+        (name, tyro.conf.OmitArgPrefixes[part])  # type: ignore[misc, valid-type]  # a type that the class given decides
+        for name, part in (groups | {"terminal": Terminal}).items()
+    ]
     style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
     parsed: Any = tyro.cli(make_dataclass("Command", members), description=description, args=args, config=style)
     terminal.quiet = parsed.terminal.quiet

@@ -113,8 +113,10 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     on_cuda = device.type == "cuda"
     backend, patience = "nccl" if on_cuda else "gloo", timedelta(seconds=timeout)
-    store = {"store": meeting_place(rank, patience), "rank": rank, "world_size": world_size}
-    dist.init_process_group(backend, timeout=patience, device_id=device if on_cuda else None, **store)
+    store, device_id = meeting_place(rank, patience), device if on_cuda else None
+    dist.init_process_group(
+        backend, timeout=patience, device_id=device_id, store=store, rank=rank, world_size=world_size
+    )
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
     finally:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -84,9 +84,7 @@ class Encoder:
             raise
         except BaseException as error:  # a panic in Rust is no Exception
             raise EncodersDifferError(f"it failed: {error!r}") from None
-        if len(parts) != len(texts) or not np.array_equal(
-            parts[checked], *self._by_tiktoken(texts[checked : checked + 1])
-        ):
+        if len(parts) != len(texts) or not np.array_equal(parts[checked], self._by_tiktoken([texts[checked]])[0]):
             raise EncodersDifferError(f"in the document that begins with {texts[checked][:80]!r}")
         return parts
 
@@ -108,6 +106,9 @@ class Encoded:
     broken: list[str]
 
 
+ENCODER: Encoder  # a worker's own, by `start_worker`
+
+
 def start_worker(encoder: str, encoding: str, folder: Path) -> None:
     global ENCODER  # each worker loads it once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
@@ -117,7 +118,9 @@ def start_worker(encoder: str, encoding: str, folder: Path) -> None:
 
 def end_with_parent() -> None:
     """A worker whose main process was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
@@ -130,7 +133,9 @@ def encode_unit(unit: Unit, number: int) -> Encoded:
     return Encoded(unit, Documents(ids, starts, np.array(list(texts), dtype=np.int64), text_bytes), len(rows), broken)
 
 
-def encode_in_order(units: list[Unit], workers: int, encoder: str, encoding: str, folder: Path) -> Iterator[Encoded]:
+def encode_in_order(
+    units: list[Unit], workers: int, encoder: str, encoding: str, folder: Path
+) -> Generator[Encoded, None, None]:
     """Every unit tokenised, in order, by `workers` processes; four for each are in flight, so memory stays flat."""
     in_flight: deque[Future] = deque()
     arguments = (encoder, encoding, folder)

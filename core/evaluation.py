@@ -226,8 +226,8 @@ def report(options: Scoring, found: list[Result], items: list[dict[str, Any]], r
     print(f"\nsaved {saved}")
 
 
-def data_facts(path: Path | None, hub_name: str) -> dict[str, str | None]:
-    """How a question set names where it is from."""
+def data_facts(path: Path | None, hub_name: str) -> tuple[str, str | None]:
+    """How a question set names where it is from: its `data` and `sha256`."""
     from core.shards import sha256
 
-    return {"data": hub_name, "sha256": None} if path is None else {"data": path.name, "sha256": sha256(path)}
+    return (hub_name, None) if path is None else (path.name, sha256(path))

@@ -1,6 +1,7 @@
 """Sampling text from a model with a key-value cache."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def generate(
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: need >= 0, >= 1, and 0 < p <= 1")
 
     generator = torch.Generator(model.device).manual_seed(seed)
-    like = model.transformer["wte"].weight
+    like = model.transformer.wte.weight
     cache = KVCache(config, samples, len(prompt) + max_tokens, like)
     tokens = torch.tensor([prompt] * samples, device=model.device)  # (N, T)
     rows: list[list[int]] = [[] for _ in range(samples)]
@@ -80,7 +81,7 @@ def pick(
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
 
 
-def sample_text(model: GPT, encoding, prompt: str, max_tokens: int, **settings) -> Iterator[str]:  # noqa: ANN001, ANN003
+def sample_text(model: GPT, encoding: Any, prompt: str, max_tokens: int, **settings: Any) -> Iterator[str]:
     """Texts that continue `prompt`, prompt included; an empty prompt begins a document. `settings` as for generate."""
     from core import tokenizer
 

@@ -4,7 +4,9 @@ import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 # Slurm and clouds send SIGTERM or SIGUSR1 before they take a machine away; SIGHUP is a terminal that closes.
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
@@ -18,7 +20,7 @@ class Interrupts:
         self.stop = False
         self._hang_timeout = hang_timeout
         self._speaks = speaks
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def alive(self) -> None:
         """Begin the hang's count anew; to be called at least once each `hang_timeout` seconds, or `pause`.
@@ -26,7 +28,7 @@ class Interrupts:
         Where it isn't, the process prints where it stands and ends with status 1. The count runs in a thread of C,
         so that it also ends a process whose interpreter is stuck in a read or a collective.
         """
-        faulthandler.dump_traceback_later(self._hang_timeout, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self._hang_timeout, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def pause(self) -> None:
         """Stop counting: what follows may take long. Collectives keep the process group's own time-out."""

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from core import kernels
-from model import GPT, Block
+from model import GPT, Block, Transformer
 
 CHUNK_ROWS = 32_768  # of logits at once: 3.3 GB, however large the micro-batch
 
@@ -37,8 +37,8 @@ class FusedLoss(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """(B, T), (B, T) -> mean cross-entropy in nats a token."""
         transformer = self.model.transformer
-        blocks = list(transformer["h"])
-        next_norms = [block.ln_1 for block in blocks[1:]] + [transformer["ln_f"]]
+        blocks = list(transformer.h)
+        next_norms = [block.ln_1 for block in blocks[1:]] + [transformer.ln_f]
         x, h = self._embed(transformer, blocks[0].ln_1, tokens, self.dtype)
         for block, next_norm in zip(blocks, next_norms, strict=True):
             if self._checkpointed:
@@ -48,13 +48,13 @@ class FusedLoss(nn.Module):
                 x, h = self._block(block, next_norm, x, h, len(tokens))
         if not torch.is_grad_enabled():
             return self._loss_alone(h.view(*tokens.shape, -1), targets)
-        return self._loss(h, transformer["wte"].weight, targets, self.model.config.vocab_size)
+        return self._loss(h, transformer.wte.weight, targets, self.model.config.vocab_size)
 
 
-def embed(transformer: nn.ModuleDict, norm: nn.LayerNorm, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def embed(transformer: Transformer, norm: nn.LayerNorm, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Tokens (B, T) -> the residual stream and its LayerNorm, both (B T, C)."""
     positions = torch.arange(tokens.size(1), device=tokens.device)
-    x = (transformer["wte"](tokens) + transformer["wpe"](positions)).flatten(0, 1).to(dtype)
+    x = (transformer.wte(tokens) + transformer.wpe(positions)).flatten(0, 1).to(dtype)
     return x, F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
 
 

@@ -30,7 +30,7 @@ class Optimizers:
     def step(self, skip: Tensor) -> None:
         """Update all weights. Where `skip` (on the device) is 1, weights and moments stay, and nobody waits to know."""
         for part in self.parts:
-            part.found_inf = skip
+            part.found_inf = skip  # type: ignore[attr-defined]  # what torch's fused optimizers look for
             part.step()
 
     def zero_grad(self) -> None:
@@ -54,9 +54,9 @@ def optimizers(model: GPT, recipe: Recipe, ranks: Ranks) -> Optimizers:
     """What a resolved recipe trains a model with. Biases and LayerNorm gains don't decay."""
     blocks = dict(model.transformer["h"].named_parameters())
     matrices = {name: p for name, p in blocks.items() if p.dim() == 2}
-    embeddings = [model.transformer[name].weight for name in ("wte", "wpe")]
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": embeddings, "peak": recipe.embed_lr, "weight_decay": recipe.weight_decay},
         {"params": vectors, "peak": recipe.embed_lr, "weight_decay": 0.0},
     ]
@@ -81,13 +81,15 @@ class Muon(torch.optim.Optimizer):
     have one shape, are multiplied together, each rank orthogonalises its share, and `step` heeds `found_inf`.
     """
 
+    found_inf: Tensor  # `Optimizers.step` sets it
+
     def __init__(self, groups: list[dict[str, Any]], momentum: float, weight_decay: float, ranks: Ranks) -> None:
         """`groups` of weights of one shape, each of which is so many `pieces`, matrices above one another."""
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
         self._ranks = ranks
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the gradients are there
         taken = 1 - self.found_inf
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]

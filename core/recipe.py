@@ -6,7 +6,7 @@
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 import torch
 import tyro
@@ -59,6 +59,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# An option's None until `resolve` has filled it in. What runs after that may count on a value, which mypy can't follow;
+# told `float | Any`, it takes the option for a float and lets it be None.
+if TYPE_CHECKING:
+    Later: TypeAlias = Any
+else:
+    Later = None
+
 
 def option(name: str, meaning: str) -> Any:
     """How --help shows an option that the recipe sets."""
@@ -76,47 +83,47 @@ class Recipe:
     """Tokens to train on; the last step is the last that is whole."""
     seq_len: int = 1024
     """Tokens a sequence, at most the preset's context."""
-    steps: Annotated[int | None, cli.UNSET] = None
+    steps: Annotated[int | Later, cli.UNSET] = None
     """Optimizer steps, in place of --tokens. Default: as many as --tokens takes."""
     optimizer: Annotated[
-        Literal["adamw", "muon"] | None, option("optimizer", "Of the blocks' matrices; AdamW has the rest.")
+        Literal["adamw", "muon"] | Later, option("optimizer", "Of the blocks' matrices; AdamW has the rest.")
     ] = None
-    lr: Annotated[float | None, option("lr", "Peak learning rate of the blocks' matrices.")] = None
+    lr: Annotated[float | Later, option("lr", "Peak learning rate of the blocks' matrices.")] = None
     embed_lr: Annotated[
-        float | None, option("embed_lr", "The same of embeddings, biases and LayerNorms; speedrun's by width 768.")
+        float | Later, option("embed_lr", "The same of embeddings, biases and LayerNorms; speedrun's by width 768.")
     ] = None
-    beta1: Annotated[float | None, option("beta1", "AdamW's decay of the gradient's mean.")] = None
-    beta2: Annotated[float | None, option("beta2", "AdamW's decay of the squared gradient's mean.")] = None
-    momentum: Annotated[float | None, option("momentum", "Muon's.")] = None
+    beta1: Annotated[float | Later, option("beta1", "AdamW's decay of the gradient's mean.")] = None
+    beta2: Annotated[float | Later, option("beta2", "AdamW's decay of the squared gradient's mean.")] = None
+    momentum: Annotated[float | Later, option("momentum", "Muon's.")] = None
     weight_decay: Annotated[
-        float | None, option("weight_decay", "Each step, times the learning rate; of matrices alone.")
+        float | Later, option("weight_decay", "Each step, times the learning rate; of matrices alone.")
     ] = None
-    grad_clip: Annotated[float | None, option("grad_clip", "Largest norm of the gradient.")] = None
+    grad_clip: Annotated[float | Later, option("grad_clip", "Largest norm of the gradient.")] = None
     lr_schedule: Annotated[
-        Literal["cosine", "wsd"] | None,
+        Literal["cosine", "wsd"] | Later,
         option("lr_schedule", "After the warm-up: half a cosine down, or the peak and then a line down."),
     ] = None
     warmup_steps: Annotated[
-        int | None, option("warmup_steps", "Steps of linear warm-up; original's scaled with the steps.")
+        int | Later, option("warmup_steps", "Steps of linear warm-up; original's scaled with the steps.")
     ] = None
-    decay_fraction: Annotated[float | None, option("decay_fraction", "Part of the tokens where wsd decays.")] = None
+    decay_fraction: Annotated[float | Later, option("decay_fraction", "Part of the tokens where wsd decays.")] = None
     final_lr_fraction: Annotated[
-        float | None, option("final_lr_fraction", "The learning rate ends at this part of its peak.")
+        float | Later, option("final_lr_fraction", "The learning rate ends at this part of its peak.")
     ] = None
     batch_tokens: Annotated[
-        int | None, option("batch_tokens", "Tokens an optimizer step, over all ranks; the most that a step gets.")
+        int | Later, option("batch_tokens", "Tokens an optimizer step, over all ranks; the most that a step gets.")
     ] = None
     first_batch_tokens: Annotated[
-        int | None,
+        int | Later,
         option("first_batch_tokens", "The first 160 steps' tokens; they double each time tokens seen are fourfold."),
     ] = None
     short_tokens: Annotated[
-        int | None,
+        int | Later,
         option("short_tokens", "So many tokens first, sequences are cut in pieces; at most 0.4 of --tokens."),
     ] = None
-    short_seq_len: Annotated[int | None, option("short_seq_len", "Tokens of such a piece.")] = None
+    short_seq_len: Annotated[int | Later, option("short_seq_len", "Tokens of such a piece.")] = None
     init: Annotated[
-        Literal["gpt2", "aligned"] | None,
+        Literal["gpt2", "aligned"] | Later,
         option("init", "aligned: each head's keys begin as its queries, so that it looks at what is alike."),
     ] = None
 
@@ -144,7 +151,8 @@ def resolve(options: Options, shape: GPTConfig, micro_batch: int, world_size: in
     if steps == 0:
         raise ValueError(f"--tokens {options.tokens} is less than the first step's {options.first_batch_tokens}")
     tokens = batches.before(steps) * options.seq_len
-    if options.recipe == "original":  # what depends on the length
+    scaled: dict[str, Any]  # what depends on the length
+    if options.recipe == "original":
         scaled = {"warmup_steps": round(steps * WARMUP_FRACTION)}
     else:
         scaled = {
@@ -282,6 +290,6 @@ def check_batch(recipe: Recipe, micro_batch: int, world_size: int) -> None:
 def align_keys(model: GPT) -> None:
     """Begin with each head's keys equal to its queries: tokens and places that are alike then attend to each other."""
     width = model.config.n_embd
-    for block in model.transformer["h"]:
+    for block in model.transformer.h:
         weight = block.attn.c_attn.weight  # (3 C, C): queries, keys, values
         weight[width : 2 * width] = weight[:width]

@@ -124,7 +124,7 @@ def published(task: str) -> list[dict[str, Any]]:
 
 def published_figure(result: Result) -> list[Any] | None:
     """Accuracy % and perplexity published for OpenAI's weights of this size, by this protocol on these questions."""
-    if result.has_published:
+    if result.has_published and result.size is not None:
         for figure in published(result.task):
             subset = " ".join(figure[key] for key in ("type", "split") if key in figure)
             is_openai = "model" not in figure

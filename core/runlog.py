@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -37,7 +37,7 @@ class RunLog:
         self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
         self._bar = cli.bar(total=steps, initial=done, unit="step", dynamic_ncols=True)
-        self._wandb = start_wandb(run, settings, wandb_project) if wandb_project else None
+        self._wandb: Any = start_wandb(run, settings, wandb_project) if wandb_project else None
 
     def write(self, **metrics: Any) -> None:
         """One line of metrics.jsonl; a number that isn't finite becomes null."""
@@ -197,7 +197,7 @@ def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:
     try:
         import wandb
 
-        mode = None if os.environ.get("WANDB_MODE") or logged_in() else "offline"
+        mode: Literal["offline"] | None = None if os.environ.get("WANDB_MODE") or logged_in() else "offline"
         name = f"{run.name}-{settings['manifest_hash'][:8]}"
         return wandb.init(project=project, name=run.name, id=name, dir=run, config=settings, resume="allow", mode=mode)
     except Exception as error:

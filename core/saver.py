@@ -67,6 +67,7 @@ class Saver:
         self._state = to_host(state, self._state)
 
     def _write(self, begin: Any, end: Any) -> None:
+        assert self._twin is not None and self._state is not None
         stall = self._clock.seconds(begin, end)  # waits until the snapshot is there
         started = time.perf_counter()
         try:

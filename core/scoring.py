@@ -152,7 +152,8 @@ class _Row:
 
 
 def _spans(model: GPT, groups: list[list[Request]]) -> list[list[_Span]]:
-    spans, slot = [], 0
+    spans: list[list[_Span]] = []
+    slot = 0
     for number, group in enumerate(groups, 1):
         cut = excess(group, model.config.n_positions)
         spans.append([])
@@ -181,7 +182,8 @@ def _bundles(spans: list[list[_Span]], share: bool) -> list[list[_Span]]:
 
 
 def _row(bundle: list[_Span]) -> _Row:
-    row, before, path = _Row(), [], np.empty(0, np.int64)
+    row, path = _Row(), np.empty(0, np.int64)
+    before: list[int] = []
     for span in sorted(bundle, key=lambda span: span.ids):  # those that share the longest beginnings are neighbours
         ids = span.ids[:-1]
         stem, begin = _common(before, ids), len(row.tokens)
@@ -241,14 +243,14 @@ def _hidden(model: GPT, rows: list[_Row], ranks: Ranks, dtype: str) -> tuple[Ten
     for b, row in enumerate(rows):
         tokens[b, : len(row.tokens)] = row.tokens
         positions[b, : len(row.tokens)] = row.positions
-    inputs = {"tokens": tokens}
+    inputs, at, visible = torch.from_numpy(tokens).to(model.device), None, None
     if branching:
-        visible = np.zeros((len(rows), 1, width, width), bool)  # (B, 1, T, T)
+        seen = np.zeros((len(rows), 1, width, width), bool)  # (B, 1, T, T)
         for b, row in enumerate(rows):
-            row.mark_visible(visible[b, 0])
-        inputs |= {"positions": positions, "visible": visible}
+            row.mark_visible(seen[b, 0])
+        at, visible = (torch.from_numpy(values).to(model.device) for values in (positions, seen))
     with autocast(ranks, dtype):
-        hidden = model.hidden(**{name: torch.from_numpy(a).to(model.device) for name, a in inputs.items()})  # (B, T, C)
+        hidden = model.hidden(inputs, positions=at, visible=visible)  # (B, T, C)
     return hidden.flatten(0, 1).float(), width
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -235,7 +235,7 @@ class TokenOrder:
         return np.array([self._epoch(i // self._windows)[i % self._windows] for i in sequences], dtype=np.int64)
 
 
-def prefetched(items: Iterator[Item], ahead: int, begin: Callable[[], None]) -> Iterator[Item]:
+def prefetched(items: Iterator[Item], ahead: int, begin: Callable[[], None]) -> Generator[Item, None, None]:
     """The same items, of which a thread, that begins with `begin`, makes up to `ahead` before they are asked for."""
     thread = ThreadPoolExecutor(1, initializer=begin)
     try:

@@ -107,7 +107,7 @@ def pin_revision(pattern: str, revision: str | None) -> tuple[str, str | None]:
         from huggingface_hub import HfApi, HfFileSystem
 
         try:
-            place = HfFileSystem().resolve_path(pattern.split("*", 1)[0].rsplit("/", 1)[0])
+            place: Any = HfFileSystem().resolve_path(pattern.split("*", 1)[0].rsplit("/", 1)[0])
             revision = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
         except Exception as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,7 +1,7 @@
 """One optimizer step: the micro-batches it reads, the loss it follows, and the update, on any number of ranks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class StepConfig(Recipe, Computation):
 
 def at_once(config: StepConfig, ranks: Ranks, sequences: int) -> int:
     """How many of a step's sequences a rank computes at once: the micro-batch, or less where the step has less."""
+    assert config.micro_batch != "auto"
     return largest_divisor(sequences // ranks.world_size, config.micro_batch)
 
 
@@ -67,7 +68,7 @@ def micro_batches(
 
 def open_loader(
     config: StepConfig, schedule: Schedule, ranks: Ranks, windows: Windows, order: TokenOrder, steps: range
-) -> Iterator[list[Tensor]]:
+) -> Generator[list[Tensor], None, None]:
     """This rank's micro-batches of those steps, read ahead by a thread."""
     batches = (batch for step in steps for batch in micro_batches(config, schedule, ranks, windows, order, step))
     return prefetched(batches, READ_AHEAD, ranks.begin_thread)

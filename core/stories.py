@@ -147,7 +147,7 @@ def write_passages(path: Path, rng: random.Random, count: int) -> list[str]:
 
 def write_cloze(path: Path, rng: random.Random, count: int, slot: str) -> None:
     """Questions in the Children's Book Test's format: 20 sentences, and a 21st that lacks the hero or the thing."""
-    questions = []
+    questions: list[str] = []
     while len(questions) < count:
         story = tell(rng, MAX_SENTENCES)
         context, question = story.sentences[:20], story.sentences[20].split()

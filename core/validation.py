@@ -76,8 +76,8 @@ class Validation:
             sizes.append(targets.numel())
         means = torch.stack(losses).tolist() if losses else []  # one wait for the device, at the end
         nats = math.fsum(mean * n for mean, n in zip(means, sizes, strict=True))
-        nats, tokens, text_bytes = ranks.sum([nats, sum(sizes), text_bytes])
-        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None}
+        nats, tokens, all_bytes = ranks.sum([nats, sum(sizes), text_bytes])
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / all_bytes if all_bytes else None}
 
     def describe(self, result: dict[str, Any]) -> str:
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""

@@ -130,7 +130,7 @@ def detokenize(tokens: list[str]) -> str:
     """
     text = ""
     for before, token in zip(["", *tokens], tokens, strict=False):
-        joined = not before or before in OPENING or CLOSING.fullmatch(token)
+        joined = not before or before in OPENING or CLOSING.fullmatch(token) is not None
         written = PTB.get(token, token)
         if text.endswith("'") and written.startswith("'"):  # '' would be a Treebank quote again
             joined = False
