@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import eval_cbt
+import eval_hellaswag
 import eval_lambada
 from core import cli, evaluation, results
 from core.distributed import Ranks
@@ -168,7 +169,7 @@ def subset_of(figure):
     return f"{figure['type']} {figure['split']}" if "type" in figure else ""
 
 
-@pytest.mark.parametrize("task", ["lambada", "cbt"])
+@pytest.mark.parametrize("task", ["lambada", "cbt", "hellaswag"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_figure_belongs_to_its_protocol_and_questions_and_size_and_to_openais_weights(monkeypatch, task, reverse):
     figures = results.published(task)
@@ -213,7 +214,7 @@ def test_what_nobody_published_has_no_difference():
     assert "difference" not in table[0]
 
 
-@pytest.mark.parametrize("task", ["lambada", "cbt"])
+@pytest.mark.parametrize("task", ["lambada", "cbt", "hellaswag"])
 def test_the_published_table_has_a_row_a_figure_and_no_row_of_two(task):
     figures = results.published(task)
     for protocol in {figure["protocol"] for figure in figures}:
@@ -297,7 +298,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("script", [eval_lambada, eval_cbt])
+@pytest.mark.parametrize("script", [eval_lambada, eval_cbt, eval_hellaswag])
 @pytest.mark.parametrize(
     ("a", "b", "only_a", "only_b", "p"),
     [

@@ -8,6 +8,7 @@ import pytest
 from conftest import run
 
 import eval_cbt
+import eval_hellaswag
 import eval_lambada
 import fineweb
 import report
@@ -15,7 +16,7 @@ import sample
 import train
 from core import cli
 
-SCRIPTS = (fineweb, train, eval_lambada, eval_cbt, sample, report)
+SCRIPTS = (fineweb, train, eval_lambada, eval_cbt, eval_hellaswag, sample, report)
 TRAIN = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048, "--device", "cpu")
 
 
