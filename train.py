@@ -178,7 +178,7 @@ def begin(run: Run) -> Optimizers:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         run.step, run.tokens = state["step"], state["tokens"]
-        run.seconds, run.bad_steps = state["seconds"], state.get("bad_steps", 0)  # which older ones don't have
+        run.seconds, run.bad_steps = state["seconds"], state["bad_steps"]
         if config.deterministic and state.get("world_size") == ranks.world_size and config.micro_batch == "auto":
             run.config = config = replace(config, micro_batch=state["micro_batch"])  # another would round otherwise
         ranks.say(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
@@ -239,10 +239,11 @@ def train(run: Run, optimizer: Optimizers) -> None:
         while run.step < config.steps and not reports.stop:
             interrupts.alive()
             rate, sequences = schedule.rate(run.step), len(schedule.sequences(run.step))
+            flops = run.model.config.flops_per_token(schedule.piece(run.step))
             optimizer.set_rate(rate)
             stats = train_step(model, optimizer, batches, sequences, config, ranks, interrupts)
             run.step, run.tokens = run.step + 1, schedule.tokens(run.step + 1)
-            reports.launched(run.step, run.tokens, sequences * config.seq_len, rate * config.lr, stats)
+            reports.launched(run.step, run.tokens, sequences * config.seq_len, flops, rate * config.lr, stats)
             profiled_step()
             if run.step == first + 1:
                 saver.reserve(run.model, training_state(run, optimizer))
@@ -280,9 +281,9 @@ def open_log(run: Run) -> AbstractContextManager[RunLog | None]:
 
 def open_reports(run: Run, log: RunLog | None) -> StepReports:
     config = run.config
-    flops_per_token = run.model.config.flops_per_token(config.seq_len)
     behind = (run.seconds, run.bad_steps)
-    return StepReports(log, run.ranks, config.steps, config.log_every, flops_per_token, *behind, config.max_bad_steps)
+    length = (config.steps, config.tokens)
+    return StepReports(log, run.ranks, *length, config.log_every, *behind, config.max_bad_steps)
 
 
 def open_saver(run: Run, log: RunLog | None) -> Saver:

@@ -16,6 +16,7 @@ import sys
 
 sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
 
+import hashlib
 import json
 import math
 import shlex
@@ -31,7 +32,6 @@ from core.runlog import read_metrics
 from model import PRESETS
 
 REPO = Path(sys.path[0])
-LAMBADA = "lambada.json"  # in a run's folder
 COLOURS = ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 RUNS = "time-to-loss"  # begins their names
 SMOOTHED = 60  # points of a drawn curve
@@ -122,21 +122,23 @@ def main(config: Config) -> None:
 
 def trained(config: Config, label: str, options: str, tokens: int, seed: int) -> Outcome:
     """The run of that label, made by train.py unless one of the same options is finished."""
-    name = f"{RUNS}-{label}-{tokens}-{seed}"
     names = ("data", "preset", "seq_len", "val_tokens", "device")
     given = [f"--{option.replace('_', '-')}={getattr(config, option)}" for option in names]
-    given += [f"--tokens={tokens}", f"--seed={seed}", f"--run-name={name}", "--val-every=1000000000"]
-    given += ["--save-every=1000000000", "--eval-every=1000000000", "--log-every=100", *shlex.split(options)]
-    folder, finished = Path("logs") / name, Path("logs") / name / "finished.json"
-    if not finished.is_file() or json.loads(finished.read_text()) != given:
+    given += [f"--tokens={tokens}", f"--seed={seed}", "--val-every=1000000000", "--save-every=1000000000"]
+    given += ["--log-every=100", *shlex.split(options)]
+    digest = hashlib.sha256(shlex.join([*given, str(config.gpus)]).encode()).hexdigest()[:8]
+    name = f"{RUNS}-{label}-{tokens}-{seed}-{digest}"  # another option, another run
+    folder, finished = Path("logs") / name, Path("logs") / name / "finished"
+    if not finished.is_file():
         print(f"{name}: train.py {shlex.join(given)}", flush=True)
         torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.gpus}")
-        call("train.py", *given, launcher=torchrun if config.gpus > 1 else ())
-        finished.write_text(json.dumps(given))
-    if config.lambada and not (folder / LAMBADA).is_file():
-        scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", folder / LAMBADA)
+        call("train.py", *given, f"--run-name={name}", launcher=torchrun if config.gpus > 1 else ())
+        finished.touch()
+    scores = folder / f"{Path(config.lambada).stem}.json" if config.lambada else None
+    if config.lambada and scores and not scores.is_file():
+        scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", scores)
         call("eval_lambada.py", *scored, "--text", "standard", "--protocol", "standard")
-    return outcome(folder, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
+    return outcome(folder, scores, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
 
 
 def call(script: str, *options: str | Path, launcher: tuple[str, ...] = ()) -> None:
@@ -146,16 +148,16 @@ def call(script: str, *options: str | Path, launcher: tuple[str, ...] = ()) -> N
         raise ValueError(f"{shlex.join(command)} ended with status {status}, see above")
 
 
-def outcome(run: Path, label: str) -> Outcome:
-    """What a finished run came to. Raises ValueError where it ended without a loss."""
+def outcome(run: Path, scores: Path | None, label: str) -> Outcome:
+    """What a finished run came to, with its LAMBADA `scores`. Raises ValueError where it ended without a loss."""
     facts, lines = json.loads((run / "run.json").read_text()), read_metrics(run)
     train = [line for line in lines if line["split"] == "train"]
     loss = [line["loss"] for line in lines if line["split"] == "val"][-1]
     if loss is None:
         raise ValueError(f"{run.name} diverged: take a lower --lr for it")
     lambada = ""
-    if (run / LAMBADA).is_file():
-        (result,) = json.loads((run / LAMBADA).read_text())
+    if scores is not None:
+        (result,) = json.loads(scores.read_text())
         lambada = f"{result['correct']:,} of {result['total']:,}, perplexity {result['perplexity']:,.0f}"
     curve = [(line["tokens"], line["seconds"], line["loss"]) for line in train if line["loss"] is not None]
     done = (train[-1]["tokens"], train[-1]["seconds"], loss)

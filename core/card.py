@@ -59,8 +59,9 @@ def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
     if "lambada" in measured:
         score = measured["lambada"]
         counts = f"{score['correct']:,} of {score['total']:,}"
+        file = f" in {Path(facts['eval_lambada']).name}" if facts["eval_lambada"] else ""
         rows[f"LAMBADA, `{score['protocol']}`"] = (
-            f"{100 * score['accuracy']:.2f} % ({counts} in {Path(facts['eval_lambada']).name}, step {score['step']:,})"
+            f"{100 * score['accuracy']:.2f} % ({counts}{file}, step {score['step']:,})"
         )
     return CARD.format(
         title=f"{run.name}, step {step:,}",

@@ -128,7 +128,12 @@ def load_training_state(folder: Path, must_agree: dict[str, Any]) -> dict[str, A
     except Exception as error:  # a hostile pickle can make the reader raise anything
         raise ValueError(f"{path} holds more than plain values and tensors ({type(error).__name__})") from None
     for name, value in must_agree.items():
-        begun_with = state["settings"].get(name)
+        if name not in state["settings"]:
+            raise ValueError(
+                f"run {folder.parent.parent.name} was begun by an earlier version of this project, without {name}: "
+                f"finish it with that version, or take another --run"
+            )
+        begun_with = state["settings"][name]
         if begun_with != value:
             raise ValueError(
                 f"run {folder.parent.parent.name} was begun with {name} {begun_with}, now it is {value}: restore the "

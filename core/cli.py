@@ -1,5 +1,6 @@
 """One dataclass a script is its command line, its help and its logged config; and how scripts speak to who watches."""
 
+import inspect
 import math
 import os
 import sys
@@ -49,7 +50,7 @@ def parse(config_type: type[Config], description: str | None, args: list[str] | 
 
     Where that only joins dataclasses, each is a group of --help, named after the class and described by its docstring.
     """
-    parts = [part for part in config_type.__mro__ if is_dataclass(part) and "__annotations__" in part.__dict__]
+    parts = [part for part in config_type.__mro__ if is_dataclass(part) and inspect.get_annotations(part)]
     groups = {"script": config_type} if config_type in parts else {part.__name__.lower(): part for part in parts}
     members = [
         (name, tyro.conf.OmitArgPrefixes[part])  # type: ignore[misc, valid-type]  # a type that the class given decides

@@ -114,7 +114,7 @@ class Muon(torch.optim.Optimizer):
         share = math.ceil(count / world_size)
         mine = matrices[self._ranks.rank * share :][:share]
         padding = mine.new_zeros(share - len(mine), *mine.shape[1:])
-        mine = orthogonalize(torch.cat([mine, padding]))
+        mine = orthogonalize(torch.cat([mine, padding])).contiguous()  # NCCL takes no transposed view
         everyones = mine.new_empty(share * world_size, *mine.shape[1:])
         dist.all_gather_into_tensor(everyones, mine)
         return everyones[:count]

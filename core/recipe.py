@@ -119,7 +119,7 @@ class Recipe:
     ] = None
     short_tokens: Annotated[
         int | Later,
-        option("short_tokens", "So many tokens first, sequences are cut in pieces; at most 0.4 of --tokens."),
+        option("short_tokens", "So many tokens first, sequences are cut in pieces; speedrun's at most 0.4 of all."),
     ] = None
     short_seq_len: Annotated[int | Later, option("short_seq_len", "Tokens of such a piece.")] = None
     init: Annotated[
@@ -143,6 +143,9 @@ def resolve(options: Options, shape: GPTConfig, micro_batch: int, world_size: in
     cli.check_positive(**{name: getattr(options, name) for name in above_0})
     parts = ("beta1", "beta2", "momentum", "weight_decay", "decay_fraction", "final_lr_fraction")
     cli.check_between(0, 1, **{name: getattr(options, name) for name in parts})
+    for name in ("beta1", "beta2", "momentum"):
+        if getattr(options, name) == 1:
+            raise ValueError(f"--{name} 1.0 must be below 1: moments would never change")
     options = replace(options, first_batch_tokens=min(options.first_batch_tokens, options.batch_tokens))
     check_phases(options)
     check_batch(options, micro_batch, world_size)
@@ -162,14 +165,20 @@ def resolve(options: Options, shape: GPTConfig, micro_batch: int, world_size: in
     options = replace(options, **scaled | given | {"steps": steps, "tokens": tokens})
     cli.check_between(0, steps, warmup_steps=options.warmup_steps)
     cli.check_between(0, 2**63 - 1, short_tokens=options.short_tokens)
+    if options.short_tokens >= tokens and options.short_seq_len < options.seq_len:
+        raise ValueError(f"--short-tokens {options.short_tokens} leaves none of {tokens} tokens for whole sequences")
     return options
 
 
 def values_for(options: Recipe, shape: GPTConfig) -> dict[str, Any]:
     """What the recipe sets for a model of this shape, where its optimizer, rate and batch may be given."""
     values = dict(RECIPES[options.recipe])
+    optimizer = options.optimizer or values["optimizer"]
+    # The same rate means another thing to another optimizer: it is that of the recipe that has it.
+    values["lr"] = next(recipe["lr"] for recipe in RECIPES.values() if recipe["optimizer"] == optimizer)
     if options.recipe == "original":
-        values["embed_lr"] = options.lr or values["lr"]  # one rate for all weights
+        if optimizer == "adamw":
+            values["embed_lr"] = options.lr or values["lr"]  # one rate for all weights
         values["first_batch_tokens"] = options.batch_tokens or values["batch_tokens"]  # one batch for all steps
     else:
         # Muon's updates mean the same at any width, as their spectral norm is fixed; those of the tied head don't.
@@ -271,8 +280,9 @@ def check_batch(recipe: Recipe, micro_batch: int, world_size: int) -> None:
     if first < most and first % unit:
         fits = unit * 2 ** max(round(math.log2(first / unit)), 0)
         raise ValueError(
-            f"--first-batch-tokens {first} is no multiple of --seq-len {seq_len} x {world_size} ranks = {unit}: take "
-            f"{fits}, and --batch-tokens {fits * 2 ** max(round(math.log2(most / fits)), 0)}"
+            f"--first-batch-tokens {first} is no multiple of --seq-len {seq_len} x {world_size} ranks = {unit}: "
+            f"take {fits}, and --batch-tokens {fits * 2 ** max(round(math.log2(most / fits)), 0)}; a run begun with "
+            f"{first} goes on with at most {first // seq_len} ranks"
         )
     unit = micro_batch * world_size * seq_len
     if recipe.batch_tokens % unit == 0:

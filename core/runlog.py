@@ -96,33 +96,35 @@ class StepReports:
         log: RunLog | None,
         ranks: Ranks,
         steps: int,
+        tokens: int,
         log_every: int,
-        flops_per_token: float,
         seconds: float,
         bad_steps: int,
         max_bad_steps: int,
     ) -> None:
-        """`seconds` of training and `bad_steps` lie behind; every `log_every`-th step is said on the terminal."""
-        self._log, self._steps, self._log_every, self._seconds = log, steps, log_every, seconds
+        """Of a run of so many `steps` and `tokens`; `seconds` of training and `bad_steps` lie behind. Every
+        `log_every`-th step is said on the terminal."""
+        self._log, self._steps, self._tokens, self._log_every, self._seconds = log, steps, tokens, log_every, seconds
         self.bad_steps, self._max_bad_steps = bad_steps, max_bad_steps
         self.stop = False  # whether any rank was asked to stop, known to all of them after the same step
         self._clock = DeviceClock(ranks.device)
-        peak = peak_flops(ranks.device)
-        self._mfu_per_rate = flops_per_token / (peak * ranks.world_size) if peak else None
-        self._pending: tuple[dict[str, Any], int, Tensor, Any, Any] | None = None
+        self._peak = (peak_flops(ranks.device) or 0) * ranks.world_size
+        self._pending: tuple[dict[str, Any], int, float, Tensor, Any, Any] | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """What came before, such as a validation, is no part of the next step's time."""
         self._begin = self._clock.mark()
 
-    def launched(self, step: int, tokens: int, step_tokens: int, lr: float, stats: Tensor) -> None:
+    def launched(
+        self, step: int, tokens: int, step_tokens: int, flops_per_token: float, lr: float, stats: Tensor
+    ) -> None:
         """Note the step just launched, with what `train_step` gave (3,) on the device; report the one before."""
         stats = stats.to("cpu", non_blocking=stats.is_cuda)  # read once the mark after it is reached
         end = self._clock.mark()
         self.flush()
         facts = {"step": step, "tokens": tokens, "split": "train", "lr": lr}
-        self._pending = (facts, step_tokens, stats, self._begin, end)
+        self._pending = (facts, step_tokens, flops_per_token, stats, self._begin, end)
         self._begin = end
 
     def flush(self) -> tuple[float, int]:
@@ -132,7 +134,7 @@ class StepReports:
         """
         if self._pending is None:
             return self._seconds, self.bad_steps
-        facts, step_tokens, stats, begin, end = self._pending
+        facts, step_tokens, flops_per_token, stats, begin, end = self._pending
         self._pending = None
         seconds = self._clock.seconds(begin, end)
         loss, norm, asked_to_stop = stats.tolist()
@@ -140,7 +142,7 @@ class StepReports:
         rate = step_tokens / seconds
         self._seconds += seconds
         facts |= {"loss": loss, "grad_norm": norm, "tokens_per_second": rate, "seconds": self._seconds}
-        facts["mfu"] = rate * self._mfu_per_rate if self._mfu_per_rate else None
+        facts["mfu"] = rate * flops_per_token / self._peak if self._peak else None
         bad = not (math.isfinite(loss) and math.isfinite(norm))
         self.bad_steps += bad
         if self._log is not None:
@@ -150,7 +152,7 @@ class StepReports:
                 not cli.terminal.quiet and (facts["step"] % self._log_every == 0 or facts["step"] in (1, self._steps))
             ):
                 skipped = f"  SKIPPED, {self.bad_steps} so far" if bad else ""
-                self._log.say(self._line(facts, seconds) + skipped)
+                self._log.say(self._line(facts) + skipped)
         if self.bad_steps > self._max_bad_steps:
             raise ValueError(
                 f"step {facts['step']}: loss {loss}, gradient norm {norm}; {self.bad_steps} steps were skipped, more "
@@ -159,8 +161,8 @@ class StepReports:
             )
         return self._seconds, self.bad_steps
 
-    def _line(self, facts: dict[str, Any], seconds: float) -> str:
-        left = (self._steps - facts["step"]) * seconds / 60
+    def _line(self, facts: dict[str, Any]) -> str:
+        left = (self._tokens - facts["tokens"]) / facts["tokens_per_second"] / 60  # steps may grow
         mfu = f"  mfu {facts['mfu']:.1%}" if facts["mfu"] else ""
         return (
             f"step {facts['step']:>6,}/{self._steps:,}  loss {facts['loss']:.4f}  lr {facts['lr']:.2e}  "

@@ -140,11 +140,13 @@ def train_step(
 def warm_up(model: Any, config: StepConfig, schedule: Schedule, ranks: Ranks, step: int) -> None:
     """Compile for every shape of the steps to come, so that no step's time holds the compiler's."""
     begin = time.perf_counter()
-    shapes = [(at_once(config, ranks, sequences), piece) for sequences, piece in schedule.shapes(step)]
-    for size, piece in dict.fromkeys(shapes):
+    shapes = dict.fromkeys((at_once(config, ranks, sequences), piece) for sequences, piece in schedule.shapes(step))
+    # With more graphs than its limit, 8, torch.compile leaves a function uncompiled; validation needs one as well.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(shapes) + 8)
+    for size, piece in shapes:
         tokens = torch.zeros(size * config.seq_len // piece, piece, dtype=torch.long, device=ranks.device)
         with autocast(ranks, config.dtype):
-            loss = model(tokens, tokens)
+            loss = model(tokens, tokens.clone())  # one tensor as both would compile a graph for that alone
         loss.backward()
         loss.item()  # waits for the device
     for p in model.parameters():

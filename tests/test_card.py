@@ -1,6 +1,7 @@
 """Every checkpoint has a model card, made of the run's own facts, that the hub can read."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import train_here
 from huggingface_hub import ModelCard
 
+from core.card import model_card
 from core.checkpoint import problem
 
 RUN = ("--data", "data/small", "--run", "carded", "--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048)
@@ -46,6 +48,21 @@ def test_the_card_says_what_was_measured_at_its_step(trained):
         assert found["data"] == f"stories.jsonl: {train_tokens:,} training tokens"
         assert "lr 0.0006" in found["recipe"]
         assert torch.__version__ in found["computed with"]
+
+
+def test_a_card_made_later_is_the_same(trained):
+    manifest = json.loads((trained / "data/small/manifest.json").read_text())
+    run = trained / "logs/carded"
+    for step in (2, 4):
+        assert model_card(run, manifest, step) == (run / f"checkpoints/step_{step:06d}/README.md").read_text()
+
+
+def test_a_run_that_goes_on_without_lambada_has_a_card(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "logs/carded/checkpoints/step_000004")
+    train_here(*RUN, cwd=tmp_path)
+    card = (tmp_path / "logs/carded/checkpoints/step_000004/README.md").read_text()
+    assert re.search(r"of 40, step 2\)", rows(card)["LAMBADA, `openai`"])
 
 
 def test_the_hub_reads_the_card(trained):

@@ -10,12 +10,15 @@ import struct
 import subprocess
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TRAIN, command_of, environment, run, started, train_here, wait_until
 from test_resume import assert_like, reached
 
-from core.runlog import METRICS, cut_back, logged_in, read_metrics
+from core.distributed import Ranks
+from core.runlog import METRICS, StepReports, cut_back, logged_in, read_metrics
 
 STEPS = 10
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--save-every", 4, "--log-every", 5)
@@ -113,6 +116,20 @@ def test_a_mirror_that_fails_is_left_out_and_the_run_goes_on(world, plain, tmp_p
     said = capsys.readouterr()
     assert (said.out + said.err).count("wandb") == 1
     assert_like(world / f"logs/broken-{broken}", plain, STEPS)
+
+
+def test_time_left_and_mfu_follow_steps_that_grow(monkeypatch):
+    """Two tokens a step, then six: what is left is tokens, not steps of this size."""
+    said, written = [], []
+    log = SimpleNamespace(say=said.append, write=lambda **line: written.append(line), advance=lambda: None)
+    monkeypatch.setattr("core.runlog.peak_flops", lambda device: 1e6)
+    monkeypatch.setattr("core.runlog.DeviceClock", lambda device: SimpleNamespace(mark=int, seconds=lambda a, b: 0.5))
+    reports = StepReports(log, Ranks(0, 2, torch.device("cpu")), 3, 1010, 1, 0.0, 0, 0)
+    for step, tokens, step_tokens, flops in ((1, 2, 2, 1000.0), (2, 8, 6, 2000.0)):
+        reports.launched(step, tokens, step_tokens, flops, 1e-3, torch.tensor([2.0, 1.0, 0.0]))
+    reports.flush()
+    assert [line["mfu"] for line in written] == [4 * 1000 / 2e6, 12 * 2000 / 2e6]
+    assert [line.split("  ")[-1] for line in said] == ["4.2 min left", f"{1002 / 12 / 60:.1f} min left"]
 
 
 def test_a_resume_leaves_no_step_twice(world, plain):

@@ -16,7 +16,7 @@ from core.distributed import Ranks
 from core.recipe import Schedule
 from core.runlog import read_metrics
 from core.shards import TokenOrder, Windows, open_dataset, prefetched
-from core.step import micro_batches, open_loader
+from core.step import micro_batches, open_loader, warm_up
 from core.validation import Validation
 from model import GPT, PRESETS
 
@@ -35,6 +35,25 @@ def test_the_loader_gives_the_micro_batches_of_all_steps_in_order(world):
     assert len(loaded) == len(wanted) == 24
     for found, batch in zip(loaded, wanted, strict=True):
         assert all(torch.equal(*tensors) for tensors in zip(found, batch, strict=True))
+
+
+def test_no_step_compiles_what_the_warm_up_has_compiled(monkeypatch):
+    """Nor does any shape pass the compiler's limit, beyond which it would leave the rest uncompiled."""
+    monkeypatch.setattr("core.recipe.FIRST_PHASE", 2)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    grown = {"recipe": "speedrun", "first_batch_tokens": 64, "batch_tokens": 512, "short_seq_len": 16, "steps": 40}
+    config = resolved(**grown, micro_batch=8)
+    schedule = Schedule(config)
+    torch._dynamo.reset()
+    compiled = torch.compile(GPT(PRESETS["tiny"]), dynamic=False, backend="eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    warm_up(compiled, config, schedule, CPU, 0)
+    made = graphs["unique_graphs"]
+    for sequences, piece in schedule.shapes(0):
+        tokens = torch.zeros(2, sequences * 64 // piece, piece, dtype=torch.long)
+        compiled(*tokens).backward()
+    assert graphs["unique_graphs"] == made
+    assert made >= len(schedule.shapes(0)) >= 5
 
 
 def test_items_are_made_ahead_by_one_thread_but_not_without_bound():

@@ -41,3 +41,8 @@ def test_both_recipes_from_scratch(world):
     assert found["ratios"][0]["times_sooner"] == baseline["seconds"] / ours["seconds"]
     assert f"reached at least {found['ratios'][0]['times_sooner']:.2f} times sooner" in said
     assert (world / "logs/time-to-loss.png").stat().st_size > 10_000
+    again = run("benchmarks/time_to_loss.py", *command, cwd=world).stdout
+    assert "train.py" not in again  # both runs are finished
+    assert again == said[said.index("seed 1337") :]
+    other = run("benchmarks/time_to_loss.py", *command, "--gpus", 2, cwd=world, check=False)
+    assert "time-to-loss-ours-20000-1337-" in other.stdout  # another run

@@ -65,16 +65,16 @@ def checked(fields: Any, place: str) -> Story:
     if not isinstance(fields, dict):
         raise ValueError(f"{place}: no JSON object")
     endings, label = fields.get("endings"), fields.get("label")
-    texts = [fields.get(name) for name in TEXTS]
-    if not isinstance(endings, list) or not all(isinstance(text, str) for text in [*texts, *endings]):
+    texts: dict[str, Any] = {name: fields.get(name) for name in TEXTS}
+    if not isinstance(endings, list) or not all(isinstance(text, str) for text in [*texts.values(), *endings]):
         raise ValueError(f"{place}: a question has {', '.join(TEXTS)} and a list of endings, all of them texts")
-    if any("\ud800" <= character <= "\udfff" for text in [*texts, *endings] for character in text):
+    if any("\ud800" <= character <= "\udfff" for text in [*texts.values(), *endings] for character in str(text)):
         raise ValueError(f"{place} holds half a surrogate pair, which is no text")
     if label is None or label == "":
         raise ValueError(f"{place}: no label: the test split's answers are unpublished, take the validation split")
     if str(label) not in map(str, range(len(endings))):  # a number in the authors' file, a digit on the hub
         raise ValueError(f"{place}: label {label} is none of the {len(endings)} endings")
-    return Story(*texts, endings, int(label))
+    return Story(endings=endings, label=int(label), **texts)
 
 
 def cleaned(text: str) -> str:
