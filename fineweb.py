@@ -183,7 +183,7 @@ def check_disk(config: Config, out: Path, left: dict[int, list[sources.Unit]]) -
     free = shutil.disk_usage(out).free
     if needed > free:
         raise ValueError(
-            f"the shards will need about {needed / 1e9:,.1f} GB and {out} has {free / 1e9:,.1f} GB free: make room, or "
+            f"the shards will need about {needed / 1e9:,.3f} GB and {out} has {free / 1e9:,.3f} GB free: make room, or "
             "take another --out or fewer --max-tokens"
         )
 
@@ -305,9 +305,11 @@ class Progress:
 def check_split(config: Config, parts: list[Part], split: str) -> None:
     if not any(shard["split"] == split for part in parts for shard in part.shards):
         where = f"{parts[0].source['name']}, the first file," if split == "val" else f"--source {config.source}"
+        given = {"--max-tokens": config.max_tokens, "--val-tokens": config.val_tokens}
+        limits = " and ".join(f"{name} {value}" for name, value in given.items() if value is not None)
         raise ValueError(
-            f"{where} leaves no {split} document with --max-tokens {config.max_tokens} and --val-tokens "
-            f"{config.val_tokens}: start with --overwrite and more text, more --max-tokens or fewer --val-tokens"
+            f"{where} leaves no {split} document{f' with {limits}' if limits else ''}: start with --overwrite and more "
+            f"text, more --max-tokens or fewer --val-tokens"
         )
 
 

@@ -39,10 +39,17 @@ def run(main: Callable[[Config], None], config_type: type[Config], description: 
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def sentence(error: Exception) -> str:
+    """An error without Python's own notation, `[Errno 21] Is a directory: 'data'`."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def parse(config_type: type[Config], description: str | None, args: list[str] | None = None) -> Config:

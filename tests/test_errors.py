@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TRAIN, refused, run
 
+import eval_lambada
 import sample
 import train
 from core import cli, tokenizer
@@ -226,6 +227,11 @@ def test_data_shorter_than_a_sequence(mistake, here, split):
 def test_a_file_where_a_folder_is_to_be(mistake, here):
     (here / "logs").write_text("")
     assert "logs" in mistake(train, *RUN)
+
+
+def test_a_folder_where_a_file_is_to_be(mistake, here):
+    asked = ("--ckpt", "saved", "--data", "data", "--text", "other", "--device", "cpu")
+    assert mistake(eval_lambada, *asked) == "data: Is a directory"
 
 
 @pytest.mark.parametrize(

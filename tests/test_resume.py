@@ -143,6 +143,11 @@ def test_another_setting_is_refused_with_both_values(copied, change, was):
     assert not (copied / "checkpoints/step_000024").exists()
 
 
+def test_a_run_from_before_a_setting_existed_is_refused_with_a_way_on(copied):
+    with pytest.raises(ValueError, match="begun by an earlier version of this project, without polish: finish it with"):
+        checkpoint.load_training_state(copied / "checkpoints/step_000020", {"seed": 1337, "polish": 3})
+
+
 def test_other_data_are_refused_with_both_hashes(world, copied):
     """The same tokens cut into other shards: their windows and their order are others."""
     source = ("--source", "data/stories/stories.jsonl", "--encoding", "data/stories", "--val-tokens", "6000")
