@@ -121,13 +121,8 @@ def main(config: Config) -> None:
 
 
 def trained(config: Config, label: str, options: str, tokens: int, seed: int) -> Outcome:
-    """The run of that label, made by train.py unless one of the same options is finished."""
-    names = ("data", "preset", "seq_len", "val_tokens", "device")
-    given = [f"--{option.replace('_', '-')}={getattr(config, option)}" for option in names]
-    given += [f"--tokens={tokens}", f"--seed={seed}", "--val-every=1000000000", "--save-every=1000000000"]
-    given += ["--log-every=100", *shlex.split(options)]
-    digest = hashlib.sha256(shlex.join([*given, str(config.gpus)]).encode()).hexdigest()[:8]
-    name = f"{RUNS}-{label}-{tokens}-{seed}-{digest}"  # another option, another run
+    """The run of that label, made by train.py unless it is finished."""
+    name, given = named(config, label, options, tokens, seed)
     folder, finished = Path("logs") / name, Path("logs") / name / "finished"
     if not finished.is_file():
         print(f"{name}: train.py {shlex.join(given)}", flush=True)
@@ -139,6 +134,16 @@ def trained(config: Config, label: str, options: str, tokens: int, seed: int) ->
         scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", scores)
         call("eval_lambada.py", *scored, "--text", "standard", "--protocol", "standard")
     return outcome(folder, scores, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
+
+
+def named(config: Config, label: str, options: str, tokens: int, seed: int) -> tuple[str, list[str]]:
+    """A run's name, another for any other option, and train.py's options for it."""
+    names = ("data", "preset", "seq_len", "val_tokens", "device")
+    given = [f"--{option.replace('_', '-')}={getattr(config, option)}" for option in names]
+    given += [f"--tokens={tokens}", f"--seed={seed}", "--val-every=1000000000", "--save-every=1000000000"]
+    given += ["--log-every=100", *shlex.split(options)]
+    digest = hashlib.sha256(shlex.join([*given, str(config.gpus)]).encode()).hexdigest()[:8]
+    return f"{RUNS}-{label}-{tokens}-{seed}-{digest}", given
 
 
 def call(script: str, *options: str | Path, launcher: tuple[str, ...] = ()) -> None:

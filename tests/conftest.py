@@ -75,7 +75,7 @@ def command_of(script, args, ranks=0, launch=("--standalone",)):
 
 
 def environment(env):
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"} | env
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "CI": ""} | env
 
 
 def execute(command, cwd, check, env):

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ENCODING, execute, refused, run, save_model
+from conftest import ENCODING, execute, run, save_model
 
-import eval_hellaswag
 from core import scoring
 from core.scoring import Score
 from core.tasks import UnscorableError, hellaswag
@@ -194,11 +193,3 @@ def test_completions_by_hand(world, tmp_path):
         assert [s.total for s in scores] == pytest.approx(sums, abs=1e-4)
         best = question.endings[max(range(4), key=values.__getitem__)]
         assert judge(protocol, question, scores).chosen == best
-
-
-def test_mistakes_end_in_a_sentence(world, tmp_path):
-    save_model(tmp_path / "model", seed=1)
-    message = refused(run("eval_hellaswag.py", "--ckpt", "model", "--data", "none.jsonl", cwd=tmp_path, check=False))
-    assert "none.jsonl" in message
-    config = eval_hellaswag.Config(ckpt=("model",))
-    assert config.protocol == ("harness", "harness-norm")

@@ -2,11 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import run
 
-from benchmarks.time_to_loss import Outcome, times_sooner
+from benchmarks.time_to_loss import Config, Outcome, named, times_sooner
 
 
 def ended(seconds, loss):
@@ -44,5 +45,13 @@ def test_both_recipes_from_scratch(world):
     again = run("benchmarks/time_to_loss.py", *command, cwd=world).stdout
     assert "train.py" not in again  # both runs are finished
     assert again == said[said.index("seed 1337") :]
-    other = run("benchmarks/time_to_loss.py", *command, "--gpus", 2, cwd=world, check=False)
-    assert "time-to-loss-ours-20000-1337-" in other.stdout  # another run
+
+
+def test_another_option_is_another_run():
+    config = Config(data="d")
+    changes = [{"gpus": 2}, {"data": "e"}, {"preset": "tiny"}, {"seq_len": 64}, {"val_tokens": 5}, {"device": "cpu"}]
+    names = [named(replace(config, **change), "ours", "--lr 1", 9, 1)[0] for change in ({}, *changes)]
+    names += [named(config, *given)[0] for given in (("a", "--lr 1", 9, 1), ("ours", "--lr 2", 9, 1))]
+    names += [named(config, *given)[0] for given in (("ours", "--lr 1", 8, 1), ("ours", "--lr 1", 9, 2))]
+    assert len(set(names)) == len(names)
+    assert named(replace(config, name="other", lambada="file"), "ours", "--lr 1", 9, 1)[0] == names[0]
