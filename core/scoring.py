@@ -172,12 +172,12 @@ def _spans(model: GPT, groups: list[list[Request]]) -> list[list[_Span]]:
 
 
 def _bundles(spans: list[list[_Span]], share: bool) -> list[list[_Span]]:
-    """What goes into one row: a group; and groups of one request each that ask for parts of the same text."""
+    """What goes into one row: a group, and with it those that ask for parts of the same texts, by another protocol."""
     if not share:
         return [[span] for group in spans for span in group]
-    bundles: dict[tuple[int, ...], list[_Span]] = {}
-    for number, group in enumerate(spans):
-        bundles.setdefault(tuple(group[0].ids) if len(group) == 1 else (-number,), []).extend(group)
+    bundles: dict[tuple[tuple[int, ...], ...], list[_Span]] = {}
+    for group in spans:
+        bundles.setdefault(tuple(tuple(span.ids) for span in group), []).extend(group)
     return list(bundles.values())
 
 

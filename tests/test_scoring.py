@@ -189,6 +189,16 @@ def test_parts_of_one_text_cost_it_once(model, seen):
     assert shapes(seen) == [(1, 28)] * 2
 
 
+def test_endings_asked_by_two_protocols_cost_them_once(model, seen):
+    generator = torch.Generator().manual_seed(6)
+    context, other = draw(generator, 12), draw(generator, 12)
+    group = [Request(context, [ending, 1, 2]) for ending in range(4)]
+    elsewhere = [Request(other, [ending, 1, 2]) for ending in range(4)]
+    found = score(model, [group, elsewhere, group], batch_tokens=1)
+    assert shapes(seen) == [(1, 24)] * 2  # 12 + 4 * 2, to a multiple of 8
+    assert_same(found, score(model, [group, elsewhere, group], share=False))
+
+
 def test_every_place_sees_one_and_none_after_it(model, groups, seen):
     """Padding too: a softmax of nothing is NaN, on some devices."""
     score(model, groups, batch_tokens=10_000)

@@ -7,6 +7,7 @@ sum, and the highest mean a token.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +113,11 @@ def judge(protocol: str, story: Story, scores: list[Score]) -> Verdict:
     _, endings = context_and_endings(protocol, story)
     sizes = [1] * len(scores)
     if protocol == "harness-norm":
-        sizes = [max(len(ending), 1) for ending in endings]
+        sizes = [len(ending) for ending in endings]
     elif protocol == "completion-norm":
         sizes = [len(score.logprobs) for score in scores]
-    values = [score.total / size for score, size in zip(scores, sizes, strict=True)]
+    # The harness divides by 0 where cleaning leaves nothing of an ending: -inf, never the best.
+    values = [score.total / size if size else -math.inf for score, size in zip(scores, sizes, strict=True)]
     best = max(range(len(values)), key=values.__getitem__)
     second, first = sorted(values)[-2:]
     odd = {
