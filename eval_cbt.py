@@ -43,7 +43,7 @@ def main(config: Config) -> None:
     if config.compare:
         return evaluation.compare(config)
     sources = evaluation.check(config, config.data)
-    protocols = list(cbt.PROTOCOLS) if "all" in config.protocol else list(dict.fromkeys(config.protocol))
+    protocols = evaluation.chosen(config.protocol, cbt.PROTOCOLS)
     evaluation.run(cbt.TASK, config, sources, load_questions(config, protocols), published_figures(protocols))
 
 

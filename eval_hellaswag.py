@@ -37,7 +37,7 @@ def main(config: Config) -> None:
     if config.compare:
         return evaluation.compare(config)
     sources = evaluation.check(config, (config.data,) if config.data else ())
-    protocols = list(hellaswag.PROTOCOLS) if "all" in config.protocol else list(dict.fromkeys(config.protocol))
+    protocols = evaluation.chosen(config.protocol, hellaswag.PROTOCOLS)
     questions = load_questions(config, protocols)
     figures = f"Published, accuracy %:\n\n{results.published_table('hellaswag', protocols)}"
     evaluation.run(hellaswag.TASK, config, sources, [questions], figures)

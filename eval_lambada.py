@@ -67,9 +67,7 @@ def which_text(config: Config) -> str | None:
 def which_protocols(config: Config, text: str | None) -> list[str]:
     """The protocols to run. Raises ValueError for one that the text doesn't allow."""
     possible = list(lambada.PROTOCOLS) if text is None else lambada.allowed(text)
-    chosen = list(dict.fromkeys(config.protocol)) or possible[:1]
-    if "all" in chosen:
-        return possible
+    chosen = evaluation.chosen(config.protocol, tuple(possible)) or possible[:1]
     for protocol in chosen:
         if protocol not in possible:
             raise ValueError(

@@ -11,9 +11,9 @@ Module names are Hugging Face's own (`transformer.h.0.attn.c_attn`), so that eve
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,13 +121,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.ModuleDict):
-    """The model's parts with their types; by index a ModuleDict knows them as modules alone."""
-
-    wte: nn.Embedding
-    wpe: nn.Embedding
-    h: Sequence[Block]  # a ModuleList, whose items would be modules alone too
-    ln_f: nn.LayerNorm
+class Transformer(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h: Any = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # whose items have no type of theirs
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON)
 
 
 class GPT(nn.Module):
@@ -137,14 +137,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # True: a training step keeps blocks' inputs alone, and computes twice
         with torch.device("meta"):  # torch's own initial values would be drawn only to be overwritten
-            self.transformer = Transformer(
-                {
-                    "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                    "wpe": nn.Embedding(config.n_positions, config.n_embd),
-                    "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                    "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON),
-                }
-            )
+            self.transformer = Transformer(config)
         self.to_empty(device="cpu")
         if seed is not None:
             self._initialize(torch.Generator().manual_seed(seed))

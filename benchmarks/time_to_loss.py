@@ -30,9 +30,9 @@ from core import cli
 from core.results import table
 from core.runlog import read_metrics
 from model import PRESETS
+from report import COLOURS
 
 REPO = Path(sys.path[0])
-COLOURS = ("#D55E00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 RUNS = "time-to-loss"  # begins their names
 SMOOTHED = 60  # points of a drawn curve
 
@@ -129,10 +129,12 @@ def trained(config: Config, label: str, options: str, tokens: int, seed: int) ->
         torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.gpus}")
         call("train.py", *given, f"--run-name={name}", launcher=torchrun if config.gpus > 1 else ())
         finished.touch()
-    scores = folder / f"{Path(config.lambada).stem}.json" if config.lambada else None
-    if config.lambada and scores and not scores.is_file():
-        scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", scores)
-        call("eval_lambada.py", *scored, "--text", "standard", "--protocol", "standard")
+    scores = None
+    if config.lambada:
+        scores = folder / f"{Path(config.lambada).stem}.json"
+        if not scores.is_file():
+            scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", scores)
+            call("eval_lambada.py", *scored, "--text", "standard", "--protocol", "standard")
     return outcome(folder, scores, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
 
 

@@ -57,6 +57,11 @@ def check(options: Scoring, data: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(checkpoint.resolve_all(options.ckpt)))
 
 
+def chosen(protocols: tuple[str, ...], possible: tuple[str, ...]) -> list[str]:
+    """What --protocol names, each once; `all` names every possible one."""
+    return list(possible) if "all" in protocols else list(dict.fromkeys(protocols))
+
+
 def compare(options: Scoring) -> None:
     """McNemar's test of the models in the two files of --compare."""
     if options.ckpt:

@@ -52,7 +52,7 @@ class Optimizers:
 
 def optimizers(model: GPT, recipe: Recipe, ranks: Ranks) -> Optimizers:
     """What a resolved recipe trains a model with. Biases and LayerNorm gains don't decay."""
-    blocks = dict(model.transformer["h"].named_parameters())
+    blocks = dict(model.transformer.h.named_parameters())
     matrices = {name: p for name, p in blocks.items() if p.dim() == 2}
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() == 1]

@@ -14,10 +14,10 @@ import tyro
 from core import cli
 from model import GPT, GPTConfig
 
-WARMUP_FRACTION = 715 / 19_073  # GPT-3's 375M warm-up tokens of 10 billion
+STEPS = 19_073  # of 524,288 tokens that ten billion make
 WIDTH = 768  # where speedrun's rates were measured
 FIRST_PHASE = 160  # steps with the first batch
-# What each recipe sets for GPT-2 124M on ten billion tokens. For others `values_of` says what changes.
+# What each recipe sets for GPT-2 124M on ten billion tokens. For others `values_for` says what changes.
 RECIPES: dict[str, dict[str, Any]] = {
     "original": {
         "optimizer": "adamw",
@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.1,
         "grad_clip": 1.0,
         "lr_schedule": "cosine",
-        "warmup_steps": 715,
+        "warmup_steps": 715,  # GPT-3's 375M tokens
         "decay_fraction": 0.4,
         "final_lr_fraction": 0.1,
         "batch_tokens": 524_288,
@@ -115,7 +115,7 @@ class Recipe:
     ] = None
     first_batch_tokens: Annotated[
         int | Later,
-        option("first_batch_tokens", "The first 160 steps' tokens; they double each time tokens seen are fourfold."),
+        option("first_batch_tokens", f"The first {FIRST_PHASE} steps' tokens; doubled when tokens seen are fourfold."),
     ] = None
     short_tokens: Annotated[
         int | Later,
@@ -156,7 +156,7 @@ def resolve(options: Options, shape: GPTConfig, micro_batch: int, world_size: in
     tokens = batches.before(steps) * options.seq_len
     scaled: dict[str, Any]  # what depends on the length
     if options.recipe == "original":
-        scaled = {"warmup_steps": round(steps * WARMUP_FRACTION)}
+        scaled = {"warmup_steps": round(steps * options.warmup_steps / STEPS)}
     else:
         scaled = {
             "warmup_steps": min(options.warmup_steps, steps // 10),

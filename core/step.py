@@ -88,8 +88,7 @@ def parallel(loss: Any, ranks: Ranks) -> Any:
     """The same function on every rank, with gradients that are averaged."""
     if ranks.world_size == 1:
         return loss
-    # Gradients live in the buckets that are reduced, not beside them.
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True)  # gradients lie in the buckets, not beside them
 
 
 def fitting_micro_batch(model: GPT, optimizer: Optimizers, config: StepConfig, ranks: Ranks) -> int:

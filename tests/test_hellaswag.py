@@ -109,7 +109,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
 
 def test_an_empty_file_and_the_authors_own_cut_short_are_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds 0 questions of none"):
+    with pytest.raises(ValueError, match="holds no question"):
         read(tmp_path / "q.jsonl")
     (tmp_path / hellaswag.FILE).write_text(json.dumps(STORY) + "\n")
     with pytest.raises(ValueError, match="holds 1 questions of 10,042: it was cut short"):

@@ -103,7 +103,7 @@ def test_weights_that_transformers_saved_load(tmp_path):
     for name, weight in ours.hf_state().items():
         assert torch.equal(weight, expected.pop(name)), name
     assert not expected
-    assert not ours.transformer["wte"].weight[50257:].any()
+    assert not ours.transformer.wte.weight[50257:].any()
     tokens = random_tokens(50257, 16)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
 
@@ -148,7 +148,7 @@ def test_initial_weights_have_the_papers_spread():
 
 
 def test_the_seed_draws_the_weights():
-    first, same, other = (GPT(TINY, seed).transformer["wte"].weight for seed in (1, 1, 2))
+    first, same, other = (GPT(TINY, seed).transformer.wte.weight for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
@@ -159,7 +159,7 @@ def test_there_are_no_buffers():
 
 def test_padded_rows_stay_zero_and_predict_nothing():
     model = GPT(TINY)
-    wte = model.transformer["wte"].weight
+    wte = model.transformer.wte.weight
     assert wte.shape[0] == 768
     assert not wte[663:].any()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, fused=True)
@@ -214,7 +214,7 @@ def test_activation_checkpointing_changes_no_bit_and_keeps_less():
 def test_cached_logits_equal_those_of_one_forward():
     model, tokens = randomized(TINY), random_tokens(663, 40, rows=3)
     whole = model(tokens)
-    cache = KVCache(TINY, batch_size=3, max_length=40, like=model.transformer["wte"].weight)
+    cache = KVCache(TINY, batch_size=3, max_length=40, like=model.transformer.wte.weight)
     parts = [model(part, cache=cache) for part in tokens.split([17, 5, 1, 1, 16], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
 

@@ -141,7 +141,7 @@ def model():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-        model.transformer["wte"].weight[SHAPE.vocab_size :] = 0.0
+        model.transformer.wte.weight[SHAPE.vocab_size :] = 0.0
     return model
 
 

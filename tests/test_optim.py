@@ -81,7 +81,7 @@ def test_muon_takes_torchs_steps_on_each_matrix():
     model, ours = made(recipe="speedrun", weight_decay=0.1)
     twin = GPT(SMALL, 0)
     pieces, width = {}, SMALL.n_embd
-    for name, p in twin.transformer["h"].named_parameters():
+    for name, p in twin.transformer.h.named_parameters():
         if p.dim() == 2:
             parts = p.detach().split(width) if "c_attn" in name else [p.detach()]
             pieces[name] = [torch.nn.Parameter(part.clone()) for part in parts]
@@ -90,14 +90,14 @@ def test_muon_takes_torchs_steps_on_each_matrix():
     ours.set_rate(1.0)
     for step in range(4):
         with_gradients(model, step)
-        for name, p in model.transformer["h"].named_parameters():
+        for name, p in model.transformer.h.named_parameters():
             grads = p.grad.split(width if "c_attn" in name else len(p))
             for part, grad in zip(pieces.get(name, []), grads, strict=False):
                 part.grad = grad
         ours.step(skip=TAKEN)
         theirs.step()
-    begun = dict(twin.transformer["h"].named_parameters())
-    for name, p in model.transformer["h"].named_parameters():
+    begun = dict(twin.transformer.h.named_parameters())
+    for name, p in model.transformer.h.named_parameters():
         if p.dim() == 2:
             update, wanted = p - begun[name], torch.cat(pieces[name]) - begun[name]
             assert (update - wanted).norm() < 0.03 * wanted.norm(), name
@@ -110,7 +110,7 @@ def test_the_first_update_has_the_size_that_the_rate_says():
     with_gradients(model, 3)
     optimizer.set_rate(0.1)
     optimizer.step(skip=TAKEN)
-    block = model.transformer["h"][0]
+    block = model.transformer.h[0]
     for name, weight, scale in (
         ("attn.c_proj", block.attn.c_proj.weight, 1.0),
         ("mlp.c_fc", block.mlp.c_fc.weight, 2.0),

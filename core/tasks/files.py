@@ -26,6 +26,11 @@ def read_lines(path: Path) -> Iterator[str]:
             yield text.removesuffix("\n").removesuffix("\r")
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be encoded: JSON can say half a surrogate pair, which no UTF-8 has."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def ends_within_a_line(path: Path) -> bool:
     """Whether a file that isn't empty ends without the end of its last line, as one that was cut short does."""
     with open(path, "rb") as file:

@@ -15,7 +15,7 @@ from typing import Any
 
 from core.scoring import NEAR_TIE, Request, Score
 from core.tasks import Encode, Task, UnscorableError, Verdict, hub
-from core.tasks.files import read_lines
+from core.tasks.files import is_text, read_lines
 
 PROTOCOLS = ("harness", "harness-norm", "completion", "completion-norm")
 HUB = "Rowan/hellaswag"
@@ -49,9 +49,10 @@ def read(path: Path) -> list[Story]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: no JSON object ({error})") from None
         stories.append(checked(fields, place))
-    if not stories or (path.name == FILE and len(stories) != QUESTIONS):
-        whole = f"{QUESTIONS:,}" if path.name == FILE else "none"
-        raise ValueError(f"{path} holds {len(stories):,} questions of {whole}: it was cut short; fetch it again")
+    if not stories:
+        raise ValueError(f"{path} holds no question: it should have a JSON object a line")
+    if path.name == FILE and len(stories) != QUESTIONS:
+        raise ValueError(f"{path} holds {len(stories):,} questions of {QUESTIONS:,}: it was cut short; fetch it again")
     return stories
 
 
@@ -69,7 +70,7 @@ def checked(fields: Any, place: str) -> Story:
     texts: dict[str, Any] = {name: fields.get(name) for name in TEXTS}
     if not isinstance(endings, list) or not all(isinstance(text, str) for text in [*texts.values(), *endings]):
         raise ValueError(f"{place}: a question has {', '.join(TEXTS)} and a list of endings, all of them texts")
-    if any("\ud800" <= character <= "\udfff" for text in [*texts.values(), *endings] for character in str(text)):
+    if not all(map(is_text, [*texts.values(), *endings])):
         raise ValueError(f"{place} holds half a surrogate pair, which is no text")
     if label is None or label == "":
         raise ValueError(f"{place}: no label: the test split's answers are unpublished, take the validation split")

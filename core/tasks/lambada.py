@@ -12,7 +12,7 @@ from typing import Any
 
 from core.scoring import NEAR_TIE, Request, Score
 from core.tasks import Encode, Task, UnscorableError, Verdict, hub
-from core.tasks.files import read_lines
+from core.tasks.files import is_text, read_lines
 
 # Which text a protocol is defined on: OpenAI's (untokenised) or the tokenised standard one.
 PROTOCOLS = {"openai": "openai", "standard": "standard", "last-token": "openai", "last-token-norm": "openai"}
@@ -49,11 +49,11 @@ def read(path: Path) -> list[str]:
         if len(passage.split()) < 2:
             raise ValueError(f"{path}, line {number}: a passage has at least two words, this is {passage[:40]!r}")
         passages.append(passage)
+    if not passages:
+        raise ValueError(f"{path} holds no passage: it should have one a line")
     _, whole = FILES.get(path.name, (None, len(passages)))
-    if len(passages) != whole or not passages:
-        raise ValueError(
-            f"{path} holds {len(passages)} passages of {whole or 'none'}: it was cut short; fetch it again"
-        )
+    if len(passages) != whole:
+        raise ValueError(f"{path} holds {len(passages)} passages of {whole}: it was cut short; fetch it again")
     return passages
 
 
@@ -64,7 +64,7 @@ def _json_text(path: Path, number: int, line: str) -> str:
         raise ValueError(f"{path}, line {number}: no JSON object with a `text` field ({error!r})") from None
     if not isinstance(text, str):
         raise ValueError(f"{path}, line {number}: `text` is {type(text).__name__}, not a string")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise ValueError(f"{path}, line {number}: `text` holds half a surrogate pair, which is no text")
     return text
 
