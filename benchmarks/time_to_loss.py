@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_loss.py --data data/corpus --tokens 150_000_000 300_000_000
     python benchmarks/time_to_loss.py --data data/corpus --name time-to-loss-adamw --label adamw \\
-        --baseline='--recipe speedrun --optimizer adamw --lr 7e-4 --embed-lr 2e-3'
+        --baseline='--recipe speedrun --optimizer adamw --lr 1.2e-3 --embed-lr 2.2e-3 --warmup-steps 300'
     python benchmarks/time_to_loss.py --data data/demo --preset demo --seq-len 256 --tokens 1_000_000 \\
         --ours-tokens 100_000 500_000 --baseline='--batch-tokens 16384' \\
         --ours='--recipe speedrun --first-batch-tokens 2048 --batch-tokens 16384'
@@ -67,6 +67,8 @@ class Config:
     """auto, cuda, mps or cpu."""
     name: str = "time-to-loss"
     """logs/NAME.json, logs/NAME.md and logs/NAME.png are what comes out."""
+    also: tuple[str, ...] = ()
+    """NAME.json of earlier calls, whose runs join the picture."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Outcome:
     """A finished run."""
 
     name: str
+    kind: str  # ours, or what the baseline is called
     label: str
     tokens: int
     seconds: float  # of training steps
@@ -117,7 +120,8 @@ def main(config: Config) -> None:
     stem.with_suffix(".md").write_text(page)
     all_facts = {"config": asdict(config), "ratios": facts, "runs": [asdict(outcome) for outcome in outcomes]}
     stem.with_suffix(".json").write_text(json.dumps(all_facts, indent=1) + "\n")
-    draw(outcomes, stem.with_suffix(".png"))
+    drawn = {run.name: run for run in [*(run for path in config.also for run in earlier(Path(path))), *outcomes]}
+    draw(list(drawn.values()), stem.with_suffix(".png"))
 
 
 def trained(config: Config, label: str, options: str, tokens: int, seed: int) -> Outcome:
@@ -135,7 +139,7 @@ def trained(config: Config, label: str, options: str, tokens: int, seed: int) ->
         if not scores.is_file():
             scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", scores)
             call("eval_lambada.py", *scored, "--text", "standard", "--protocol", "standard")
-    return outcome(folder, scores, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
+    return outcome(folder, scores, label, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
 
 
 def named(config: Config, label: str, options: str, tokens: int, seed: int) -> tuple[str, list[str]]:
@@ -155,7 +159,7 @@ def call(script: str, *options: str | Path, launcher: tuple[str, ...] = ()) -> N
         raise ValueError(f"{shlex.join(command)} ended with status {status}, see above")
 
 
-def outcome(run: Path, scores: Path | None, label: str) -> Outcome:
+def outcome(run: Path, scores: Path | None, kind: str, label: str) -> Outcome:
     """What a finished run came to, with its LAMBADA `scores`. Raises ValueError where it ended without a loss."""
     facts, lines = json.loads((run / "run.json").read_text()), read_metrics(run)
     train = [line for line in lines if line["split"] == "train"]
@@ -168,7 +172,15 @@ def outcome(run: Path, scores: Path | None, label: str) -> Outcome:
         lambada = f"{result['correct']:,} of {result['total']:,}, perplexity {result['perplexity']:,.0f}"
     curve = [(line["tokens"], line["seconds"], line["loss"]) for line in train if line["loss"] is not None]
     done = (train[-1]["tokens"], train[-1]["seconds"], loss)
-    return Outcome(run.name, label, *done, lambada, curve, facts["versions"])
+    return Outcome(run.name, kind, label, *done, lambada, curve, facts["versions"])
+
+
+def earlier(path: Path) -> list[Outcome]:
+    """The runs of an earlier call. Raises ValueError where the file isn't one that this script wrote."""
+    try:
+        return [Outcome(**run) for run in json.loads(path.read_text())["runs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--also {path} is not what this script writes ({error!r}): give its call again") from None
 
 
 def times_sooner(baseline: Outcome, ours: list[Outcome]) -> tuple[float | None, bool]:
@@ -208,21 +220,29 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    top = 2 + max(run.loss for run in outcomes)  # the first steps' fall from ln(vocabulary) says nothing
+    colours = dict(zip(dict.fromkeys(run.kind for run in outcomes), COLOURS, strict=False))
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     for panel, column, label in ((panels[0], 1, "seconds of training"), (panels[1], 0, "tokens seen")):
-        for run, colour in zip(outcomes, COLOURS * len(outcomes), strict=False):
+        for run in outcomes:
             size = max(len(run.curve) // SMOOTHED, 1)
             chunks = [run.curve[i : i + size] for i in range(0, len(run.curve), size)]
             places = [chunk[-1][column] for chunk in chunks]
-            panel.plot(places, [sum(p[2] for p in chunk) / len(chunk) for chunk in chunks], color=colour, linewidth=1.2)
+            look = {"color": colours[run.kind], "linewidth": 1.0, "alpha": 0.6}
+            panel.plot(places, [sum(p[2] for p in chunk) / len(chunk) for chunk in chunks], **look)
             end = run.seconds if column == 1 else run.tokens
-            panel.plot(end, run.loss, "o", color=colour, markersize=7, label=f"{run.label}: {run.loss:.3f}")
-        panel.set(xlabel=label, xscale="log")
+            panel.plot(end, run.loss, "o", color=colours[run.kind], markersize=6)
+            below = run.kind == "ours"  # ours is the curve with nothing below it
+            place = {"xytext": (-5, -12) if below else (6, 3), "ha": "right" if below else "left"}
+            panel.annotate(f"{run.loss:.2f}", (end, run.loss), textcoords="offset points", fontsize=9, **place)
+        shown = [point[column] for run in outcomes for point in run.curve if point[2] <= top]
+        panel.set(xlabel=label, xscale="log", xlim=(0.7 * min(shown), 2 * max(shown)))
+        panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         panel.grid(alpha=0.3)
-    panels[1].xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
-    top = 2 + max(run.loss for run in outcomes)  # the first steps' fall from ln(vocabulary) says nothing
     panels[0].set(ylabel="loss (nats a token): training, and validation (dots)", ylim=(None, top))
-    panels[1].legend(frameon=False, title="validation loss at the end", loc="lower left")
+    for kind, colour in colours.items():
+        panels[0].plot([], [], "o-", color=colour, label=kind)
+    panels[0].legend(frameon=False, loc="lower left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

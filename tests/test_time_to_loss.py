@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from conftest import run
 
-from benchmarks.time_to_loss import Config, Outcome, named, times_sooner
+from benchmarks.time_to_loss import Config, Outcome, earlier, named, times_sooner
 
 
 def ended(seconds, loss):
-    return Outcome("run", "a run", seconds, seconds, loss, "", [], {})
+    return Outcome("run", "ours", "a run", seconds, seconds, loss, "", [], {})
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,10 @@ def test_both_recipes_from_scratch(world):
     again = run("benchmarks/time_to_loss.py", *command, cwd=world).stdout
     assert "train.py" not in again  # both runs are finished
     assert again == said[said.index("seed 1337") :]
+    joined = earlier(world / "logs/time-to-loss.json")
+    assert [(each.name, each.kind) for each in joined] == [(baseline["name"], "original"), (ours["name"], "ours")]
+    refused = run("benchmarks/time_to_loss.py", *command, "--also", "logs/time-to-loss.md", cwd=world, check=False)
+    assert "logs/time-to-loss.md is not what this script writes" in refused.stderr
 
 
 def test_another_option_is_another_run():
