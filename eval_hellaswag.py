@@ -22,8 +22,8 @@ class Questions:
     """What is asked, and by which rule."""
 
     data: Annotated[str | None, cli.UNSET] = None
-    """File of questions, a JSON object a line, as the authors' hellaswag_val.jsonl. Default: the hub's validation
-    split."""
+    """File of questions, a JSON object a line, as the authors' hellaswag_val.jsonl.
+    Default: the hub's validation split."""
     protocol: tuple[Literal[("all", *hellaswag.PROTOCOLS)], ...] = ("harness", "harness-norm")  # type: ignore[valid-type]
     """How to score: as lm-evaluation-harness, or endings as completions, as build-nanogpt; -norm by their length."""
 

@@ -24,8 +24,8 @@ class Questions:
     data: Annotated[str | None, cli.UNSET] = None
     """File of passages: .txt, one a line, or .jsonl with a `text` field. Default: the hub's test set."""
     text: Annotated[Literal["openai", "standard", "other"] | None, cli.UNSET] = None
-    """Which text --data holds: OpenAI's, the tokenised standard one, or one of your own. Known from LAMBADA's own
-    file names; lines can't tell."""
+    """Which text --data holds: OpenAI's, the tokenised standard one, or one of your own.
+    Known from LAMBADA's own file names; lines can't tell."""
     protocol: tuple[Literal[("all", *lambada.PROTOCOLS)], ...] = ()  # type: ignore[valid-type]
     """How to score; `all` that the data allow. Default: openai, on a standard text standard."""
 

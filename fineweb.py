@@ -33,6 +33,7 @@ from core.parts import (
     clear,
     distrust,
     distrusted,
+    forget_barren,
     join,
     load_part,
     recorded,
@@ -71,8 +72,8 @@ class Config:
     workers: int = available_cores()
     """Processes that tokenise; the shards are the same for any number."""
     encoder: Literal["auto", "fastokens", "tiktoken"] = "auto"
-    """What encodes: tiktoken is the reference; fastokens, about ten times faster and taken by `auto` where it is
-    installed, is checked against tiktoken on one document of 256. The shards are the same."""
+    """What encodes. tiktoken is the reference; fastokens is ten times faster, and `auto` takes it where it is there.
+    It is checked against tiktoken on one document of 256; the shards are the same."""
     skip_broken: bool = False
     """Leave out documents that are no valid text, listed in the manifest, instead of stopping at the first."""
     overwrite: bool = False
@@ -80,8 +81,8 @@ class Config:
     verify: Annotated[str | None, cli.UNSET] = None
     """Only check this folder: every shard's hash and counts against its manifest, and a sample of documents."""
     adopt: Annotated[str | None, cli.UNSET] = None
-    """Only describe this folder's shards (build-nanogpt's .npy, llm.c's .bin) in a manifest, so that train.py reads
-    them. Their encoding is --encoding, and `val` in a file's name makes it validation."""
+    """Only describe this folder's shards (build-nanogpt's .npy, llm.c's .bin) in a manifest, for train.py to read.
+    Their encoding is --encoding, and `val` in a file's name makes it validation."""
 
 
 def main(config: Config) -> None:
@@ -97,10 +98,10 @@ def main(config: Config) -> None:
     if config.overwrite:
         clear(out, claims)
     with claims.alone():
-        source, head = agree(config, out, encoding)
-    mine = range(rank, len(source.files), ranks)
-    for number in mine:
-        claims.take(number)
+        source, head = agree(config, out, encoding, claims)
+        mine = range(rank, len(source.files), ranks)
+        for number in mine:
+            claims.take(number)
     if (out / MANIFEST).is_file():
         return print(f"{out} is finished already: the same source and settings. --overwrite writes it again")
     tokenizer.save(encoding, out)
@@ -141,7 +142,7 @@ def place_among_ranks() -> tuple[int, int]:
     return 0, 1
 
 
-def agree(config: Config, out: Path, encoding: Any) -> tuple[sources.Source, dict[str, Any]]:
+def agree(config: Config, out: Path, encoding: Any, claims: Claims) -> tuple[sources.Source, dict[str, Any]]:
     """The source, and the settings that the manifest begins with. Raises ValueError where `out` has others."""
     known = recorded(out)
     revision = known["source"]["revision"] if known.get("source", {}).get("name") == config.source else None
@@ -152,7 +153,12 @@ def agree(config: Config, out: Path, encoding: Any) -> tuple[sources.Source, dic
     head = {"source": source.facts(), "encoding": encoding.name, "encoding_sha256": tokenizer.fingerprint(encoding)}
     head |= {"vocab_size": encoding.n_vocab, "end_of_text_id": tokenizer.end_of_text_id(encoding)}
     head |= {key: getattr(config, key) for key in ("shard_tokens", "val_tokens", "max_tokens")}
-    settle(out, head)
+    try:
+        settle(out, head)
+    except ValueError:
+        if not forget_barren(out, claims):
+            raise
+        settle(out, head)
     return source, head
 
 
@@ -307,10 +313,11 @@ def check_split(config: Config, parts: list[Part], split: str) -> None:
         where = f"{parts[0].source['name']}, the first file," if split == "val" else f"--source {config.source}"
         given = {"--max-tokens": config.max_tokens, "--val-tokens": config.val_tokens}
         limits = " and ".join(f"{name} {value}" for name, value in given.items() if value is not None)
-        raise ValueError(
-            f"{where} leaves no {split} document{f' with {limits}' if limits else ''}: start with --overwrite and more "
-            f"text, more --max-tokens or fewer --val-tokens"
-        )
+        if parts[0].source["name"].endswith(".txt"):
+            remedy = "a .txt is one document: cut it, as by split -C 50K --additional-suffix=.txt TEXT part-"
+        else:
+            remedy = "give more text, more --max-tokens or fewer --val-tokens"
+        raise ValueError(f"{where} leaves no {split} document{f' with {limits}' if limits else ''}: {remedy}")
 
 
 def finish(config: Config, out: Path, source: sources.Source, head: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ Module names are Hugging Face's own (`transformer.h.0.attn.c_attn`), so that eve
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ PRESETS = {
     "demo": GPTConfig(n_layer=2, n_head=4, n_embd=128, n_positions=256),  # minutes on two CPU cores
     "tiny": GPTConfig(n_layer=2, n_head=2, n_embd=32, n_positions=64),  # for tests
 }
+
+
+def described(config: GPTConfig) -> str:
+    """A shape in words: its preset's name where it is one's."""
+    name = next((n for n, preset in PRESETS.items() if replace(preset, vocab_size=config.vocab_size) == config), None)
+    layers = (
+        f"a GPT-2 of {config.n_layer} layers of {config.n_embd}, {config.n_head} heads, context {config.n_positions}"
+    )
+    return name or layers
 
 
 class KVCache:
@@ -124,8 +133,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        # nn.Embedding() would draw values, which on the meta device imports torch's compiler: 0.9 s of each start.
+        self.wte, self.wpe = (
+            nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False)
+            for rows in (config.padded_vocab_size, config.n_positions)
+        )
         self.h: Any = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # whose items have no type of theirs
         self.ln_f = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON)
 

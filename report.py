@@ -30,8 +30,8 @@ class Config:
     runs: tuple[str, ...] = ()
     """Runs to show, by name. Default: every run in logs/."""
     out: str = "logs"
-    """Folder for report.md and, of several runs, loss.png with the newest six of them. Each run's own loss.png goes
-    into its folder."""
+    """Folder for report.md and, of several runs, loss.png with the newest six of them.
+    Each run's own loss.png goes into its folder."""
     floor: Annotated[str | None, cli.UNSET] = None
     """The demo's stories.jsonl: draws the least loss that any model can reach on them."""
 

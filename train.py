@@ -23,7 +23,7 @@ import tyro
 
 from core import checkpoint, cli, recipe
 from core.claims import hold_run
-from core.distributed import Ranks, process_group, runs_triton
+from core.distributed import Ranks, process_group
 from core.interrupts import Interrupts
 from core.optim import Optimizers, optimizers
 from core.profiling import PROFILED_UNTIL, profiled
@@ -31,9 +31,18 @@ from core.recipe import SETTINGS, Schedule, align_keys
 from core.runlog import RunLog, StepReports, versions
 from core.saver import Saver
 from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
-from core.step import StepConfig, fitting_micro_batch, loss_model, open_loader, parallel, train_step, warm_up
+from core.step import (
+    StepConfig,
+    fitting_micro_batch,
+    loss_model,
+    open_loader,
+    parallel,
+    resolve_computation,
+    train_step,
+    warm_up,
+)
 from core.validation import Measurement, open_measures
-from model import GPT, PRESETS
+from model import GPT, PRESETS, described
 
 
 @dataclass
@@ -49,8 +58,8 @@ class Origin:
     seed: int = 1337
     """Draws the initial weights and the order of the data."""
     init_from: Annotated[str | None, cli.UNSET] = None
-    """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2. Default: random
-    ones."""
+    """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2.
+    Default: random ones."""
     verify: Annotated[bool, cli.UNSET] = True
     """Leave out the hashing of all shards at the start (remembered, so that only the first start takes the time)."""
 
@@ -91,6 +100,7 @@ class Run:
     tokens: int = 0
     seconds: float = 0.0  # of training: no compiling, validation or saving
     bad_steps: int = 0  # skipped, as their loss or gradient wasn't finite
+    val_loss: float = math.nan  # as last measured
 
 
 def main(config: Config) -> None:
@@ -99,12 +109,12 @@ def main(config: Config) -> None:
     torch.use_deterministic_algorithms(config.deterministic)
     with process_group(config.device, config.hang_timeout) as ranks:
         dataset = open_dataset(config.data)
+        if config.eval_only:
+            return evaluate_only(config, ranks, dataset)
         config = resolve(config, dataset, ranks)
         if config.verify:
             verify(dataset, ranks)
         folder = Path("logs") / str(config.run)
-        if config.eval_only:
-            return evaluate_only(config, ranks, dataset, folder)
         with hold_run(folder, ranks):
             run = Run(config, ranks, dataset, folder)
             try:
@@ -125,38 +135,26 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> Config:
     micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
     cli.check_positive(micro_batch=micro_batch)
     intervals = ("val_every", "eval_every", "save_every", "log_every", "keep", "hang_timeout")
-    cli.check_positive(**{name: getattr(config, name) for name in ("seq_len", "val_tokens", *intervals)})
-    shape = PRESETS[config.preset]
-    if config.seq_len > shape.n_positions:
-        raise ValueError(
-            f"--seq-len {config.seq_len} passes the context of {config.preset}: take --seq-len {shape.n_positions}"
-        )
-    config = recipe.resolve(config, shape, micro_batch, ranks.world_size)
+    cli.check_positive(**{name: getattr(config, name) for name in ("val_tokens", *intervals)})
+    config = recipe.resolve(config, PRESETS[config.preset], micro_batch, ranks.world_size)
     if config.profile and config.steps < PROFILED_UNTIL:
         raise ValueError(f"--profile records until step {PROFILED_UNTIL}, --steps is {config.steps}")
     may_be_zero = ("seed", "sample_every", "keep_every", "max_bad_steps")
     cli.check_between(0, 2**63 - 1, **{name: getattr(config, name) for name in may_be_zero})
     cli.check_between(0, 10**9, hang_timeout=config.hang_timeout)  # in seconds; clocks know no larger ones
-    run = config.run or config.preset
-    if Path(run).name != run:
-        raise ValueError(f"--run {run} is no plain name: the run's folder is logs/RUN")
+    run = run_name(config)
     if config.sample_every and not (dataset.folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing: take 0")
     for split in ("train", "val"):
         Windows(dataset, split, config.seq_len)
-    return resolve_device(replace(config, run=run), ranks)
+    return resolve_computation(replace(config, run=run), ranks)
 
 
-def resolve_device(config: Config, ranks: Ranks) -> Config:
-    """Fill in what follows from the device."""
-    on_cuda = ranks.device.type == "cuda"
-    dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
-    compiled = ("on" if on_cuda else "off") if config.compile == "auto" else config.compile
-    can_fuse = dtype == "bfloat16" and runs_triton(ranks.device)
-    if config.fused == "on" and not can_fuse:
-        raise ValueError("--fused on takes --dtype bfloat16, and an NVIDIA Hopper or B200 GPU with Triton: take auto")
-    fused: Literal["on", "off"] = "on" if can_fuse and config.fused != "off" else "off"
-    return replace(config, dtype=dtype, compile=compiled, fused=fused)
+def run_name(config: Config) -> str:
+    run = config.run or config.preset
+    if Path(run).name != run:
+        raise ValueError(f"--run {run} is no plain name: the run's folder is logs/RUN")
+    return run
 
 
 def must_agree(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -207,8 +205,9 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
     model = checkpoint.load_model(str(source))
     if model.config != shape:
         raise ValueError(
-            f"{source} is {model.config}, but --preset {config.preset} on {dataset.folder} needs {shape}: take the "
-            f"preset of these weights, and shards of their vocabulary"
+            f"{source} is {described(model.config)} with {model.config.vocab_size:,} token ids, but --preset "
+            f"{config.preset} and {dataset.folder} need {config.preset} with {shape.vocab_size:,}: take the preset of "
+            f"these weights, and shards of their vocabulary"
         )
     return model
 
@@ -219,7 +218,7 @@ def train(run: Run, optimizer: Optimizers) -> None:
     order = TokenOrder(run.dataset.manifest_hash, config.seed, config.seq_len, len(windows))
     schedule = Schedule(config)
     loss = loss_model(run.model, config, config.compile == "on")
-    measures = open_measures(config, run.dataset, ranks, loss)
+    measures = open_measures(config, run.dataset, ranks, loss, run.model.config.n_positions)
     model = parallel(loss, ranks)
     if "on" in (config.compile, config.fused):
         warm_up(model, config, schedule, ranks, run.step)
@@ -262,7 +261,14 @@ def train(run: Run, optimizer: Optimizers) -> None:
                 reports.restart_clock()
         saver.finish()
         if run.step < config.steps:
-            ranks.say(f"stopped after step {run.step:,} of {config.steps:,}: the same command goes on")
+            return ranks.say(f"stopped after step {run.step:,} of {config.steps:,}: the same command goes on")
+        if run.bad_steps:
+            ranks.say(f"{run.bad_steps} of {config.steps:,} steps were skipped: no finite loss or gradient")
+        if not math.isfinite(run.val_loss):
+            raise ValueError(
+                f"the last validation loss is {run.val_loss}, and the weights in {run.folder} are of no use: another "
+                f"--run with a lower --lr or longer --warmup-steps usually helps"
+            )
 
 
 def is_due(run: Run, every: int) -> bool:
@@ -276,6 +282,7 @@ def open_log(run: Run) -> AbstractContextManager[RunLog | None]:
         return nullcontext()
     facts = asdict(run.config) | {"manifest_hash": run.dataset.manifest_hash, "world_size": run.ranks.world_size}
     facts |= {"versions": versions(run.ranks.device), "parameters": run.model.num_parameters()}
+    facts |= {"epochs": run.config.tokens / run.dataset.tokens("train")}
     return RunLog(run.folder, facts, run.config.steps, run.step, run.config.wandb_project)
 
 
@@ -306,20 +313,35 @@ def measure(run: Run, measures: list[tuple[int, Any]], log: RunLog | None, told:
     for every, taken in measures:
         if is_due(run, every) and taken.split not in told:
             result = taken.run(run.model)
+            run.val_loss = result.get("loss", run.val_loss)
             if log is not None:
                 log.write(step=run.step, tokens=run.tokens, split=taken.split, **result, seconds=run.seconds)
                 log.say(f"step {run.step:>6,}/{run.config.steps:,}  {taken.describe(result)}")
 
 
-def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset, folder: Path) -> None:
+def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset) -> None:
+    """Say what --init-from, or else the run's newest checkpoint, comes to, whatever its size."""
     if config.init_from:
         source: Path | str | None = checkpoint.resolve(config.init_from, "--init-from")
     else:
-        source = checkpoint.find(folder, ranks, anew=False)
+        source = checkpoint.find(Path("logs") / run_name(config), ranks, anew=False)
     if source is None:
-        raise ValueError(f"{folder} has no checkpoint to evaluate: name weights with --init-from")
-    model = load_model(config, dataset, source).to(ranks.device)
-    (_, validation), *others = open_measures(config, dataset, ranks, model)
+        raise ValueError(f"logs/{run_name(config)} has no checkpoint to evaluate: name weights with --init-from")
+    model = checkpoint.load_model(str(source)).to(ranks.device)
+    shape = model.config
+    if shape.vocab_size != dataset.vocab_size:
+        raise ValueError(
+            f"{source} knows {shape.vocab_size:,} token ids, {dataset.folder} has {dataset.vocab_size:,}: name shards "
+            f"of its encoding with --data"
+        )
+    config = resolve_computation(replace(config, seq_len=config.seq_len or shape.n_positions), ranks)
+    cli.check_between(1, shape.n_positions, seq_len=config.seq_len)
+    cli.check_positive(
+        val_tokens=config.val_tokens, micro_batch=1 if config.micro_batch == "auto" else config.micro_batch
+    )
+    if config.verify:
+        verify(dataset, ranks)
+    (_, validation), *others = open_measures(config, dataset, ranks, model, shape.n_positions)
     result = validation.run(model)
     ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
     ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
@@ -333,7 +355,10 @@ def sample_text(run: Run) -> str:
 
     length = min(64, run.model.config.n_positions - 1)
     texts = generation.sample_text(run.model, tokenizer.load(run.dataset.folder), "", length, top_k=50, seed=run.step)
-    return f"sample: {next(texts)}"
+    try:
+        return f"sample: {next(texts)}"
+    except ValueError as error:
+        return f"no sample: {error}"
 
 
 if __name__ == "__main__":

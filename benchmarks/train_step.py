@@ -37,7 +37,7 @@ from core.optim import Optimizers, optimizers
 from core.recipe import Schedule
 from core.runlog import versions
 from core.shards import TokenOrder, Windows, open_dataset
-from core.step import loss_model, open_loader, parallel, train_step
+from core.step import loss_model, open_loader, parallel, resolve_computation, train_step
 from model import GPT, PRESETS, GPTConfig
 
 WARM_UP = 3  # steps that don't count
@@ -149,7 +149,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     """Rates, memory and times of the variant `only`."""
     assert config.only is not None
     shape = PRESETS[config.preset]
-    settings = train.resolve_device(settings_of(config), ranks)
+    settings = resolve_computation(settings_of(config), ranks)
     raw: Any = TransformersLoss(shape) if "transformers" in config.only else GPT(shape)
     raw = raw.to(ranks.device)
     if config.only in ("ours", "compiled"):

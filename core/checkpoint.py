@@ -133,11 +133,11 @@ def load_training_state(folder: Path, must_agree: dict[str, Any]) -> dict[str, A
                 f"run {folder.parent.parent.name} was begun by an earlier version of this project, without {name}: "
                 f"finish it with that version, or take another --run"
             )
-        begun_with = state["settings"][name]
+        begun_with, run = state["settings"][name], folder.parent.parent
         if begun_with != value:
             raise ValueError(
-                f"run {folder.parent.parent.name} was begun with {name} {begun_with}, now it is {value}: restore the "
-                f"setting to go on, or take another --run"
+                f"run {run.name} was begun with {name} {begun_with}, now it is {value}: restore the setting to go on, "
+                f"or take another --run, which begins with these weights by --init-from {run}"
             )
     return state
 

@@ -38,6 +38,18 @@ class Claims:
         except OSError as error:
             print(f"{self._out} is on a file system without locks ({error}): start no second process on it", flush=True)
 
+    def unheld(self) -> bool:
+        """Whether no process holds a file, this one included."""
+        import fcntl
+
+        try:
+            self.take(0, count=ALL)
+        except ValueError:
+            return False
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._file, fcntl.LOCK_UN, ALL, 0)
+        return True
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """One process at a time: the others wait here."""

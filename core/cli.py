@@ -1,5 +1,6 @@
 """One dataclass a script is its command line, its help and its logged config; and how scripts speak to who watches."""
 
+import errno
 import inspect
 import math
 import os
@@ -12,6 +13,14 @@ import tyro
 from tqdm import tqdm
 
 Config = TypeVar("Config")
+REMEDIES = {  # for what the system says of a path
+    errno.ENOENT: ": see whether the path is right",
+    errno.EISDIR: ": name a file in it",
+    errno.ENOTDIR: ": a file stands where a folder should be; name another",
+    errno.EEXIST: ": a file stands where a folder should be; name another",
+    errno.EACCES: ": you may not; name another, or change its permissions",
+    errno.ENOSPC: ": make room and give the same command again",
+}
 # For an option whose default is None: its text says what that means.
 UNSET = tyro.conf.arg(help_behavior_hint="")
 
@@ -42,13 +51,14 @@ def run(main: Callable[[Config], None], config_type: type[Config], description: 
         print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
 def sentence(error: Exception) -> str:
-    """An error without Python's own notation, `[Errno 21] Is a directory: 'data'`."""
+    """An error without Python's own notation, `[Errno 21] Is a directory: 'data'`, and with what to do."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename}: {error.strerror}{REMEDIES.get(error.errno or 0, '')}"
     return str(error)
 
 

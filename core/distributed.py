@@ -176,6 +176,11 @@ class DeviceClock:
         return begin.elapsed_time(end) / 1000
 
 
+def device_name(device: torch.device) -> str:
+    """What the vendor calls the card; CPU or MPS elsewhere."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def runs_triton(device: torch.device) -> bool:
     """Whether core/kernels.py's kernels run there: Triton, and NVIDIA's Hopper, or B200, which is untried."""
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10):
@@ -191,5 +196,4 @@ def peak_flops(device: torch.device) -> float | None:
     """What MFU is measured against: the card's dense bf16 rate, None where it isn't in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in device_name(device)), None)

@@ -23,15 +23,15 @@ class Scoring:
     """Which models, and how they are scored."""
 
     ckpt: tuple[str, ...] = ()
-    """Models: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...). Several give
-    one table, and McNemar's test of each pair."""
+    """Models: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...).
+    Several give one table, and McNemar's test of each pair."""
     compare: Annotated[tuple[str, str] | None, cli.UNSET] = None
     """Two files that --items wrote: McNemar's exact test of the models in them. Nothing is scored."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the blocks' matrix products. bfloat16 is faster on a GPU, turns near-ties, and is named in the results."""
     batch_tokens: Annotated[int | None, cli.UNSET] = None
-    """Tokens a forward; fewer when memory runs out. Changes the result by rounding alone. Default: 32,768 on a GPU,
-    1,024 on a CPU, what its caches hold."""
+    """Tokens a forward; fewer when memory runs out. Changes the result by rounding alone.
+    Default: 32,768 on a GPU, 1,024 on a CPU, what its caches hold."""
     device: str = "auto"
     """auto, cuda, mps or cpu. Under torchrun each rank scores its share."""
     out: Annotated[str | None, cli.UNSET] = None
@@ -227,8 +227,9 @@ def report(options: Scoring, found: list[Result], items: list[dict[str, Any]], r
         print(f"{pairs}\n")
     if any(result.has_published for result in found):
         print(f"{reference}\n")
-    print(results.footnotes(found))
-    print(f"\nsaved {saved}")
+    if notes := results.footnotes(found):
+        print(f"{notes}\n")
+    print(f"saved {saved}")
 
 
 def data_facts(path: Path | None, hub_name: str) -> tuple[str, str | None]:

@@ -26,7 +26,8 @@ def generate(
 
     temperature 0 takes the likeliest id; top_k keeps the k likeliest, top_p the fewest whose probabilities reach p.
     A sample ends before `stop_id`. Equal seeds give equal samples on the same device.
-    Raises ValueError for an empty prompt, an id outside the vocabulary, or more tokens than the model's context.
+    Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the model's context, or a
+    model that diverged.
     """
     config = model.config
     check_prompt(prompt, config.vocab_size)
@@ -46,6 +47,8 @@ def generate(
     running = [True] * samples
     for _ in range(max_tokens):
         logits = model.logits(model.hidden(tokens, cache)[:, -1])  # (N, V)
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite: its training diverged; take an earlier checkpoint")
         tokens = pick(logits, temperature, top_k, top_p, generator)  # (N, 1)
         for i, token in enumerate(tokens[:, 0].tolist()):
             running[i] = running[i] and token != stop_id

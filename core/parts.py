@@ -301,6 +301,15 @@ def clear(out: Path, claims: Claims) -> None:
         remove_shards(out, keep=set())
 
 
+def forget_barren(out: Path, claims: Claims) -> bool:
+    """Forget a preparation that came to no shard, such as one of a mistyped --source; whether that was so."""
+    barren = not any([(out / MANIFEST).exists(), *(out / UNFINISHED).glob("*/*.npy")])
+    if barren and claims.unheld():
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        return True
+    return False
+
+
 def remove_shards(out: Path, keep: set[str]) -> None:
     for path in out.iterdir():
         if (

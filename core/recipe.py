@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from core import cli
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, described
 
 STEPS = 19_073  # of 524,288 tokens that ten billion make
 WIDTH = 768  # where speedrun's rates were measured
@@ -81,8 +81,8 @@ class Recipe:
     """Sets what follows but for --tokens and --seq-len; each can be set by itself too."""
     tokens: int = 10_000_000_000
     """Tokens to train on; the last step is the last that is whole."""
-    seq_len: int = 1024
-    """Tokens a sequence, at most the preset's context."""
+    seq_len: Annotated[int | Later, cli.UNSET] = None
+    """Tokens a sequence. Default: the preset's context, the most it can be."""
     steps: Annotated[int | Later, cli.UNSET] = None
     """Optimizer steps, in place of --tokens. Default: as many as --tokens takes."""
     optimizer: Annotated[
@@ -134,7 +134,13 @@ Options = TypeVar("Options", bound=Recipe)
 
 def resolve(options: Options, shape: GPTConfig, micro_batch: int, world_size: int) -> Options:
     """Fill in from the recipe what wasn't given, and check each value. Raises ValueError with what would do."""
-    cli.check_positive(tokens=options.tokens)
+    if options.seq_len is None:
+        options = replace(options, seq_len=shape.n_positions)
+    cli.check_positive(tokens=options.tokens, seq_len=options.seq_len)
+    if options.seq_len > shape.n_positions:
+        raise ValueError(
+            f"--seq-len {options.seq_len} passes the context of {described(shape)}: take --seq-len {shape.n_positions}"
+        )
     if options.steps is not None:
         cli.check_positive(steps=options.steps)
     given = {name: value for name in SETTINGS if (value := getattr(options, name)) is not None}

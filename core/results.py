@@ -113,8 +113,9 @@ def footnotes(results: list[Result]) -> str:
         name = f"{r.model}, {r.data}, {r.protocol_and_dtype}"
         lines += [f"{name}: {n} not scored, counted as wrong: {reason}" for reason, n in r.unscored.items()]
         lines += [f"{name}: {n} scored all the same: {reason}" for reason, n in r.remarks.items()]
-    ties = sum(r.near_ties for r in results)
-    return "\n".join([*lines, f"near ties, whose answer another batch size or device may turn: {ties}"])
+    if ties := sum(r.near_ties for r in results):
+        lines.append(f"near ties, whose answer another batch size or device may turn: {ties}")
+    return "\n".join(lines)
 
 
 def published(task: str) -> list[dict[str, Any]]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core import cli
-from core.distributed import DeviceClock, Ranks, peak_flops
+from core.distributed import DeviceClock, Ranks, device_name, peak_flops
 from core.shards import write_json
 
 METRICS = "metrics.jsonl"
+PACE = 0.1  # a step's part in the mean that the time left is told by
 
 
 class RunLog:
@@ -38,6 +39,8 @@ class RunLog:
         self._unwritten = b""
         self._bar = cli.bar(total=steps, initial=done, unit="step", dynamic_ncols=True)
         self._wandb: Any = start_wandb(run, settings, wandb_project) if wandb_project else None
+        if not cli.terminal.quiet:
+            self.say(announcement(run, settings))
 
     def write(self, **metrics: Any) -> None:
         """One line of metrics.jsonl; a number that isn't finite becomes null."""
@@ -110,6 +113,7 @@ class StepReports:
         self._clock = DeviceClock(ranks.device)
         self._peak = (peak_flops(ranks.device) or 0) * ranks.world_size
         self._pending: tuple[dict[str, Any], int, float, Tensor, Any, Any] | None = None
+        self._pace = 0.0  # seconds a token, of late
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -140,6 +144,7 @@ class StepReports:
         loss, norm, asked_to_stop = stats.tolist()
         self.stop |= asked_to_stop > 0
         rate = step_tokens / seconds
+        self._pace += (PACE if self._pace else 1.0) * (seconds / step_tokens - self._pace)
         self._seconds += seconds
         facts |= {"loss": loss, "grad_norm": norm, "tokens_per_second": rate, "seconds": self._seconds}
         facts["mfu"] = rate * flops_per_token / self._peak if self._peak else None
@@ -162,12 +167,34 @@ class StepReports:
         return self._seconds, self.bad_steps
 
     def _line(self, facts: dict[str, Any]) -> str:
-        left = (self._tokens - facts["tokens"]) / facts["tokens_per_second"] / 60  # steps may grow
+        left = self._tokens - facts["tokens"]  # not steps, which may grow
         mfu = f"  mfu {facts['mfu']:.1%}" if facts["mfu"] else ""
         return (
             f"step {facts['step']:>6,}/{self._steps:,}  loss {facts['loss']:.4f}  lr {facts['lr']:.2e}  "
-            f"norm {facts['grad_norm']:.2f}  {facts['tokens_per_second'] / 1e3:,.1f} ktok/s{mfu}  {left:,.1f} min left"
+            f"norm {facts['grad_norm']:.2f}  {facts['tokens_per_second'] / 1e3:,.1f} ktok/s{mfu}"
+            f"{f'  {duration(left * self._pace)} left' if left else ''}"
         )
+
+
+def announcement(run: Path, settings: dict[str, Any]) -> str:
+    """What is about to be done, in a line."""
+    cards, ranks, tokens = settings["versions"]["device"], settings["world_size"], settings["tokens"]
+    amount = f"{tokens / 1e9:.2f}B" if tokens >= 1e9 else f"{tokens / 1e6:.2f}M"
+    # Muennighoff et al. 2023, arXiv:2305.16264: up to four passes are nearly worth new data.
+    warning = " (after four, more passes over the same data gain little)" if settings["epochs"] > 4 else ""
+    return (
+        f"{run}: {settings['preset']}, {settings['parameters']:,} parameters, on {f'{ranks} x ' if ranks > 1 else ''}"
+        f"{cards}; {settings['steps']:,} steps, {amount} tokens, {settings['epochs']:.3g} epochs of {settings['data']}"
+        f"{warning}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """For a person: 48 s, 12.3 min, 4.6 h, 2.1 days."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
@@ -220,8 +247,8 @@ def logged_in() -> bool:
 
 def versions(device: torch.device) -> dict[str, str | None]:
     """What produced a result: interpreter, torch, device, and the git revision with a + where files were changed."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": name, "git": git_revision()}
+    here = {"python": platform.python_version(), "torch": torch.__version__}
+    return here | {"device": device_name(device), "git": git_revision()}
 
 
 def git_revision() -> str | None:

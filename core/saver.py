@@ -79,7 +79,7 @@ class Saver:
             gigabytes = shutil.disk_usage(self._run).free / 1e9
             reason = f"{' '.join(str(error).split())} ({gigabytes:.2f} GB free)"
             self._failure = f"the checkpoint of step {self._state['step']} could not be written: {reason}"
-            self._say(f"{self._failure}; training goes on, earlier checkpoints are whole")
+            self._say(f"{self._failure}; earlier checkpoints are whole")
         else:
             self._failure = None
             written = time.perf_counter() - started

@@ -80,11 +80,7 @@ def open_dataset(folder: str | Path) -> Dataset:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        begun = (folder / UNFINISHED).is_dir() or any(folder.glob("*.npy"))
-        interrupted = ", which fineweb.py writes last: it is at work there or was interrupted" if begun else ""
-        raise ValueError(
-            f"no shards in {folder}: {path} is missing{interrupted}. Run: python fineweb.py --out {folder}"
-        )
+        raise ValueError(f"no shards in {folder}: {path} is missing{_remedy(folder)}")
     raw = path.read_bytes()
     try:
         manifest = json.loads(raw)
@@ -94,6 +90,19 @@ def open_dataset(folder: str | Path) -> Dataset:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): {REMEDY}") from None
     return Dataset(folder, manifest, hashlib.sha256(raw).hexdigest())
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a data folder without a manifest."""
+    if (folder / UNFINISHED).is_dir():
+        return ", which fineweb.py writes last: it is at work there, or was interrupted and its command goes on"
+    if any(folder.glob("*.npy")) or any(folder.glob("*.bin")):
+        return f". Another project's shards are described by: python fineweb.py --adopt {folder}"
+    others = sorted(str(path.parent) for path in folder.parent.glob(f"*/{MANIFEST}"))
+    there = f"; folders that have one: {', '.join(others)}" if others else ""
+    source = "" if folder == Path(DEFAULT_DATA) else f" --source 'my/*.parquet' --out {folder}"
+    size = " (20 GB)" if folder == Path(DEFAULT_DATA) else ""
+    return f"{there}. To write it: python fineweb.py{source}{size}"
 
 
 def check_types(entry: dict[str, Any], **types: type) -> None:

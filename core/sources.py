@@ -139,7 +139,8 @@ def find_source(pattern: str, revision: str | None) -> Source:
         if facts["type"] != "directory":  # a link to a file is a file
             files.append(SourceFile(url, name.rsplit("/", 1)[-1], facts["size"], fingerprint(fs, name, facts)))
     if not files:
-        raise ValueError(f"--source {pattern} matches no file; quote the glob, as in --source 'folder/*.parquet'")
+        inside = f"{pattern.rstrip('/')}/*.parquet" if found else "folder/*.parquet"  # a folder matches itself
+        raise ValueError(f"--source {pattern} matches no file: name files by a glob in quotes, as '{inside}'")
     return Source(source_name(pattern), revision, tuple(files))
 
 
@@ -180,7 +181,9 @@ def list_units(url: str, size: int) -> list[Unit]:
         return [Unit(url, end - begin, begin, end) for begin, end in ranges]
     if url.endswith(".txt"):
         return [Unit(url, size, 0, size)]
-    raise ValueError(f"{url} is neither .parquet, .jsonl nor .txt")
+    raise ValueError(
+        f"{url} is neither .parquet, .jsonl (a `text` field a line) nor .txt: narrow --source, or convert it"
+    )
 
 
 def _cut_row_group(url: str, row_group: int, rows: int, size: int) -> list[Unit]:
@@ -204,7 +207,7 @@ def open_parquet(url: str) -> tuple[Any, int]:
         raise ValueError(f"{url} is no parquet file, or cut short: {error}") from None
     schema, stored = file.schema_arrow, file.metadata.schema
     if "text" not in schema.names:
-        raise ValueError(f"{url} has no `text` column; it has {', '.join(schema.names)}")
+        raise ValueError(f"{url} has no `text` column, but {', '.join(schema.names)}: rename the one that is text")
     kind = str(schema.field("text").type)
     if kind not in ("string", "large_string", "string_view"):
         raise ValueError(f"{url}: the `text` column holds {kind}, not strings")
@@ -277,7 +280,7 @@ def _read_json_line(line: bytes, place: str) -> str | Broken | None:
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError) as error:
-        return Broken(place, f"no JSON object with a `text` field ({error!r})")
+        return Broken(place, f"no JSON object with a `text` field ({type(error).__name__}: {error})")
     if text is not None and not isinstance(text, str):
         return Broken(place, f"`text` is {type(text).__name__}, not a string")
     try:

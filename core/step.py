@@ -3,15 +3,15 @@
 import time
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from core.distributed import Ranks, autocast
+from core.distributed import Ranks, autocast, runs_triton
 from core.interrupts import Interrupts
 from core.memory import largest_divisor, largest_micro_batch
 from core.optim import Optimizers
@@ -19,6 +19,7 @@ from core.recipe import Recipe, Schedule
 from core.shards import TokenOrder, Windows, prefetched
 from model import GPT
 
+Settings = TypeVar("Settings", bound="StepConfig")
 READ_AHEAD = 4  # micro-batches in host memory before they are needed
 
 
@@ -47,6 +48,18 @@ class Computation:
 @dataclass
 class StepConfig(Recipe, Computation):
     """All that a step follows, as `resolve` left it: nothing "auto" and nothing None any more."""
+
+
+def resolve_computation(config: Settings, ranks: Ranks) -> Settings:
+    """Fill in what "auto" is on this device. Raises ValueError for kernels that it can't run."""
+    on_cuda = ranks.device.type == "cuda"
+    dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
+    compiled = ("on" if on_cuda else "off") if config.compile == "auto" else config.compile
+    can_fuse = dtype == "bfloat16" and runs_triton(ranks.device)
+    if config.fused == "on" and not can_fuse:
+        raise ValueError("--fused on takes --dtype bfloat16, and an NVIDIA Hopper or B200 GPU with Triton: take auto")
+    fused: Literal["on", "off"] = "on" if can_fuse and config.fused != "off" else "off"
+    return replace(config, dtype=dtype, compile=compiled, fused=fused)
 
 
 def at_once(config: StepConfig, ranks: Ranks, sequences: int) -> int:

@@ -13,7 +13,7 @@ from core import cli, evaluation, tokenizer
 from core.distributed import Ranks, autocast
 from core.shards import Dataset, Windows
 from core.tasks import QuestionSet, lambada
-from model import GPT, PRESETS
+from model import GPT
 
 VAL_BATCH = 16  # windows a forward at most, as logits are large
 
@@ -66,7 +66,8 @@ class Validation:
         """`loss` in nats a token and `bits_per_byte` of text (None without a tokenizer). All ranks must call it."""
         losses, sizes, text_bytes = [], [], 0
         ranks, size = self._ranks, self._batch_size
-        for first in range(ranks.rank * size, self._count, ranks.world_size * size):
+        firsts = range(ranks.rank * size, self._count, ranks.world_size * size)
+        for first in cli.bar(firsts, "validation", leave=False, delay=1, hidden=not ranks.is_main):
             inputs, targets = self._windows.batch(range(first, min(first + size, self._count)))  # (B, T)
             if self._token_bytes is not None:
                 text_bytes += int(self._token_bytes[targets.numpy()].sum())
@@ -112,12 +113,11 @@ class LambadaCurve:
         return f"LAMBADA {result['protocol']} {result['accuracy']:.2%}, {counts}{perplexity}"
 
 
-def open_measures(config: Any, dataset: Dataset, ranks: Ranks, loss: Any) -> list[tuple[int, Any]]:
+def open_measures(config: Any, dataset: Dataset, ranks: Ranks, loss: Any, n_positions: int) -> list[tuple[int, Any]]:
     """What train.py's settings ask to measure, each with the steps between; validation, by `loss`, first."""
     batch = VAL_BATCH if config.micro_batch == "auto" else min(config.micro_batch, VAL_BATCH)
     validation = Validation(dataset, ranks, loss, config.seq_len, config.val_tokens, batch, config.dtype)
     if config.eval_lambada is None:
         return [(config.val_every, validation)]
-    context = PRESETS[config.preset].n_positions
-    curve = LambadaCurve(config.eval_lambada, dataset, ranks, context, config.dtype)
+    curve = LambadaCurve(config.eval_lambada, dataset, ranks, n_positions, config.dtype)
     return [(config.val_every, validation), (config.eval_every, curve)]

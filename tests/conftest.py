@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,9 +65,22 @@ def train_here(*args, cwd):
         train.main(tyro.cli(train.Config, args=[str(arg) for arg in args]))
 
 
-def torchrun(ranks, script, *args, cwd, check=True, **env):
-    """The same under torchrun with `ranks` processes."""
-    return execute(command_of(script, args, ranks), cwd, check, env)
+def on_ranks(ranks, script, *args, cwd, check=True, **env):
+    """The same by several processes that find each other; torchrun would be one more that imports torch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(started(script, *args, cwd=cwd, **env, **place, RANK=str(i), LOCAL_RANK=str(i)))
+            for i in range(ranks)
+        ]
+        results = [ended(process) for process in processes]
+    stdout, stderr = "".join(each.stdout for each in results), "".join(each.stderr for each in results)
+    status = max((each.returncode for each in results), key=abs)
+    if check and status:
+        raise AssertionError(f"{ranks} ranks of {script} {args} ended with {status}:\n{stdout}\n{stderr}")
+    return subprocess.CompletedProcess(processes[0].args, status, stdout, stderr)
 
 
 def command_of(script, args, ranks=0, launch=("--standalone",)):

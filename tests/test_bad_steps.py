@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN, faulty, refused, run, torchrun
+from conftest import TRAIN, faulty, on_ranks, refused, run
 from safetensors.torch import load_file
 
 import train
@@ -49,13 +49,14 @@ def test_a_bad_step_changes_nothing_and_is_counted(world, tmp_path, poison):
     assert lines[5]["grad_norm"] is None
     assert (lines[5]["loss"] is None) == (poison == "loss")
     assert len(re.findall("SKIPPED, 1 so far", said)) == 1
+    assert "1 of 8 steps were skipped: no finite loss or gradient" in said
     states = [checkpoint.load_training_state(path, {})["bad_steps"] for path in checkpoint.listed(folder)]
     assert states == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_poison_on_one_of_two_ranks_skips_the_step_on_both(world, tmp_path):
     script, folder = faulty(tmp_path / "bad.py", "rank == 1 and call == 5", POISON["loss"]), world / "logs/bad-rank"
-    said = torchrun(2, script, *COMMAND, "--run-name", folder.name, cwd=world).stdout
+    said = on_ranks(2, script, *COMMAND, "--run-name", folder.name, cwd=world).stdout
     assert_skipped(folder, 5)
     hashes = re.findall(r"weights of a rank: (\w+)", said)
     assert len(hashes) == 2
@@ -81,7 +82,7 @@ def test_too_many_end_the_run_and_name_the_last_good_checkpoint(world, tmp_path,
     script, folder = faulty(tmp_path / "bad.py", "call >= 8", POISON["loss"]), world / f"logs/bad-{ranks}"
     arguments = (script, *COMMAND, "--save-every", 3, "--steps", 100, "--max-bad-steps", 2, "--run-name", folder.name)
     if ranks:
-        result = torchrun(2, *arguments, "--micro-batch", 8, cwd=world, check=False)
+        result = on_ranks(2, *arguments, "--micro-batch", 8, cwd=world, check=False)
         assert result.returncode
         assert result.stderr.count("more than --max-bad-steps 2") == 2
     else:

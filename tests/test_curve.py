@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import TRAIN, run, torchrun
+from conftest import TRAIN, on_ranks, run
 
 import eval_lambada
 import report
@@ -94,7 +94,7 @@ def test_the_ranks_share_the_passages(world, monkeypatch):
 
 
 def test_two_ranks_draw_the_same_curve(world, scored):
-    torchrun(2, "train.py", *RECIPE, *SCORED, "--run-name", "scored-by-two", cwd=world)
+    on_ranks(2, "train.py", *RECIPE, *SCORED, "--run-name", "scored-by-two", cwd=world)
     ours, theirs = curve(world / "logs/scored-by-two"), curve(scored[0])
     for name in ("step", "tokens", "correct", "total"):
         assert [line[name] for line in ours] == [line[name] for line in theirs]

@@ -74,7 +74,7 @@ def test_what_must_be_above_0(mistake, here, option, value):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--data", "data/none"], "no shards in data/none: .*manifest.json is missing.*fineweb.py --out data/none"),
+        (["--data", "data/none"], "no shards in data/none: .*manifest.json is missing.*fineweb.py .*--out data/none"),
         (["--seq-len", 65], "--seq-len 65 passes the context of tiny: take --seq-len 64"),
         (["--preset", "gpt2", "--seq-len", 1025], "--seq-len 1025 passes the context of gpt2: take --seq-len 1024"),
         (["--warmup-steps", 4], "--warmup-steps 4 must lie between 0 and 3"),
@@ -152,14 +152,23 @@ def test_weights_are_refused_by_the_option_that_named_them(mistake, here, script
 
 
 @pytest.mark.parametrize(
-    "preset, vocab_size, named", [("demo", 664, ["n_embd=128", "n_embd=32"]), ("tiny", 700, ["=700", "=664"])]
+    "preset, vocab_size, named",
+    [("demo", 664, ["other is demo with"]), ("tiny", 700, ["other is tiny with 700", "664"])],
 )
-@pytest.mark.parametrize("more", [[], ["--eval-only"]], ids=["train", "eval-only"])
-def test_init_from_weights_of_another_shape_or_vocabulary(mistake, here, preset, vocab_size, named, more):
+def test_init_from_weights_of_another_shape_or_vocabulary(mistake, here, preset, vocab_size, named):
     save_model(here / "other", preset, vocab_size)
-    said = mistake(train, *RUN, "--init-from", "other", *more)
-    assert all(value in said for value in ["other", "--preset tiny", "data/small", *named])
+    said = mistake(train, *RUN, "--init-from", "other")
+    assert all(value in said for value in ["--preset tiny", "data/small", *named])
     assert_began_nothing(here)
+
+
+def test_evaluating_weights_of_another_vocabulary_or_past_their_context(mistake, here):
+    save_model(here / "other", "demo", 700)
+    said = mistake(train, *RUN, "--init-from", "other", "--eval-only")
+    assert said == "other knows 700 token ids, data/small has 664: name shards of its encoding with --data"
+    save_model(here / "other", "demo")
+    said = mistake(train, *RUN, "--init-from", "other", "--eval-only", "--seq-len", 257)
+    assert said == "--seq-len 257 must lie between 1 and 256"
 
 
 def cut_short(manifest):
@@ -208,7 +217,17 @@ def test_shards_whose_writing_was_interrupted(mistake, here):
     (here / "data/small/manifest.json").unlink()
     said = mistake(train, *RUN)
     assert "data/small/manifest.json is missing" in said
-    assert "interrupted" in said
+    assert "fineweb.py --adopt data/small" in said
+    (here / "data/small/unfinished").mkdir()
+    assert "interrupted" in mistake(train, *RUN)
+
+
+def test_a_mistyped_data_folder_names_those_there_are(mistake, here):
+    assert "folders that have one: data/small. To write it: python fineweb.py --source" in mistake(
+        train, "--data", "data/smal"
+    )
+    said = mistake(train, "--steps", 3)
+    assert said.endswith("folders that have one: data/small. To write it: python fineweb.py (20 GB)")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -231,7 +250,7 @@ def test_a_file_where_a_folder_is_to_be(mistake, here):
 
 def test_a_folder_where_a_file_is_to_be(mistake, here):
     asked = ("--ckpt", "saved", "--data", "data", "--text", "other", "--device", "cpu")
-    assert mistake(eval_lambada, *asked) == "data: Is a directory"
+    assert mistake(eval_lambada, *asked) == "data: Is a directory: name a file in it"
 
 
 @pytest.mark.parametrize(

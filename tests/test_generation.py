@@ -48,6 +48,15 @@ def nucleus(logits, top_p):
     return kept
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_diverged_is_named_so(temperature):
+    diverged = GPT(PRESETS["tiny"])
+    with torch.no_grad():
+        diverged.transformer.ln_f.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite: its training diverged"):
+        generate(diverged, PROMPT, 5, temperature=temperature)
+
+
 def test_greedy_equals_transformers(model):
     from transformers import GPT2Config, GPT2LMHeadModel
 

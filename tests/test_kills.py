@@ -6,12 +6,13 @@ import signal
 import time
 
 import pytest
-from conftest import TRAIN, children, lives, run, started, torchrun, train_here, wait_until
+from conftest import TRAIN, children, lives, on_ranks, run, started, train_here, wait_until
 from test_resume import assert_like, reached
 
+from core.checkpoint import listed
 from core.runlog import METRICS
 
-KILLS = int(os.environ.get("SOAK_KILLS", "2"))
+KILLS = int(os.environ.get("SOAK_KILLS", "1"))
 STEPS = 12 * KILLS + 24
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--save-every", 3, "--keep", 2)
 
@@ -41,9 +42,9 @@ def freeze(pids, moment):
 
 
 def kill_at_random(folder, process, ranks, rng, during_a_write):
-    """Kill the process, or one of its ranks, within the next steps."""
+    """Kill the process, or one of its ranks, within the next steps, once there is a checkpoint."""
     wanted = last_step(folder) + rng.randint(1, 8)
-    assert wait_until(lambda: last_step(folder) >= wanted, process)
+    assert wait_until(lambda: last_step(folder) >= wanted and listed(folder), process)
     pids = children(process.pid) if ranks else [process.pid]
     if during_a_write:
         freeze(pids, lambda: writing(folder))
@@ -58,13 +59,13 @@ def kill_at_random(folder, process, ranks, rng, during_a_write):
 
 def train(world, ranks, name):
     arguments = ("train.py", *COMMAND, "--run-name", name)
-    return torchrun(ranks, *arguments, cwd=world) if ranks else run(*arguments, cwd=world)
+    return on_ranks(ranks, *arguments, cwd=world) if ranks else run(*arguments, cwd=world)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(world):
     train_here(*COMMAND, "--run", "undisturbed-0", cwd=world)
-    torchrun(2, "train.py", *COMMAND, "--run-name", "undisturbed-2", cwd=world)  # whose sums round differently
+    on_ranks(2, "train.py", *COMMAND, "--run-name", "undisturbed-2", cwd=world)  # whose sums round differently
     return world / "logs"
 
 
@@ -74,7 +75,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(world, undisturbed, 
     folder = world / "logs" / name
     for kill in range(KILLS):
         with started("train.py", *COMMAND, "--run-name", name, cwd=world, ranks=ranks) as process:
-            kill_at_random(folder, process, ranks, rng, during_a_write=kill % 3 == 1)
+            kill_at_random(folder, process, ranks, rng, during_a_write=(kill + ranks) % 3 == 0)
     assert "resuming " in train(world, ranks, name).stdout
     assert_like(folder, undisturbed / f"undisturbed-{ranks}", STEPS)
 

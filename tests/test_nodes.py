@@ -5,7 +5,7 @@ import signal
 import socket
 
 import pytest
-from conftest import TRAIN, children, ended, started, torchrun, wait_until
+from conftest import TRAIN, children, ended, on_ranks, started, wait_until
 from test_resume import assert_like, reached
 
 STEPS = 12
@@ -24,7 +24,7 @@ def node(rank, port):
 
 @pytest.fixture(scope="module")
 def one_node(world):
-    torchrun(2, "train.py", *COMMAND, "--run-name", "one-node", cwd=world)
+    on_ranks(2, "train.py", *COMMAND, "--run-name", "one-node", cwd=world)
     return world / "logs/one-node"
 
 

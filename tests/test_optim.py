@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import resolved, torchrun
+from conftest import on_ranks, resolved
 
 from core.distributed import Ranks
 from core.optim import Optimizers, optimizers, orthogonalize
@@ -125,7 +125,7 @@ def test_ranks_that_share_the_work_take_the_same_step(tmp_path):
     exec(SHARED, {"OUT": tmp_path / "one.pt"})
     script = tmp_path / "many.py"
     script.write_text(SHARED.replace("OUT", "'many.pt'"))
-    torchrun(3, script, cwd=tmp_path)
+    on_ranks(3, script, cwd=tmp_path)
     one, many = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "many"))
     torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
 

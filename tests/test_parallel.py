@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import TRAIN, torchrun, train_here
+from conftest import TRAIN, on_ranks, train_here
 
 from core.runlog import read_metrics
 
@@ -35,7 +35,7 @@ def test_the_run_learns(one_process):
 
 def test_two_ranks_equal_one_process(world, one_process):
     """Four micro-batches a rank, so that gradients are accumulated before they are reduced."""
-    torchrun(2, "train.py", *RECIPE, "--micro-batch", 4, "--run-name", "two-ranks", cwd=world)
+    on_ranks(2, "train.py", *RECIPE, "--micro-batch", 4, "--run-name", "two-ranks", cwd=world)
     assert_same(read_metrics(world / "logs/two-ranks"), one_process)
 
 
@@ -54,7 +54,7 @@ def test_resumed_by_two_and_by_three_ranks_it_goes_on_as_one_process(world):
         for path in (world / "logs/handed-on/checkpoints").iterdir():
             if int(path.name[5:]) > step:
                 shutil.rmtree(path)
-        said = torchrun(ranks, "train.py", *twelve, "--micro-batch", 1, "--run-name", "handed-on", cwd=world).stdout
+        said = on_ranks(ranks, "train.py", *twelve, "--micro-batch", 1, "--run-name", "handed-on", cwd=world).stdout
         assert f"step {step} of 9" in said
     metrics = read_metrics(world / "logs/handed-on")
     assert [(line["step"], line["split"]) for line in metrics] == [(line["step"], line["split"]) for line in expected]

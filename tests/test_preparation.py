@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENCODING, ROOT, children, ended, execute, fill, lives, refused, run, torchrun, wait_until
+from conftest import ENCODING, ROOT, children, ended, execute, fill, lives, on_ranks, refused, run, wait_until
 
 from core.parts import write_shard
 
@@ -229,7 +229,7 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(world, large,
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_writes_the_same_bytes(world, small, tmp_path, ranks):
     source, undisturbed = small
-    torchrun(ranks, "fineweb.py", *command(source, tmp_path), cwd=world)
+    on_ranks(ranks, "fineweb.py", *command(source, tmp_path), cwd=world)
     assert same(tmp_path, undisturbed)
 
 

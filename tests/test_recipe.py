@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN, resolved, torchrun, train_here
+from conftest import TRAIN, on_ranks, resolved, train_here
 
 import train
 from core.checkpoint import TRAINING_STATE
@@ -144,9 +144,17 @@ def test_pieces_hold_the_tokens_that_whole_sequences_would(world):
 
 
 def test_the_tied_heads_rate_falls_with_width_and_muons_does_not():
-    rates = {name: speedrun(shape=PRESETS[name]) for name in ("tiny", "gpt2", "gpt2-xl")}
+    rates = {name: speedrun(shape=PRESETS[name], seq_len=64) for name in ("tiny", "gpt2", "gpt2-xl")}
     assert {config.lr for config in rates.values()} == {0.022}
     assert [config.embed_lr for config in rates.values()] == [3e-3, 3e-3, pytest.approx(3e-3 * 768 / 1600)]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "demo", "tiny"])
+def test_sequences_are_as_long_as_the_context_unless_said(name):
+    assert resolved(shape=PRESETS[name], seq_len=None).seq_len == PRESETS[name].n_positions
+    assert resolved(shape=PRESETS[name], seq_len=32).seq_len == 32
+    with pytest.raises(ValueError, match=f"passes the context of {name}"):
+        resolved(shape=PRESETS[name], seq_len=PRESETS[name].n_positions + 1)
 
 
 def test_every_value_can_be_set_and_is_in_run_json(world):
@@ -258,7 +266,7 @@ def test_two_ranks_learn_what_one_does(world):
     command = (*TRAIN[:4], "--device", "cpu", "--data", "data/small", "--val-tokens", 2560, "--recipe", "speedrun")
     command += ("--first-batch-tokens", 256, "--short-seq-len", 16, "--steps", 40)
     train_here(*command, "--run", "muon-alone", cwd=world)
-    torchrun(2, "train.py", *command, "--run-name", "muon-shared", cwd=world)
+    on_ranks(2, "train.py", *command, "--run-name", "muon-shared", cwd=world)
     names = ("muon-alone", "muon-shared")
     alone, shared = ([line["loss"] for line in read_metrics(world / "logs" / name)] for name in names)
     assert shared == pytest.approx(alone, rel=1e-3)

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from conftest import TRAIN, command_of, environment, run, started, train_here, w
 from test_resume import assert_like, reached
 
 from core.distributed import Ranks
-from core.runlog import METRICS, StepReports, cut_back, logged_in, read_metrics
+from core.runlog import METRICS, StepReports, announcement, cut_back, duration, logged_in, read_metrics
 
 STEPS = 10
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--save-every", 4, "--log-every", 5)
@@ -125,11 +126,32 @@ def test_time_left_and_mfu_follow_steps_that_grow(monkeypatch):
     monkeypatch.setattr("core.runlog.peak_flops", lambda device: 1e6)
     monkeypatch.setattr("core.runlog.DeviceClock", lambda device: SimpleNamespace(mark=int, seconds=lambda a, b: 0.5))
     reports = StepReports(log, Ranks(0, 2, torch.device("cpu")), 3, 1010, 1, 0.0, 0, 0)
-    for step, tokens, step_tokens, flops in ((1, 2, 2, 1000.0), (2, 8, 6, 2000.0)):
+    for step, tokens, step_tokens, flops in ((1, 2, 2, 1000.0), (2, 8, 6, 2000.0), (3, 1010, 1002, 0.0)):
         reports.launched(step, tokens, step_tokens, flops, 1e-3, torch.tensor([2.0, 1.0, 0.0]))
     reports.flush()
-    assert [line["mfu"] for line in written] == [4 * 1000 / 2e6, 12 * 2000 / 2e6]
-    assert [line.split("  ")[-1] for line in said] == ["4.2 min left", f"{1002 / 12 / 60:.1f} min left"]
+    assert [line["mfu"] for line in written] == [4 * 1000 / 2e6, 12 * 2000 / 2e6, 0]
+    pace = 0.9 * 0.5 / 2 + 0.1 * 0.5 / 6  # seconds a token: one quick step is no promise
+    assert [line.split("  ")[-1] for line in said[:2]] == ["4.2 min left", f"{1002 * pace / 60:.1f} min left"]
+    assert "left" not in said[2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (119, "119 s"), (120, "2.0 min"), (7199, "120.0 min"), (9000, "2.5 h"), (2e5, "2.3 days")],
+)
+def test_durations_are_told_in_the_unit_that_fits(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_a_run_says_what_it_is_about_to_do():
+    facts = {"preset": "gpt2", "parameters": 124_439_808, "world_size": 8, "versions": {"device": "NVIDIA H200"}}
+    facts |= {"steps": 19_073, "tokens": 9_999_745_024, "epochs": 1.00093, "data": "data/fineweb-edu"}
+    said = announcement(Path("logs/gpt2"), facts)
+    assert said == (
+        "logs/gpt2: gpt2, 124,439,808 parameters, on 8 x NVIDIA H200; 19,073 steps, 10.00B tokens, "
+        "1 epochs of data/fineweb-edu"
+    )
+    assert "passes over the same data gain little" in announcement(Path("logs/gpt2"), facts | {"epochs": 5})
 
 
 def test_a_resume_leaves_no_step_twice(world, plain):

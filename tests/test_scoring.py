@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import run, save_model, torchrun
+from conftest import on_ranks, run, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -398,7 +398,7 @@ def test_any_number_of_ranks_finds_the_same_bit_for_bit(world, one_process, scri
     """Batches are formed before they are shared out, so that each is computed alike wherever that is."""
 
     def launch(*args, **kwargs):
-        return torchrun(ranks, *args, **kwargs)
+        return on_ranks(ranks, *args, **kwargs)
 
     items, rows, printed = evaluate(world, script, f"{ranks}-{script}", launch=launch)
     expected_items, expected_rows, _ = one_process[script]

@@ -15,6 +15,7 @@ import pytest
 from conftest import refused, run
 
 from core import sources, tokenizer
+from core.claims import Claims
 
 SHARD_TOKENS, VAL_TOKENS = 700, 900
 WORDS = (
@@ -222,6 +223,23 @@ def test_a_second_call_keeps_what_is_finished_refuses_other_settings_and_overwri
     make(world, source, out, "--val-tokens", 600, "--shard-tokens", 9000, "--overwrite")
     make(world, source, tmp_path / "fresh", "--val-tokens", 600, "--shard-tokens", 9000)
     assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_call_that_came_to_no_shard_binds_nobody(world, tmp_path):
+    """Other settings, another source may follow it; where another process is at work they may not."""
+    (tmp_path / "whole.txt").write_text("once upon a time " * 500)
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
+    message = refused(make(world, tmp_path / "none.jsonl", tmp_path / "out", check=False))
+    assert "none.jsonl, the first file, leaves no val document" in message
+    source = "data/stories/stories.jsonl"
+    claims = Claims(tmp_path / "out")
+    claims.take(1)
+    message = refused(make(world, source, tmp_path / "out", check=False))
+    assert "was made with source" in message
+    del claims
+    make(world, source, tmp_path / "out")
+    message = refused(make(world, tmp_path / "whole.txt", tmp_path / "text", check=False))
+    assert "leaves no train document: a .txt is one document: cut it, as by split " in message
 
 
 def test_another_source_is_refused_by_name(world, tmp_path):

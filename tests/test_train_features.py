@@ -16,6 +16,7 @@ import train
 from core import tokenizer
 from core.runlog import METRICS, read_metrics
 from core.shards import open_dataset
+from core.validation import Validation
 from model import GPT
 
 STEPS = 10
@@ -101,6 +102,18 @@ def test_eval_only_of_weights_needs_no_run(finished, here, capsys):
     first = re.search(r"loss (\S+) nats", capsys.readouterr().out)[1]
     assert last_validation(finished)["loss"] < float(first) < read_metrics(finished)[0]["loss"]
     assert not Path("logs/none").exists()
+
+
+def test_eval_only_takes_size_and_length_from_the_weights(finished, here, capsys):
+    train.main(settings(preset="demo", seq_len=None, eval_only=True, init_from="logs/features", verify=False))
+    assert f"loss {last_validation(finished)['loss']:.4f} nats a token" in capsys.readouterr().out
+
+
+def test_a_run_whose_last_validation_is_not_finite_fails(here, monkeypatch, capsys):
+    monkeypatch.setattr(Validation, "run", lambda self, model: {"loss": math.nan, "bits_per_byte": math.nan})
+    with pytest.raises(ValueError, match="last validation loss is nan, and the weights in logs/lost are of no use"):
+        train.main(settings(run="lost", steps=2))
+    assert [line["loss"] for line in read_metrics(Path("logs/lost")) if line["split"] == "val"] == [None, None]
 
 
 def test_init_from_starts_at_that_checkpoints_loss(finished, here):

@@ -61,7 +61,8 @@ def _json_text(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: no JSON object with a `text` field ({error!r})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}, line {number}: no JSON object with a `text` field ({reason})") from None
     if not isinstance(text, str):
         raise ValueError(f"{path}, line {number}: `text` is {type(text).__name__}, not a string")
     if not is_text(text):
