@@ -241,18 +241,24 @@ def test_a_training_state_that_would_run_code_is_refused_and_not_run(here):
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("script", ["eval_lambada.py", "eval_cbt.py", "sample.py", "train.py"])
+@pytest.mark.parametrize("script", ["eval_lambada.py", "train.py"])
 def test_a_pickle_that_would_run_code_is_refused_as_a_model(here, world, script):
     Path("evil").mkdir()
     shutil.copy("logs/short/checkpoints/step_000006/config.json", "evil")
     torch.save({"transformer.wte.weight": Evil()}, "evil/pytorch_model.bin")
-    data = {"eval_lambada.py": "lambada.txt", "eval_cbt.py": "stories_NE_valid.txt"}.get(script)
-    arguments = ["--data", world / "data/stories" / data, "--device", "cpu"] if data else ["--device", "cpu"]
-    arguments += ["--text", "other"] if script == "eval_lambada.py" else []
     if script == "train.py":
         arguments = [*TRAIN, "--data", "data/small", "--run", "evil", "--init-from", "evil"]
     else:
-        arguments += ["--ckpt", "evil"]
+        arguments = [
+            "--ckpt",
+            "evil",
+            "--data",
+            world / "data/stories/lambada.txt",
+            "--text",
+            "other",
+            "--device",
+            "cpu",
+        ]
     said = refused(run(script, *arguments, cwd=here, check=False))
     assert "evil/pytorch_model.bin is damaged or holds more than tensors" in said
     assert not Path("ran").exists()

@@ -61,7 +61,7 @@ def ours(folder, world):
 
 
 def transformers_own(folder):
-    """A model that transformers made, and LAMBADA's own passages; None where those or GPT-2's vocabulary can't be had."""
+    """A model of transformers, and LAMBADA's own passages; None where those or GPT-2's vocabulary can't be had."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     data = Path(os.environ.get("GPT2_TEST_EVAL", ""), OFFICIAL)

@@ -19,7 +19,7 @@ from conftest import refused, run
 from core import sources
 
 SOURCE = "hf://datasets/owner/name/data/*.parquet"
-FAULTS = ("drop", "stall", 500, 503, 429)
+FAULTS = ("drop", "stall", 503, 429)
 
 
 class Hub(ThreadingHTTPServer):

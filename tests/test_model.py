@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, PRESETS, KVCache
 
 TINY = replace(PRESETS["tiny"], vocab_size=663)  # padded to 768
+SHALLOW = replace(PRESETS["gpt2"], n_layer=3)
 WTE = "transformer.wte.weight"
 
 
@@ -93,12 +94,12 @@ def test_the_four_presets_are_the_published_ones():
 
 @torch.no_grad()
 def test_weights_that_transformers_saved_load(tmp_path):
-    theirs = hf_model(PRESETS["gpt2"])
+    theirs = hf_model(SHALLOW)
     for p in theirs.parameters():
         p.add_(torch.empty_like(p).normal_(0.0, 0.02))
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path)
-    assert ours.config == PRESETS["gpt2"]
+    assert ours.config == SHALLOW
     expected = dict(theirs.named_parameters())
     for name, weight in ours.hf_state().items():
         assert torch.equal(weight, expected.pop(name)), name
@@ -112,7 +113,7 @@ def test_weights_that_transformers_saved_load(tmp_path):
 def test_transformers_loads_what_is_saved(tmp_path):
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-    ours = randomized(PRESETS["gpt2"])
+    ours = randomized(SHALLOW)
     ours.save_pretrained(tmp_path, end_of_text_id=50256)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(theirs) is GPT2LMHeadModel

@@ -56,16 +56,3 @@ def test_a_node_whose_rank_dies_and_the_other_go_on_together(world, one_node):
     assert [result.returncode for result in results] == [0, 0], results
     assert sum("resuming logs/elastic/checkpoints/step_00000" in result.stdout for result in results) == 1
     assert_like(folder, one_node, STEPS)
-
-
-def test_without_a_launcher_the_ranks_find_each_other_too(world, one_node):
-    """As srun starts them: rank and address from the environment, no torchrun."""
-    port, command = free_port(), ("train.py", *COMMAND, "--run-name", "no-launcher")
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    with (
-        started(*command, cwd=world, RANK="0", **env) as first,
-        started(*command, cwd=world, RANK="1", **env) as second,
-    ):
-        results = [ended(process) for process in (first, second)]
-    assert [result.returncode for result in results] == [0, 0], results
-    assert_like(world / "logs/no-launcher", one_node, STEPS)

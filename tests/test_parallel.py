@@ -34,7 +34,7 @@ def test_the_run_learns(one_process):
 
 
 def test_two_ranks_equal_one_process(world, one_process):
-    """Four micro-batches a rank, so that gradients are accumulated before they are reduced."""
+    """Four micro-batches a rank, so that gradients are accumulated before they are reduced. No launcher, as by srun."""
     on_ranks(2, "train.py", *RECIPE, "--micro-batch", 4, "--run-name", "two-ranks", cwd=world)
     assert_same(read_metrics(world / "logs/two-ranks"), one_process)
 

@@ -17,7 +17,7 @@ from conftest import ENCODING, ROOT, children, ended, execute, fill, lives, on_r
 
 from core.parts import write_shard
 
-KILLS = int(os.environ.get("SOAK_KILLS", "6"))
+KILLS = int(os.environ.get("SOAK_KILLS", "4"))
 SHARD_TOKENS = 2000
 WORDS = ("Ana", "took", "the", "na\u00efve", "\u65e5\u672c\u8a9e", "\U0001f642\U0001f643", "don't", "\r\n", "1907")
 SETTINGS = ("--encoding", "data/stories", "--shard-tokens", SHARD_TOKENS, "--val-tokens", 5000)

@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN, command_of, environment, run, started, train_here, wait_until
-from test_resume import assert_like, reached
+from conftest import TRAIN, command_of, environment, run, train_here
+from test_resume import assert_like
 
 from core.distributed import Ranks
 from core.runlog import METRICS, StepReports, announcement, cut_back, duration, logged_in, read_metrics
@@ -152,18 +151,6 @@ def test_a_run_says_what_it_is_about_to_do():
         "1 epochs of data/fineweb-edu"
     )
     assert "passes over the same data gain little" in announcement(Path("logs/gpt2"), facts | {"epochs": 5})
-
-
-def test_a_resume_leaves_no_step_twice(world, plain):
-    folder, command = world / "logs/cut", ("train.py", *COMMAND, "--run", "cut")
-    with started(*command, cwd=world) as process:
-        assert wait_until(lambda: reached(folder, 6), process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with open(folder / METRICS, "a") as file:
-        file.write('{"step": 7, "tok')
-    run(*command, cwd=world)
-    assert_like(folder, plain, STEPS)
 
 
 @pytest.mark.parametrize("end", ["", '{"step": 3, "spl', '{"step": 3}\n{"st', "\x00\x00\x00"])
