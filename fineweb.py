@@ -12,8 +12,10 @@ The defaults write what train.py reads by default. Interrupted, the same command
 
 import contextlib
 import itertools
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +46,7 @@ from core.shards import DEFAULT_DATA, MANIFEST, open_dataset
 DEFAULT_VAL_TOKENS = 10_485_760
 SHARD_BYTES = 0.45  # of shards for a byte of English text: 2 bytes a token of about 4.45 bytes
 MAX_BROKEN = 1000  # documents of a file that --skip-broken leaves out before the file itself is taken for broken
+FEW_FILES = 20  # each of which has its line of progress
 NO_LIMIT = 2**63
 
 
@@ -282,13 +285,13 @@ def count(config: Config, before: Counts, encoded: Encoded, kept: Documents, n_v
 
 
 class Progress:
-    """A bar on a terminal, a line a source file in a log."""
+    """A bar on a terminal, and a line a source file, where those are many one in ten seconds."""
 
     def __init__(self, done: int, left: dict[int, list[sources.Unit]]) -> None:
         self._bytes_left = sum(unit.bytes for units in left.values() for unit in units)
         self._bytes = self._tokens = 0
         self._bar = cli.bar(unit="tok", unit_scale=True, initial=done)
-        self._done = done
+        self._done, self._few, self._said = done, len(left) <= FEW_FILES, -math.inf
 
     def __enter__(self) -> "Progress":
         return self
@@ -305,7 +308,9 @@ class Progress:
         self._bar.update(tokens)
 
     def say(self, text: str) -> None:
-        tqdm.write(text)
+        if self._few or time.monotonic() > self._said + 10:
+            tqdm.write(text)
+            self._said = time.monotonic()
 
 
 def check_split(config: Config, parts: list[Part], split: str) -> None:

@@ -5,7 +5,7 @@ import math
 import struct
 
 import pytest
-from conftest import refused, run
+from conftest import run
 
 import report
 
@@ -139,16 +139,17 @@ def test_time_has_the_unit_that_suits_the_longest_run(seconds, unit):
     assert report.time_unit(runs)[0] == unit
 
 
-def test_no_runs_are_refused(tmp_path):
-    message = refused(run("report.py", cwd=tmp_path, check=False))
-    assert "logs/ holds no run" in message
-    assert "train.py" in message
+def test_no_runs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"logs/ holds no run: train one with train\.py"):
+        report.main(report.Config())
 
 
-def test_an_unknown_run_is_refused_with_those_there_are(world, tmp_path):
+def test_an_unknown_run_is_refused_with_those_there_are(world, tmp_path, monkeypatch):
     write_run(tmp_path, "first", world / "data/small")
-    message = refused(run("report.py", "--runs", "frist", cwd=tmp_path, check=False))
-    assert "logs/frist holds no run; runs here: first" in message
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="logs/frist holds no run; runs here: first"):
+        report.main(report.Config(runs=("frist",)))
 
 
 @pytest.mark.parametrize("content", ['{"text": "no nats here"}\n', '{"text": "one story", "nats": 20.0}\n'])
