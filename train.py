@@ -264,11 +264,11 @@ def train(run: Run, optimizer: Optimizers) -> None:
             return ranks.say(f"stopped after step {run.step:,} of {config.steps:,}: the same command goes on")
         if run.bad_steps:
             ranks.say(f"{run.bad_steps} of {config.steps:,} steps were skipped: no finite loss or gradient")
-        if not math.isfinite(run.val_loss):
-            raise ValueError(
-                f"the last validation loss is {run.val_loss}, and the weights in {run.folder} are of no use: another "
-                f"--run with a lower --lr or longer --warmup-steps usually helps"
-            )
+    if not math.isfinite(run.val_loss):
+        raise ValueError(
+            f"the last validation loss is {run.val_loss}, and the weights in {run.folder} are of no use: another --run "
+            f"with a lower --lr or longer --warmup-steps usually helps"
+        )
 
 
 def is_due(run: Run, every: int) -> bool:
