@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from core import cli, results, stories
+from core.metrics import METRICS, read_metrics
 from core.results import Result
-from core.runlog import METRICS, read_metrics
 from core.shards import open_dataset
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.

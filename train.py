@@ -260,10 +260,16 @@ def train(run: Run, optimizer: Optimizers) -> None:
                     saver.save(run.model, training_state(run, optimizer))
                 reports.restart_clock()
         saver.finish()
-        if run.step < config.steps:
-            return ranks.say(f"stopped after step {run.step:,} of {config.steps:,}: the same command goes on")
-        if run.bad_steps:
-            ranks.say(f"{run.bad_steps} of {config.steps:,} steps were skipped: no finite loss or gradient")
+    conclude(run)
+
+
+def conclude(run: Run) -> None:
+    """Say how the run ended. Raises ValueError where its weights are of no use."""
+    say, steps = run.ranks.say, run.config.steps
+    if run.step < steps:
+        return say(f"stopped after step {run.step:,} of {steps:,}: the same command goes on")
+    if run.bad_steps:
+        say(f"{run.bad_steps} of {steps:,} steps were skipped: no finite loss or gradient")
     if not math.isfinite(run.val_loss):
         raise ValueError(
             f"the last validation loss is {run.val_loss}, and the weights in {run.folder} are of no use: another --run "

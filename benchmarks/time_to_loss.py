@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from core import cli
+from core.metrics import read_metrics
 from core.results import table
-from core.runlog import read_metrics
 from model import PRESETS
 from report import COLOURS
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from core.distributed import Ranks
-from core.runlog import METRICS
+from core.metrics import METRICS
 from core.shards import json_text, sha256, write_json
 from model import GPT, PRESETS
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core import cli
 from model import GPT, KVCache
 
 
@@ -45,7 +46,7 @@ def generate(
     tokens = torch.tensor([prompt] * samples, device=model.device)  # (N, T)
     rows: list[list[int]] = [[] for _ in range(samples)]
     running = [True] * samples
-    for _ in range(max_tokens):
+    for _ in cli.bar(range(max_tokens), "writing", unit="tok", leave=False, delay=1):
         logits = model.logits(model.hidden(tokens, cache)[:, -1])  # (N, V)
         if not logits.isfinite().all():
             raise ValueError("the model's logits are not finite: its training diverged; take an earlier checkpoint")

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from core import cli
 from core.distributed import DeviceClock, Ranks, device_name, peak_flops
+from core.metrics import METRICS, cut_back
 from core.shards import write_json
 
-METRICS = "metrics.jsonl"
 PACE = 0.1  # a step's part in the mean that the time left is told by
 
 
@@ -195,30 +195,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what metrics.jsonl says of steps after `step`, and a last line that a kill cut short; return the rest."""
-    kept: list[dict[str, Any]] = []
-    if not path.is_file():
-        return kept
-    for line in path.read_text().splitlines():
-        try:
-            metrics = json.loads(line)
-        except ValueError:
-            break
-        if metrics["step"] <= step:
-            kept.append(metrics)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
-    os.replace(unfinished, path)
-    return kept
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's metrics so far, also while it goes on. A last line that is being written is left out."""
-    lines = (run / METRICS).read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
 
 
 def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:

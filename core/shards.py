@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from core import cli
+
 if TYPE_CHECKING:  # fineweb.py needs no torch, and starts sooner without it
     from torch import Tensor
 
@@ -119,8 +121,11 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     """
     memory = _remembered(dataset.folder)
     shards = dataset.manifest["shards"]
-    mine = {shard["file"]: _check_shard(dataset, shard, memory) for shard in shards[ranks.rank :: ranks.world_size]}
-    results = {file: result for part in ranks.gather(mine) for file, result in part.items()}
+    mine = cli.bar(
+        shards[ranks.rank :: ranks.world_size], "checking shards", leave=False, delay=1, hidden=ranks.rank > 0
+    )
+    checked = {shard["file"]: _check_shard(dataset, shard, memory) for shard in mine}
+    results = {file: result for part in ranks.gather(checked) for file, result in part.items()}
     for shard in shards:
         problem, _ = results[shard["file"]]
         if problem:

@@ -13,7 +13,7 @@ import report
 import train
 from core import evaluation, scoring
 from core.distributed import Ranks
-from core.runlog import read_metrics
+from core.metrics import read_metrics
 from core.validation import LambadaCurve
 
 STEPS, EVERY = 12, 5

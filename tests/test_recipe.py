@@ -14,8 +14,8 @@ from conftest import TRAIN, on_ranks, resolved, train_here
 import train
 from core.checkpoint import TRAINING_STATE
 from core.distributed import Ranks
+from core.metrics import read_metrics
 from core.recipe import RECIPES, SETTINGS, Schedule, align_keys
-from core.runlog import read_metrics
 from core.shards import TokenOrder, Windows, open_dataset
 from core.step import micro_batches
 from model import GPT, PRESETS

@@ -18,7 +18,8 @@ from conftest import TRAIN, command_of, environment, run, train_here
 from test_resume import assert_like
 
 from core.distributed import Ranks
-from core.runlog import METRICS, StepReports, announcement, cut_back, duration, logged_in, read_metrics
+from core.metrics import METRICS, cut_back, read_metrics
+from core.runlog import StepReports, announcement, duration, logged_in
 
 STEPS = 10
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--save-every", 4, "--log-every", 5)

@@ -13,8 +13,8 @@ from conftest import TRAIN, resolved, train_here
 
 from core import memory
 from core.distributed import Ranks
+from core.metrics import read_metrics
 from core.recipe import Schedule
-from core.runlog import read_metrics
 from core.shards import TokenOrder, Windows, open_dataset, prefetched
 from core.step import micro_batches, open_loader, warm_up
 from core.validation import Validation

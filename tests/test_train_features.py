@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from core import tokenizer
-from core.runlog import METRICS, read_metrics
+from core.metrics import METRICS, read_metrics
 from core.shards import open_dataset
 from core.validation import Validation
 from model import GPT
@@ -169,6 +169,11 @@ def test_importing_the_scripts_imports_nothing_heavy(world):
     scripts = sorted(path.stem for path in ROOT.glob("*.py"))
     assert {"model", "train", "fineweb", "eval_lambada", "eval_cbt", "sample", "report"} <= set(scripts)
     assert heavy_imports(world, f"import {', '.join(scripts)}") == "imported:"
+
+
+def test_scripts_that_compute_nothing_start_without_torch(world):
+    code = "import fineweb, report\nprint('torch' in sys.modules)"
+    assert execute([sys.executable, "-c", f"import sys\n{code}"], world, True, {}).stdout == "False\n"
 
 
 def test_a_plain_run_imports_nothing_heavy(world):

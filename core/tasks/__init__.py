@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from core.scoring import Request, Score
+if TYPE_CHECKING:  # report.py shows results without torch
+    from core.scoring import Request, Score
 
 Encode = Callable[[str], list[int]]
 
@@ -32,8 +33,8 @@ class Task:
     name: str
     title: str
     protocols: tuple[str, ...]
-    requests: Callable[[str, Any, Encode], list[Request]]  # by protocol; raises UnscorableError
-    judge: Callable[[str, Any, list[Score]], Verdict]  # by protocol; the scores of those requests
+    requests: Callable[[str, Any, Encode], "list[Request]"]  # by protocol; raises UnscorableError
+    judge: Callable[[str, Any, "list[Score]"], Verdict]  # by protocol; the scores of those requests
     text: Callable[[Any], str]  # all that makes a question this question and no other
     perplexity: Callable[[str, list[Verdict]], float | None] = lambda protocol, verdicts: None
     banned: Callable[[list[str], Any, int], Any] = lambda protocols, encoding, vocab_size: None
