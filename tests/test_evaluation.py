@@ -152,6 +152,16 @@ def make_result(**changes):
     return Result(**facts | changes)
 
 
+def test_what_an_accuracy_does_not_say_stands_below_the_table():
+    assert results.footnotes([make_result()]) == ""
+    said = results.footnotes(
+        [make_result(near_ties=2), make_result(near_ties=1, unscored={"no context": 4}, remarks={"cut": 5})]
+    )
+    assert "4 not scored, counted as wrong: no context" in said
+    assert "5 scored all the same: cut" in said
+    assert said.endswith("near ties, whose answer another batch size or device may turn: 3")
+
+
 def tables(text):
     """The Markdown tables in a text, each a list of rows by column."""
     found = []
