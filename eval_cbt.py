@@ -49,6 +49,8 @@ def main(config: Config) -> None:
 
 def load_questions(config: Config, protocols: list[str]) -> list[QuestionSet]:
     if config.data:
+        if (config.types, config.split) != (Questions.types, Questions.split):
+            raise ValueError("--types and --split choose among the hub's questions: leave them out, or --data")
         sets = [load_file(Path(name), protocols) for name in dict.fromkeys(config.data)]
         if len({questions.subset for questions in sets}) < len(sets):
             raise ValueError(

@@ -64,8 +64,8 @@ def chosen(protocols: tuple[str, ...], possible: tuple[str, ...]) -> list[str]:
 
 def compare(options: Scoring) -> None:
     """McNemar's test of the models in the two files of --compare."""
-    if options.ckpt:
-        raise ValueError("--compare reads what --items wrote and scores nothing: leave --ckpt out")
+    if useless := [f"--{name}" for name in ("ckpt", "data", "out", "items") if getattr(options, name, None)]:
+        raise ValueError(f"--compare reads what --items wrote and scores nothing: leave {' and '.join(useless)} out")
     a, b = options.compare or ("", "")
     table = results.comparison_table(results.load_items(a), results.load_items(b))
     if table is None:

@@ -541,3 +541,9 @@ def test_no_treebank_token_is_left_in_the_data_sets_own_files():
             text = detokenize(whole.split())
             left = TREEBANK.findall(text)
             assert not left, (path.name, text, left)
+
+
+@pytest.mark.parametrize("chosen", [{"types": ("V",)}, {"split": "test"}])
+def test_what_chooses_among_the_hubs_questions_is_refused_beside_a_file(chosen):
+    with pytest.raises(ValueError, match="--types and --split choose among the hub's questions"):
+        eval_cbt.load_questions(eval_cbt.Config(data=("questions.txt",), **chosen), ["paper"])

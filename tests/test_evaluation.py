@@ -515,12 +515,13 @@ def test_a_protocol_is_named_in_its_row_and_scored_once(call, models, monkeypatc
         (("--ckpt", "models/one", "--batch-tokens", "-1"), ("--batch-tokens -1 must be above 0",)),
         (("--ckpt", "models/one", "--device", "abacus"), ("--device abacus is no device",)),
         (("--compare", "a.jsonl", "b.jsonl", "--ckpt", "models/one"), ("--compare", "leave --ckpt out")),
+        (("--compare", "a.jsonl", "b.jsonl", "--out", "x", "--items", "y"), ("leave --out and --items out",)),
         (("--compare", "nowhere.jsonl", "b.jsonl"), ("nowhere.jsonl",)),
     ],
 )
 def test_what_cannot_be_meant_ends_in_one_sentence(call, world, name, arguments, parts):
-    data = SETS[name][1] if "--compare" not in arguments else ()
-    printed, error, status = call(name, *arguments, *data, "--out", "none.json", "--items", "none.jsonl")
+    scored = (*SETS[name][1], "--out", "none.json", "--items", "none.jsonl") if "--compare" not in arguments else ()
+    printed, error, status = call(name, *arguments, *scored)
     assert (status, error.count("\n"), printed) == (2, 1, "")
     assert error.startswith("error: ")
     assert all(part in error for part in parts)
