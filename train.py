@@ -41,7 +41,7 @@ from core.step import (
     train_step,
     warm_up,
 )
-from core.validation import Measurement, open_measures
+from core.validation import Measurement, evaluate, open_measures
 from model import GPT, PRESETS, described
 
 
@@ -326,33 +326,16 @@ def measure(run: Run, measures: list[tuple[int, Any]], log: RunLog | None, told:
 
 
 def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset) -> None:
-    """Say what --init-from, or else the run's newest checkpoint, comes to, whatever its size."""
+    """Say what --init-from, or else the run's newest checkpoint, comes to."""
     if config.init_from:
         source: Path | str | None = checkpoint.resolve(config.init_from, "--init-from")
     else:
         source = checkpoint.find(Path("logs") / run_name(config), ranks, anew=False)
     if source is None:
         raise ValueError(f"logs/{run_name(config)} has no checkpoint to evaluate: name weights with --init-from")
-    model = checkpoint.load_model(str(source)).to(ranks.device)
-    shape = model.config
-    if shape.vocab_size != dataset.vocab_size:
-        raise ValueError(
-            f"{source} knows {shape.vocab_size:,} token ids, {dataset.folder} has {dataset.vocab_size:,}: name shards "
-            f"of its encoding with --data"
-        )
-    config = resolve_computation(replace(config, seq_len=config.seq_len or shape.n_positions), ranks)
-    cli.check_between(1, shape.n_positions, seq_len=config.seq_len)
-    cli.check_positive(
-        val_tokens=config.val_tokens, micro_batch=1 if config.micro_batch == "auto" else config.micro_batch
-    )
     if config.verify:
         verify(dataset, ranks)
-    (_, validation), *others = open_measures(config, dataset, ranks, model, shape.n_positions)
-    result = validation.run(model)
-    ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
-    ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
-    for _, other in others:
-        ranks.say(other.describe(other.run(model)))
+    evaluate(str(source), config, dataset, ranks)
 
 
 def sample_text(run: Run) -> str:

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from core import cli, evaluation, tokenizer
+from core import checkpoint, cli, evaluation, tokenizer
 from core.distributed import Ranks, autocast
 from core.shards import Dataset, Windows
+from core.step import resolve_computation
 from core.tasks import QuestionSet, lambada
 from model import GPT
 
@@ -121,3 +122,27 @@ def open_measures(config: Any, dataset: Dataset, ranks: Ranks, loss: Any, n_posi
         return [(config.val_every, validation)]
     curve = LambadaCurve(config.eval_lambada, dataset, ranks, n_positions, config.dtype)
     return [(config.val_every, validation), (config.eval_every, curve)]
+
+
+def evaluate(source: str, config: Any, dataset: Dataset, ranks: Ranks) -> None:
+    """Say what the weights of `source` come to, whatever their size. All ranks must call it.
+
+    Raises ValueError where they don't know the shards' vocabulary, or --seq-len passes their context.
+    """
+    model = checkpoint.load_model(source).to(ranks.device)
+    shape = model.config
+    if shape.vocab_size != dataset.vocab_size:
+        raise ValueError(
+            f"{source} knows {shape.vocab_size:,} token ids, {dataset.folder} has {dataset.vocab_size:,}: name shards "
+            f"of its encoding with --data"
+        )
+    config = resolve_computation(replace(config, seq_len=config.seq_len or shape.n_positions), ranks)
+    micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
+    cli.check_between(1, shape.n_positions, seq_len=config.seq_len)
+    cli.check_positive(val_tokens=config.val_tokens, micro_batch=micro_batch)
+    (_, validation), *others = open_measures(config, dataset, ranks, model, shape.n_positions)
+    result = validation.run(model)
+    ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
+    ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
+    for _, other in others:
+        ranks.say(other.describe(other.run(model)))
