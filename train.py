@@ -333,8 +333,6 @@ def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset) -> None:
         source = checkpoint.find(Path("logs") / run_name(config), ranks, anew=False)
     if source is None:
         raise ValueError(f"logs/{run_name(config)} has no checkpoint to evaluate: name weights with --init-from")
-    if config.verify:
-        verify(dataset, ranks)
     evaluate(str(source), config, dataset, ranks)
 
 

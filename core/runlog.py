@@ -113,7 +113,7 @@ class StepReports:
         self._clock = DeviceClock(ranks.device)
         self._peak = (peak_flops(ranks.device) or 0) * ranks.world_size
         self._pending: tuple[dict[str, Any], int, float, Tensor, Any, Any] | None = None
-        self._pace = 0.0  # seconds a token, of late
+        self._pace, self._steps_here = 0.0, 0  # seconds a token, of late; this process's steps
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -144,7 +144,9 @@ class StepReports:
         loss, norm, asked_to_stop = stats.tolist()
         self.stop |= asked_to_stop > 0
         rate = step_tokens / seconds
-        self._pace += (PACE if self._pace else 1.0) * (seconds / step_tokens - self._pace)
+        self._steps_here += 1
+        weight = PACE if self._steps_here > 2 else 1.0  # a process's first step is slow, and forgotten with the second
+        self._pace += weight * (seconds / step_tokens - self._pace)
         self._seconds += seconds
         facts |= {"loss": loss, "grad_norm": norm, "tokens_per_second": rate, "seconds": self._seconds}
         facts["mfu"] = rate * flops_per_token / self._peak if self._peak else None

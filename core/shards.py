@@ -102,9 +102,8 @@ def _remedy(folder: Path) -> str:
         return f". Another project's shards are described by: python fineweb.py --adopt {folder}"
     others = sorted(str(path.parent) for path in folder.parent.glob(f"*/{MANIFEST}"))
     there = f"; folders that have one: {', '.join(others)}" if others else ""
-    source = "" if folder == Path(DEFAULT_DATA) else f" --source 'my/*.parquet' --out {folder}"
-    size = " (20 GB)" if folder == Path(DEFAULT_DATA) else ""
-    return f"{there}. To write it: python fineweb.py{source}{size}"
+    options = "(20 GB)" if folder == Path(DEFAULT_DATA) else f"--source 'my/*.parquet' --out {folder}"
+    return f"{there}. To write it: python fineweb.py {options}"
 
 
 def check_types(entry: dict[str, Any], **types: type) -> None:

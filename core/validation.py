@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core import checkpoint, cli, evaluation, tokenizer
 from core.distributed import Ranks, autocast
-from core.shards import Dataset, Windows
+from core.shards import Dataset, Windows, verify
 from core.step import resolve_computation
 from core.tasks import QuestionSet, lambada
 from model import GPT
@@ -140,6 +140,8 @@ def evaluate(source: str, config: Any, dataset: Dataset, ranks: Ranks) -> None:
     micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
     cli.check_between(1, shape.n_positions, seq_len=config.seq_len)
     cli.check_positive(val_tokens=config.val_tokens, micro_batch=micro_batch)
+    if config.verify:
+        verify(dataset, ranks)
     (_, validation), *others = open_measures(config, dataset, ranks, model, shape.n_positions)
     result = validation.run(model)
     ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")

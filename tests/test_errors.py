@@ -171,6 +171,15 @@ def test_evaluating_weights_of_another_vocabulary_or_past_their_context(mistake,
     assert said == "--seq-len 257 must lie between 1 and 256"
 
 
+def test_evaluating_on_an_altered_shard(mistake, here):
+    save_model(here / "other")
+    raw = bytearray((here / "data/small/val_000000.npy").read_bytes())
+    raw[-1] ^= 1
+    (here / "data/small/val_000000.npy").write_bytes(raw)
+    said = mistake(train, *RUN, "--init-from", "other", "--eval-only")
+    assert said.startswith("data/small/val_000000.npy was cut short or altered")
+
+
 def cut_short(manifest):
     return json.dumps(manifest)[:-50]
 

@@ -125,14 +125,16 @@ def test_time_left_and_mfu_follow_steps_that_grow(monkeypatch):
     log = SimpleNamespace(say=said.append, write=lambda **line: written.append(line), advance=lambda: None)
     monkeypatch.setattr("core.runlog.peak_flops", lambda device: 1e6)
     monkeypatch.setattr("core.runlog.DeviceClock", lambda device: SimpleNamespace(mark=int, seconds=lambda a, b: 0.5))
-    reports = StepReports(log, Ranks(0, 2, torch.device("cpu")), 3, 1010, 1, 0.0, 0, 0)
-    for step, tokens, step_tokens, flops in ((1, 2, 2, 1000.0), (2, 8, 6, 2000.0), (3, 1010, 1002, 0.0)):
+    reports = StepReports(log, Ranks(0, 2, torch.device("cpu")), 4, 1011, 1, 0.0, 0, 0)
+    steps = (1, 2, 2, 1000.0), (2, 8, 6, 2000.0), (3, 10, 2, 0.0), (4, 1011, 1001, 0.0)
+    for step, tokens, step_tokens, flops in steps:
         reports.launched(step, tokens, step_tokens, flops, 1e-3, torch.tensor([2.0, 1.0, 0.0]))
     reports.flush()
-    assert [line["mfu"] for line in written] == [4 * 1000 / 2e6, 12 * 2000 / 2e6, 0]
-    pace = 0.9 * 0.5 / 2 + 0.1 * 0.5 / 6  # seconds a token: one quick step is no promise
-    assert [line.split("  ")[-1] for line in said[:2]] == ["4.2 min left", f"{1002 * pace / 60:.1f} min left"]
-    assert "left" not in said[2]
+    assert [line["mfu"] for line in written] == [4 * 1000 / 2e6, 12 * 2000 / 2e6, 0, 0]
+    pace = 0.9 * 0.5 / 6 + 0.1 * 0.5 / 2  # seconds a token: the first step is forgotten, one slow one no promise
+    left = [f"{1009 * 0.5 / 2 / 60:.1f} min left", f"{1003 * 0.5 / 6:.0f} s left", f"{1001 * pace:.0f} s left"]
+    assert [line.split("  ")[-1] for line in said[:3]] == left
+    assert "left" not in said[3]
 
 
 @pytest.mark.parametrize(

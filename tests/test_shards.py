@@ -242,6 +242,14 @@ def test_a_call_that_came_to_no_shard_binds_nobody(world, tmp_path):
     assert "leaves no train document: a .txt is one document: cut it, as by split " in message
 
 
+def test_many_files_do_not_have_a_line_each(world, tmp_path):
+    for number in range(25):
+        (tmp_path / f"{number:02}.txt").write_text("once upon a time")
+    said = make(world, tmp_path / "*.txt", tmp_path / "out").stdout
+    assert "00.txt: " in said
+    assert said.count(" tokens in 1 shards") < 20
+
+
 def test_another_source_is_refused_by_name(world, tmp_path):
     make(world, "data/stories/stories.jsonl", tmp_path / "out")
     copy = tmp_path / "other.jsonl"

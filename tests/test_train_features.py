@@ -4,7 +4,9 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from core import tokenizer
 from core.metrics import METRICS, read_metrics
 from core.shards import open_dataset
 from core.validation import Validation
-from model import GPT
+from model import GPT, PRESETS
 
 STEPS = 10
 RECIPE = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--save-every", 5, "--lr", "2e-3")
@@ -138,6 +140,14 @@ def test_without_a_tokenizer_bits_per_byte_is_null(world, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     train.main(settings(run="plain", steps=1))
     assert [line["bits_per_byte"] for line in read_metrics(Path("logs/plain")) if line["split"] == "val"] == [None] * 2
+
+
+def test_a_model_that_diverged_writes_no_sample_and_the_run_goes_on(here):
+    dataset = open_dataset("data/small")
+    model = GPT(replace(PRESETS["tiny"], vocab_size=dataset.vocab_size))
+    model.transformer.ln_f.weight.data.fill_(math.nan)
+    run = SimpleNamespace(model=model, dataset=dataset, step=1)
+    assert train.sample_text(run).startswith("no sample: the model's logits are not finite")
 
 
 def test_samples_are_said_when_due(here, capsys):
