@@ -1,7 +1,7 @@
 """How fast a training step is: this project's, beside transformers' GPT-2 and torch.compile alone, in the same run.
 
     python benchmarks/train_step.py                                          # GPT-2 124M on one GPU
-    python benchmarks/train_step.py --roofline --data data/corpus --gpus 2   # and what limits it, the loader, two GPUs
+    python benchmarks/train_step.py --roofline --data data/corpus            # and what limits it, and the real loader
     python benchmarks/train_step.py --preset demo --seq-len 256 --micro-batch 8 --batch-tokens 4096    # here and now
 
 Whole optimizer steps (clipping and AdamW included) on random tokens, bfloat16 autocast on GPUs. Each variant has a
@@ -19,28 +19,27 @@ import statistics
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train
-from core import cli, recipe
-from core.distributed import DeviceClock, Ranks, peak_flops, pick_device, process_group
+from benchmarks.steps import WARM_UP, Timed, milliseconds, random_batches, settings_of, synchronize, timed
+from core import cli
+from core.distributed import Ranks, peak_flops, pick_device, process_group
 from core.interrupts import Interrupts
 from core.optim import Optimizers, optimizers
 from core.recipe import Schedule
 from core.runlog import versions
 from core.shards import TokenOrder, Windows, open_dataset
-from core.step import loss_model, open_loader, parallel, resolve_computation, train_step
+from core.step import loss_model, open_loader, resolve_computation, train_step
 from model import GPT, PRESETS, GPTConfig
 
-WARM_UP = 3  # steps that don't count
 VARIANTS = ("transformers", "transformers compiled", "compiled", "ours")
 # Kernels by a part of their name; the first that fits. What fits none is `other`.
 PARTS = {
@@ -53,33 +52,13 @@ PARTS = {
 
 
 @dataclass
-class Config:
-    preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
-    """Size of the model."""
-    micro_batch: int = 64
-    """Sequences at once."""
-    batch_tokens: int = 524_288
-    """Tokens an optimizer step."""
-    seq_len: int = 1024
-    """Tokens a sequence."""
-    steps: int = 10
-    """Steps that count."""
+class Config(Timed):
     variants: tuple[str, ...] = VARIANTS
     """Which to run, of: transformers, transformers compiled, compiled (this model and torch.compile alone), ours."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """As train.py's; for ours and compiled."""
-    gpus: int = 1
-    """More than one: ours on so many too, with the same number of tokens a step in all."""
     data: Annotated[str | None, cli.UNSET] = None
     """Folder of shards: ours with the real loader too."""
     roofline: bool = False
     """Measure each matrix shape and attention alone, and print what each part of our step takes beside its limit."""
-    activation_checkpointing: bool = False
-    """As train.py's; for ours and compiled."""
-    device: str = "auto"
-    """auto, cuda or cpu."""
-    out: Annotated[str | None, cli.UNSET] = None
-    """File for all figures as JSON."""
     only: Annotated[str | None, cli.UNSET] = None
     """One variant, within this process: what the benchmark calls itself with."""
     started: float = 0.0
@@ -87,7 +66,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    settings_of(config)
+    settings_of(config, fused=False)
     if config.roofline and pick_device(config.device).type != "cuda":
         raise ValueError("--roofline measures a GPU, and this machine has none that torch can use: leave it out")
     unknown = set(config.variants) - set(VARIANTS)
@@ -104,8 +83,6 @@ def main(config: Config) -> None:
         if "ours" in config.variants:
             warm = child(replace(config, steps=1, data=None, roofline=False), "ours", caches)
             rows["ours"]["first_step_warm_s"] = warm["first_step_s"]
-        if config.gpus > 1:
-            rows[f"ours, {config.gpus} GPUs"] = child(replace(config, data=None), "ours", caches, config.gpus)
         limits = child(config, "roofline", caches) if config.roofline else {}
     report(config, rows, limits)
     if config.out:
@@ -113,9 +90,8 @@ def main(config: Config) -> None:
         Path(config.out).write_text(json.dumps(facts | {"limits": limits}, indent=1) + "\n")
 
 
-def child(config: Config, variant: str, caches: str, gpus: int = 1) -> dict[str, Any]:
+def child(config: Config, variant: str, caches: str) -> dict[str, Any]:
     """What a process of its own found out about a variant."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
     names = ("preset", "micro_batch", "batch_tokens", "seq_len", "steps", "device", "data", "optimizer")
     options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names if getattr(config, name)]
     flags = [
@@ -123,8 +99,8 @@ def child(config: Config, variant: str, caches: str, gpus: int = 1) -> dict[str,
     ]
     own = [f"--only={variant}", f"--started={time.time()}"]
     cache = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/{variant}", "TRITON_CACHE_DIR": f"{caches}/{variant}/triton"}
-    command = [sys.executable, *launcher, __file__, *options, *flags, *own]
-    print(f"{variant}{f', {gpus} GPUs' if gpus > 1 else ''} ...", file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, *options, *flags, *own]
+    print(f"{variant} ...", file=sys.stderr, flush=True)
     done = subprocess.run(command, env=os.environ | cache, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{variant} ended with status {done.returncode}, see above")
@@ -149,11 +125,11 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     """Rates, memory and times of the variant `only`."""
     assert config.only is not None
     shape = PRESETS[config.preset]
-    settings = resolve_computation(settings_of(config), ranks)
+    settings = resolve_computation(settings_of(config, config.only == "ours"), ranks)
     raw: Any = TransformersLoss(shape) if "transformers" in config.only else GPT(shape)
     raw = raw.to(ranks.device)
     if config.only in ("ours", "compiled"):
-        model = parallel(loss_model(raw, settings, settings.compile == "on"), ranks)
+        model = loss_model(raw, settings, settings.compile == "on")
     else:
         model = torch.compile(raw, dynamic=False) if "compiled" in config.only else raw
     optimizer = optimizer_of(raw, settings, ranks)
@@ -171,7 +147,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     for _ in range(WARM_UP - 1):
         step(resident)
     found |= timed(lambda: step(resident), config, ranks)
-    flops = shape.flops_per_token(config.seq_len) * found["tokens_per_second"] / ranks.world_size
+    flops = shape.flops_per_token(config.seq_len) * found["tokens_per_second"]
     found["mfu"] = flops / peak if (peak := peak_flops(ranks.device)) else None
     if config.data and config.only == "ours":
         dataset = open_dataset(config.data)
@@ -187,57 +163,11 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def settings_of(config: Config) -> train.Config:
-    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "device", "activation_checkpointing", "optimizer")
-    given = {name: getattr(config, name) for name in names}
-    settings = train.Config(**given, steps=config.steps, fused="auto" if config.only == "ours" else "off")
-    return recipe.resolve(settings, PRESETS[config.preset], config.micro_batch, config.gpus)
-
-
 def optimizer_of(model: Any, settings: train.Config, ranks: Ranks) -> Optimizers:
     if isinstance(model, GPT):
         return optimizers(model, settings, ranks)
     groups = [{"params": list(model.parameters()), "peak": settings.lr}]
     return Optimizers(torch.optim.AdamW(groups, lr=0.0, weight_decay=settings.weight_decay, fused=True))
-
-
-def random_batches(config: Config, ranks: Ranks) -> list[list[Tensor]]:
-    """A step's micro-batches on the device, other ones on each rank."""
-    generator = torch.Generator(ranks.device).manual_seed(ranks.rank)
-    count = config.batch_tokens // (config.micro_batch * config.seq_len * ranks.world_size)
-    size = (config.micro_batch, config.seq_len + 1)
-    vocab = PRESETS[config.preset].vocab_size
-    rows = [torch.randint(vocab, size, generator=generator, device=ranks.device) for _ in range(count)]
-    return [[tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()] for tokens in rows]
-
-
-def timed(step: Callable[[], None], config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Tokens a second by the median step, the spread, peak memory, recompilations and waits for the device."""
-    on_cuda, clock = ranks.device.type == "cuda", DeviceClock(ranks.device)
-    synchronize(ranks)
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_sync_debug_mode("warn")
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        marks = [clock.mark()]
-        for _ in range(config.steps):
-            step()
-            marks.append(clock.mark())
-    if on_cuda:
-        torch.cuda.set_sync_debug_mode("default")
-    seconds = [clock.seconds(begin, end) for begin, end in itertools.pairwise(marks)]
-    syncs = sum("synchroniz" in str(warning.message) for warning in warned)
-    found = {"step_s": seconds, "tokens_per_second": config.batch_tokens / statistics.median(seconds), "syncs": syncs}
-    found["recompilations"] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
-    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
-    return found
-
-
-def synchronize(ranks: Ranks) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def profile_parts(step: Callable[[], None]) -> dict[str, float]:
@@ -295,18 +225,6 @@ def random(ranks: Ranks, *size: int) -> Tensor:
     return torch.randn(*size, device=ranks.device, dtype=torch.bfloat16)
 
 
-def milliseconds(work: Callable[[], Any], ranks: Ranks, repeats: int = 30) -> float:
-    """The median of three rounds, each a mean."""
-    clock, rounds = DeviceClock(ranks.device), []
-    work()
-    for _ in range(3):
-        begin = clock.mark()
-        for _ in range(repeats):
-            work()
-        rounds.append(clock.seconds(begin, clock.mark()) * 1000 / repeats)
-    return statistics.median(rounds)
-
-
 def report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[str, Any]) -> None:
     facts = rows[config.variants[0]]["versions"]
     print(f"{config.preset}, {config.batch_tokens:,} tokens a step, micro-batch {config.micro_batch}, {facts}")
@@ -321,9 +239,6 @@ def report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[str, An
         times = ours["tokens_per_second"] / rate
         first = f"{row['first_step_s']:.0f} s{warm}"
         print(f"{variant:24}  {rate / 1e3:6.1f}  {times:5.3f}  {mfu:>6}  {peak:>9}   {spread:>29}   {first}")
-    if config.gpus > 1:
-        share = rows[f"ours, {config.gpus} GPUs"]["tokens_per_second"] / ours["tokens_per_second"] / config.gpus
-        print(f"{config.gpus} GPUs: {share:.1%} of {config.gpus} times one")
     print(f"times: ours over this. Waits for the device {ours['syncs']}, recompilations {ours['recompilations']}")
     if "with_loader" in ours:
         ratio = ours["with_loader"] / ours["tokens_per_second"]

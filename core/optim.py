@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
         padding = mine.new_zeros(share - len(mine), *mine.shape[1:])
         mine = orthogonalize(torch.cat([mine, padding])).contiguous()  # NCCL takes no transposed view
         everyones = mine.new_empty(share * world_size, *mine.shape[1:])
-        dist.all_gather_into_tensor(everyones, mine)
+        dist.all_gather(list(everyones.chunk(world_size)), mine)
         return everyones[:count]
 
 
