@@ -84,23 +84,25 @@ def run_leg(config: Config, folder: Path, gpus: int, share: float, behind: int) 
     given = [f"--data={config.data}", f"--device={config.device}", f"--run-name={config.name}"]
     command = [*launcher, str(REPO / "train.py"), *given, *shlex.split(config.options)]
     print(f"\n{shlex.join(command)}", flush=True)
-    begin, started, asked = time.monotonic(), None, None
+    begin, started, asked, running = time.monotonic(), None, None, True
     with subprocess.Popen(command) as process:
-        while process.poll() is None:
+        while running:
             time.sleep(0.1)
+            running = process.poll() is None
             done, steps = progress(folder)
             if started is None and done > behind:
                 started = time.monotonic() - begin
-            if share < 1 and asked is None and done >= share * steps > 0:
+            if running and share < 1 and asked is None and done >= share * steps > 0:
                 process.send_signal(signal.SIGTERM)
                 asked = time.monotonic()
     stopped = time.monotonic() - asked if asked else None
-    done, steps = progress(folder)
-    if done != steps and not (asked and checkpoint.step_of(checkpoint.listed(folder)[-1]) == done):
+    saved = asked is not None and done in map(checkpoint.step_of, checkpoint.listed(folder))
+    if done == behind or (done < steps and not saved):
         raise ValueError(f"{folder} ended with status {process.returncode} after step {done} of {steps}, see above")
     if share < 1 and done == steps:
         raise ValueError(f"{folder} was over before it could be stopped: give it more steps")
-    return Leg(gpus, behind, done, started or stopped or 0.0, stopped)
+    assert started is not None
+    return Leg(gpus, behind, done, started, stopped)
 
 
 def progress(folder: Path) -> tuple[int, int]:

@@ -66,7 +66,8 @@ def timed(step: Callable[[], Any], config: Timed, ranks: Ranks) -> dict[str, Any
     synchronize(ranks)
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(action="ignore"):  # that it doesn't see all of them
+            torch.cuda.set_sync_debug_mode("warn")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
