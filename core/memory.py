@@ -13,12 +13,12 @@ ON_HOST = 8  # sequences, where memory isn't counted: small products stay in a C
 
 
 def largest_micro_batch(
-    loss: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, optimizer_bytes: int, ranks: Ranks
+    loss: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, bytes_to_come: int, ranks: Ranks
 ) -> int:
     """The largest divisor of `sequences`, a rank's share of a step, that fits on every rank. All ranks must call it.
 
     `loss` of one, two and three sequences, with its gradients, tells what each more takes; where these don't fit the
-    answer is one. `optimizer_bytes` are yet to be allocated.
+    answer is one. `bytes_to_come` are yet to be allocated.
     """
     most = ON_HOST
     if ranks.device.type == "cuda":
@@ -30,7 +30,7 @@ def largest_micro_batch(
         else:
             free, _ = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            most = min(fitting(free - optimizer_bytes, two, three), MOST_TOKENS // seq_len)
+            most = min(fitting(free - bytes_to_come, two, three), MOST_TOKENS // seq_len)
     return min(ranks.gather(largest_divisor(sequences, most)))  # no rank may leave before this
 
 

@@ -101,16 +101,18 @@ def parallel(loss: Any, ranks: Ranks) -> Any:
     """The same function on every rank, with gradients that are averaged."""
     if ranks.world_size == 1:
         return loss
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True)  # gradients lie in the buckets, not beside them
+    # A step's last micro-batch moves the gradients into the buckets; while they accumulate they lie beside them.
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
 
 def fitting_micro_batch(model: GPT, optimizer: Optimizers, config: StepConfig, ranks: Ranks) -> int:
-    """As many sequences at once as the memory of every rank has room for, beside the optimizer's two moments."""
+    """As many sequences at once as the memory of every rank has room for, beside what else a step will hold."""
     loss = loss_model(model, config, compiled=False)
     moments = 0 if optimizer.begun else 8 * model.num_parameters()
+    buckets = 4 * model.num_parameters() if ranks.world_size > 1 else 0
     sequences = config.batch_tokens // config.seq_len // ranks.world_size
     with autocast(ranks, config.dtype):
-        fitting = largest_micro_batch(loss, sequences, config.seq_len, moments, ranks)
+        fitting = largest_micro_batch(loss, sequences, config.seq_len, moments + buckets, ranks)
     optimizer.zero_grad()
     return fitting
 

@@ -14,9 +14,10 @@ from conftest import TRAIN, resolved, train_here
 from core import memory
 from core.distributed import Ranks
 from core.metrics import read_metrics
+from core.optim import optimizers
 from core.recipe import Schedule
 from core.shards import TokenOrder, Windows, open_dataset, prefetched
-from core.step import micro_batches, open_loader, warm_up
+from core.step import fitting_micro_batch, micro_batches, open_loader, resolve_computation, warm_up
 from core.validation import Validation
 from model import GPT, PRESETS
 
@@ -105,6 +106,21 @@ def test_the_most_sequences_that_fit(free, two, three, most):
 @pytest.mark.parametrize("number, most, divisor", [(512, 100, 64), (24, 8, 8), (30, 8, 6), (7, 6, 1), (4, 0, 1)])
 def test_the_largest_divisor(number, most, divisor):
     assert memory.largest_divisor(number, most) == divisor
+
+
+@pytest.mark.parametrize(
+    "world_size, begun, bytes_a_weight", [(1, False, 8), (1, True, 0), (2, False, 12), (2, True, 4)]
+)
+def test_moments_and_buckets_are_kept_room_for(monkeypatch, world_size, begun, bytes_a_weight):
+    """While gradients accumulate, DDP's buckets lie beside them."""
+    model, config = GPT(PRESETS["tiny"]), resolved(world_size, batch_tokens=1024)
+    ranks = Ranks(0, world_size, torch.device("cpu"))
+    optimizer = optimizers(model, config, CPU)
+    if begun:
+        optimizer.parts[0].state[next(model.parameters())] = {"step": 1}
+    monkeypatch.setattr("core.step.largest_micro_batch", lambda *given: given[3])
+    config = resolve_computation(config, ranks)
+    assert fitting_micro_batch(model, optimizer, config, ranks) == bytes_a_weight * model.num_parameters()
 
 
 def test_the_micro_batch_is_chosen_told_and_changes_nothing_else(world, capsys):
