@@ -221,11 +221,15 @@ class GPT(nn.Module):
 
         The padded rows are left out of the loss: they get no gradient and stay zero.
         """
-        logits = F.linear(hidden, self.transformer.wte.weight)  # (B, T, padded_vocab_size)
-        # Masked, not cut: softmax over a view of 50,257 of 50,304 columns made the whole step 5 % slower (LOG.md).
-        padding = torch.arange(logits.size(-1), device=logits.device) >= self.config.vocab_size
-        logits = logits.masked_fill(padding, -torch.inf)
+        # Cut on a GPU, the compiled step takes 1.05 times as long; masked on a CPU, the loss takes 1.4 times (LOG.md).
+        logits = self.masked_logits(hidden) if hidden.is_cuda else self.logits(hidden)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def masked_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, T, padded_vocab_size) of (B, T, C), -inf where the vocabulary is padded."""
+        logits = F.linear(hidden, self.transformer.wte.weight)
+        padding = torch.arange(logits.size(-1), device=logits.device) >= self.config.vocab_size
+        return logits.masked_fill(padding, -torch.inf)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":

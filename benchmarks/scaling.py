@@ -7,7 +7,8 @@
 Whole optimizer steps on random tokens, each number of GPUs under a torchrun of its own: first together, as train.py
 does them; then apart, where each rank does its share of the step beside the others and exchanges nothing. What apart
 takes longer than its part of one card's step is the cards' (the optimizer's work, which all of them do; power; the
-slowest one's rate). What together takes longer than the slowest rank apart is the exchange's.
+slowest one's rate). What together takes longer than the slowest rank apart is the exchange's; not so with Muon, whose
+work ranks share together and each does whole apart. All rows take about as long, as cards clock lower once warm.
 """
 
 import sys
@@ -59,17 +60,22 @@ def main(config: Config) -> None:
     cli.check_between(1, most, gpus=max(counts))
     for count in counts:
         settings_of(step_of(config, count), fused=False, world_size=count)
-    measured = {count: on(count) for count in counts}
-    rows = [derived(config, count, measured) for count in counts]
-    report(config, rows, facts := versions(device))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    figures = {"config": asdict(config), "versions": facts, "rows": rows, "ranks": measured}
-    Path(config.out).write_text(json.dumps(figures, indent=1) + "\n")
+    facts, measured, rows = versions(device), {}, []
+    for count in counts:
+        measured[count] = on(count)
+        rows.append(derived(config, count, measured))
+        figures = {"config": asdict(config), "versions": facts, "rows": rows, "ranks": measured}
+        Path(config.out).write_text(json.dumps(figures, indent=1) + "\n")
+    report(config, rows, facts)
+    print(f"wrote {config.out}")
 
 
 def step_of(config: Config, count: int) -> Config:
-    """What is timed on so many GPUs."""
-    return replace(config, batch_tokens=config.batch_tokens * count) if config.per_gpu else config
+    """What is timed on so many GPUs: steps that are shared among them are shorter, and more."""
+    if config.per_gpu:
+        return replace(config, batch_tokens=config.batch_tokens * count)
+    return replace(config, steps=config.steps * count)
 
 
 def on(count: int) -> list[dict[str, Any]]:
@@ -79,7 +85,7 @@ def on(count: int) -> list[dict[str, Any]]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{count} ranks ended with status {done.returncode}, see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))  # NCCL_DEBUG prints too
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         optimizer.set_rate(1.0)
         sequences = config.batch_tokens // config.seq_len // ranks.world_size * among.world_size
         step = partial(train_step, model, optimizer, batches, sequences, settings, among, interrupts)
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP if config.per_gpu else WARM_UP * ranks.world_size):
             step()
         synchronize(ranks)
         ranks.gather(None)  # or a rank that compiled sooner would have its first steps to itself

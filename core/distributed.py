@@ -15,6 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class AgreedError(ValueError):
+    """What every rank raises after the same step, so that no rank waits for another that won't come."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands among all of them."""
@@ -92,6 +96,8 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
     """The ranks that torchrun started, joined by NCCL on CUDA and gloo elsewhere; or this process alone.
 
     A rank that waits for the others longer than `timeout` seconds ends with an error.
+    After an error the group isn't destroyed: there NCCL would wait for the others, which may never come, before the
+    error is said. The end of the process aborts what is left of it.
     """
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
@@ -117,10 +123,8 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
     dist.init_process_group(
         backend, timeout=patience, device_id=device_id, store=store, rank=rank, world_size=world_size
     )
-    try:
-        yield Ranks(rank=rank, world_size=world_size, device=device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank=rank, world_size=world_size, device=device)
+    dist.destroy_process_group()
 
 
 def meeting_place(rank: int, timeout: timedelta) -> dist.Store:

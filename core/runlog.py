@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core import cli
-from core.distributed import DeviceClock, Ranks, device_name, peak_flops
+from core.distributed import AgreedError, DeviceClock, Ranks, device_name, peak_flops
 from core.metrics import METRICS, cut_back
 from core.shards import write_json
 
@@ -134,7 +134,7 @@ class StepReports:
     def flush(self) -> tuple[float, int]:
         """Report the step that is pending; return the seconds of training and the bad steps so far.
 
-        Raises ValueError, on every rank, after more than `max_bad_steps` steps without a finite loss and gradient.
+        Raises AgreedError after more than `max_bad_steps` steps without a finite loss and gradient.
         """
         if self._pending is None:
             return self._seconds, self.bad_steps
@@ -161,7 +161,7 @@ class StepReports:
                 skipped = f"  SKIPPED, {self.bad_steps} so far" if bad else ""
                 self._log.say(self._line(facts) + skipped)
         if self.bad_steps > self._max_bad_steps:
-            raise ValueError(
+            raise AgreedError(
                 f"step {facts['step']}: loss {loss}, gradient norm {norm}; {self.bad_steps} steps were skipped, more "
                 f"than --max-bad-steps {self._max_bad_steps}. Another --run with a lower --lr or --grad-clip, or with "
                 f"longer --warmup-steps, usually helps; --init-from gives it the weights of a good checkpoint"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from core import checkpoint
 from core.card import model_card
-from core.distributed import DeviceClock, Ranks
+from core.distributed import AgreedError, DeviceClock, Ranks
 from core.shards import Dataset
 from model import GPT
 
@@ -45,10 +45,10 @@ class Saver:
     def save(self, model: GPT, state: dict[str, Any]) -> None:
         """Take a snapshot and begin to write it; waits for the one before where that is still being written.
 
-        Raises ValueError, on every rank, where the last update made a weight infinite: its loss was still finite.
+        Raises AgreedError where the last update made a weight infinite: its loss was still finite.
         """
         if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
-            raise ValueError(f"step {state['step']} made weights that aren't finite; no checkpoint has them")
+            raise AgreedError(f"step {state['step']} made weights that aren't finite; no checkpoint has them")
         if not self._ranks.is_main:
             return
         begin = self._clock.mark()
@@ -109,11 +109,11 @@ class Saver:
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. Raises ValueError, on every rank, where it could not be written."""
+        """Wait for the last checkpoint. Raises AgreedError where it could not be written."""
         self.wait()
         failure = self._ranks.from_main(self._failure)
         if failure:
-            raise ValueError(f"{failure}; see to it, and the same command goes on from the checkpoint before it")
+            raise AgreedError(f"{failure}; see to it, and the same command goes on from the checkpoint before it")
 
     def __enter__(self) -> "Saver":
         return self
@@ -123,6 +123,8 @@ class Saver:
         if error is not None and self._ranks.is_main:
             good = checkpoint.listed(self._run)
             self._say(f"the run ends early; its last good checkpoint: {good[-1] if good else 'none yet'}")
+        if error is not None and issubclass(error, AgreedError):
+            self._ranks.gather(None)  # once a rank has ended, torchrun kills the others: also one that still writes
 
 
 def to_host(value: Any, memory: Any = None) -> Any:

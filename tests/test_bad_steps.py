@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN, faulty, on_ranks, refused, run
+from conftest import TRAIN, ended, faulty, on_ranks, refused, run, started
 from safetensors.torch import load_file
 
 import train
@@ -19,6 +19,14 @@ POISON = {
     "loss": "loss = loss * float('nan')",
     "gradient": "loss = loss + (0 * loss).sqrt()",  # finite, and its derivative isn't
 }
+
+
+SLOW = """
+import time
+from core import checkpoint
+save = checkpoint.save
+checkpoint.save = lambda *args: (time.sleep(3), save(*args))[1]
+"""
 
 
 def weights(folder, step):
@@ -92,6 +100,18 @@ def test_too_many_end_the_run_and_name_the_last_good_checkpoint(world, tmp_path,
     lines = [line for line in read_strictly(folder) if line["split"] == "train"]
     assert [line.get("skipped", False) for line in lines] == [False] * 3 + [True] * 3
     assert_checkpoints_are_finite(folder)
+
+
+def test_no_rank_ends_before_the_last_good_checkpoint_is_written(world, tmp_path):
+    """torchrun kills the ranks that are left once one has ended, also one that writes."""
+    script, folder = faulty(tmp_path / "bad.py", "call >= 8", POISON["loss"]), world / "logs/bad-slow"
+    script.write_text(SLOW + script.read_text())
+    given = ("--micro-batch", 8, "--save-every", 3, "--steps", 100, "--max-bad-steps", 2, "--run-name", folder.name)
+    with started(script, *COMMAND, *given, cwd=world, ranks=2) as process:
+        result = ended(process)
+    assert result.returncode
+    assert f"its last good checkpoint: logs/{folder.name}/checkpoints/step_000003" in result.stdout
+    assert checkpoint.problem(folder / "checkpoints/step_000003") is None
 
 
 @pytest.mark.parametrize("steps", [1, 3], ids=["last-step", "on-the-way"])

@@ -185,6 +185,19 @@ def test_loss_is_the_cross_entropy_over_the_real_vocabulary():
     torch.testing.assert_close(model(inputs, targets), expected)
 
 
+def test_the_masked_loss_of_gpus_is_that_of_cut_logits(monkeypatch):
+    model, tokens = randomized(TINY), random_tokens(663, 17, rows=4)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    losses, grads = [model(inputs, targets)], [gradients(model, inputs, targets)[0]]
+    assert model.masked_logits(model.hidden(inputs)).shape[-1] == 768
+    monkeypatch.setattr(GPT, "logits", GPT.masked_logits)
+    losses, grads = [*losses, model(inputs, targets)], [*grads, gradients(model, inputs, targets)[0]]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert not any(p[663:].any() for p in (each[0] for each in grads))  # wte's
+    for cut, masked in zip(*grads, strict=True):
+        torch.testing.assert_close(cut, masked)
+
+
 def gradients(model, tokens, targets):
     """Gradients of the loss, and the bytes that were kept for them."""
     kept = {}  # by address, as a tensor may be kept more than once

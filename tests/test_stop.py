@@ -155,6 +155,21 @@ def test_a_hung_rank_ends_the_run_within_the_time_stated(world, tmp_path):
     assert "hangs.py" in result.stderr  # where it stood
 
 
+def test_a_rank_that_fails_says_so_before_it_waits_for_others(world, tmp_path):
+    """As it would for NCCL's group to be destroyed."""
+    script = faulty(tmp_path / "fails.py", "rank == 1 and call == 6", "raise ValueError('only here')")
+    script.write_text(
+        "import time, torch\ntorch.distributed.destroy_process_group = lambda: time.sleep(100)\n" + script.read_text()
+    )
+    with started(script, *COMMAND, "--steps", 1000, "--run-name", "failed", cwd=world, ranks=2) as process:
+        assert wait_until(lambda: reached(world / "logs/failed", 2), process)
+        begin = time.monotonic()
+        result = ended(process)
+    assert "error: only here" in result.stderr
+    assert result.returncode
+    assert time.monotonic() - begin < 20
+
+
 def test_a_run_that_goes_on_is_not_hung(world):
     """However long it takes: each step is a multiple of the time allowed for a micro-batch, and so is the run."""
     command = ("--steps", 3, "--batch-tokens", 65_536, "--micro-batch", 16, "--hang-timeout", 0.4)
