@@ -2,11 +2,12 @@
 
     python benchmarks/relay.py --data data/corpus                                       # all GPUs, all again, then half
     python benchmarks/relay.py --data data/corpus --legs 8 8 4 --options='--tokens 300_000_000 --val-every 100'
-    python benchmarks/relay.py --data data/demo --device cpu --legs 2 2 1 --options='--preset demo --steps 60
-        --batch-tokens 4096'
+    python benchmarks/relay.py --data data/demo --device cpu --legs 2 1 --options='--preset tiny --seq-len 64 --steps 60
+        --batch-tokens 2048'
 
 Each leg is the same train.py under torchrun on so many GPUs. All but the last are stopped, once their share of the
-steps is done, by SIGTERM to torchrun, as a cluster stops a job. The run lies in logs/ like any other.
+steps is done, by SIGTERM to torchrun, as a cluster stops a job; torchrun then ends with a traceback of its own. The run
+lies in logs/ like any other.
 """
 
 import sys
@@ -17,7 +18,6 @@ import json
 import shlex
 import signal
 import statistics
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +25,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.launch import torchrun
 from core import checkpoint, cli
 from core.distributed import pick_device
 from core.metrics import METRICS, read_metrics
 from core.results import table
 
 REPO = Path(sys.path[0])
+OURS = ("--data", "--device", "--run", "--run-name")  # options of train.py that this script gives
 AROUND = 10  # steps at a leg's beginning, and at its end, whose mean losses are shown
 
 
@@ -41,7 +43,7 @@ class Config:
     legs: tuple[int, ...] = ()
     """GPUs of each leg. Default: all there are, all again, half of them."""
     options: str = "--tokens 150_000_000 --val-every 100 --save-every 100"
-    """train.py's other options."""
+    """train.py's other options, in one word: --options='--steps 60 --val-every 20'."""
     name: str = "relay"
     """The run, logs/NAME; relay.json in it is what comes out."""
     device: str = "auto"
@@ -62,10 +64,15 @@ class Leg:
 def main(config: Config) -> None:
     folder = Path("logs") / config.name
     if folder.exists():
-        raise ValueError(f"{folder} is there already: take another --name, or remove it")
-    most = torch.cuda.device_count() if pick_device(config.device).type == "cuda" else 2
+        raise ValueError(f"{folder} is there already, and a relay begins anew: take another --name, or remove it")
+    on_cuda = pick_device(config.device).type == "cuda"
+    most = torch.cuda.device_count() if on_cuda else 2
     plan = config.legs or (most, most, max(most // 2, 1))
-    cli.check_positive(legs=min(plan))
+    cli.check_between(1, most if on_cuda else 1024, legs=min(plan))
+    cli.check_between(1, most if on_cuda else 1024, legs=max(plan))
+    given_twice = [name for option in split(config.options) if (name := option.split("=")[0]) in OURS]
+    if given_twice:
+        raise ValueError(f"--options names {given_twice[0]}, which relay.py gives itself: leave it out there")
     legs: list[Leg] = []
     for number, gpus in enumerate(plan, 1):
         legs.append(run_leg(config, folder, gpus, number / len(plan), legs[-1].last if legs else 0))
@@ -75,17 +82,23 @@ def main(config: Config) -> None:
     print(f"wrote {folder / 'relay.json'}; the curve: python report.py --runs {config.name}")
 
 
+def split(options: str) -> list[str]:
+    """As a shell would. Raises ValueError for a quotation without an end."""
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise ValueError(f"--options {options}: {error}") from None
+
+
 def run_leg(config: Config, folder: Path, gpus: int, share: float, behind: int) -> Leg:
     """Train on so many GPUs until that share of the run's steps is done, `behind` of which are.
 
     Raises ValueError where it ends in another way.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-    given = [f"--data={config.data}", f"--device={config.device}", f"--run-name={config.name}"]
-    command = [*launcher, str(REPO / "train.py"), *given, *shlex.split(config.options)]
-    print(f"\n{shlex.join(command)}", flush=True)
+    given = [f"--data={config.data}", f"--device={config.device}", f"--run-name={config.name}", *split(config.options)]
+    print(f"\n{gpus} rank{'s' if gpus > 1 else ''}: train.py {shlex.join(given)}", flush=True)
     begin, started, asked, running = time.monotonic(), None, None, True
-    with subprocess.Popen(command) as process:
+    with torchrun(gpus, str(REPO / "train.py"), *given) as process:
         while running:
             time.sleep(0.1)
             running = process.poll() is None

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py                                        # all powers of two that there are GPUs for
     python benchmarks/scaling.py --gpus 1 2 --per-gpu --batch-tokens 65536  # each with what one of eight has to do
-    python benchmarks/scaling.py --device cpu --gpus 1 2 --preset demo --seq-len 256 --micro-batch 4 --batch-tokens 8192
+    python benchmarks/scaling.py --device cpu --gpus 1 2 --preset tiny --seq-len 64 --micro-batch 2 --batch-tokens 256
 
 Whole optimizer steps on random tokens, each number of GPUs under a torchrun of its own: first together, as train.py
 does them; then apart, where each rank does its share of the step beside the others and exchanges nothing. What apart
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.launch import torchrun
 from benchmarks.steps import WARM_UP, Timed, milliseconds, random_batches, settings_of, synchronize, timed
 from core import cli
 from core.distributed import Ranks, peak_flops, pick_device, process_group
@@ -56,18 +57,19 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     most = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
     counts = config.gpus or tuple(2**i for i in range(most.bit_length()))
-    cli.check_between(1, most, gpus=min(counts))
-    cli.check_between(1, most, gpus=max(counts))
     for count in counts:
+        if not 1 <= count <= most:
+            raise ValueError(f"--gpus {count}: this machine has {most} {'GPUs' if device.type == 'cuda' else 'cores'}")
         settings_of(step_of(config, count), fused=False, world_size=count)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     facts, measured, rows = versions(device), {}, []
+    print(f"{config.preset}, micro-batch {config.micro_batch}, {config.optimizer}, {facts}", flush=True)
     for count in counts:
         measured[count] = on(count)
         rows.append(derived(config, count, measured))
         figures = {"config": asdict(config), "versions": facts, "rows": rows, "ranks": measured}
         Path(config.out).write_text(json.dumps(figures, indent=1) + "\n")
-    report(config, rows, facts)
+    report(rows)
     print(f"wrote {config.out}")
 
 
@@ -80,12 +82,13 @@ def step_of(config: Config, count: int) -> Config:
 
 def on(count: int) -> list[dict[str, Any]]:
     """What each of so many ranks has measured: this very command, given to each of them by torchrun."""
-    print(f"{count} GPU{'s' if count > 1 else ''} ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{count} ranks ended with status {done.returncode}, see above")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[{")))  # NCCL_DEBUG prints too
+    ranks = f"{count} rank{'s' if count > 1 else ''}"
+    print(f"{ranks} ...", file=sys.stderr, flush=True)
+    with torchrun(count, *sys.argv, stdout=subprocess.PIPE) as process:
+        said, _ = process.communicate()
+    if process.returncode:
+        raise ValueError(f"{ranks} ended with status {process.returncode}, see above")
+    return json.loads(next(line for line in said.splitlines() if line.startswith("[{")))  # NCCL_DEBUG prints too
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
@@ -149,8 +152,7 @@ def slowest(ranks: list[dict[str, Any]]) -> list[float]:
     return [max(step) for step in zip(*(rank["together"]["step_s"] for rank in ranks), strict=True)]
 
 
-def report(config: Config, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    print(f"{config.preset}, micro-batch {config.micro_batch}, {config.optimizer}, {facts}")
+def report(rows: list[dict[str, Any]]) -> None:
     header = ["GPUs", "tokens a step", "ktok/s", "efficiency", "MFU", "step, ms (least to most)", "ranks' medians, ms"]
     header += ["apart, ms", "gradient's exchange alone, ms", "peak GiB", "ten billion tokens"]
     cells = []

@@ -46,6 +46,7 @@ def settings_of(config: Timed, fused: bool, world_size: int = 1) -> train.Config
     """train.py's settings for what is timed, on so many ranks. Raises ValueError where they don't go together."""
     names = ("preset", "micro_batch", "batch_tokens", "seq_len", "device", "activation_checkpointing", "optimizer")
     given = {name: getattr(config, name) for name in names}
+    cli.check_positive(micro_batch=config.micro_batch, steps=config.steps)
     settings = train.Config(**given, steps=config.steps, fused="auto" if fused else "off")
     return recipe.resolve(settings, PRESETS[config.preset], config.micro_batch, world_size)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                                          # GPT-2 124M on one GPU
     python benchmarks/train_step.py --roofline --data data/corpus            # and what limits it, and the real loader
-    python benchmarks/train_step.py --preset demo --seq-len 256 --micro-batch 8 --batch-tokens 4096    # here and now
+    python benchmarks/train_step.py --preset tiny --seq-len 64 --micro-batch 4 --batch-tokens 512 --steps 3  # here
 
 Whole optimizer steps (clipping and AdamW included) on random tokens, bfloat16 autocast on GPUs. Each variant has a
 process of its own and empty compile caches. The time to the first step runs from the process's start to its end.
@@ -97,8 +97,9 @@ def child(config: Config, variant: str, caches: str) -> dict[str, Any]:
     flags = [
         f"--{name.replace('_', '-')}" for name in ("roofline", "activation_checkpointing") if getattr(config, name)
     ]
+    folder = f"{caches}/{variant.replace(' ', '-')}"  # Inductor's compiler takes a space for the end of a name
     own = [f"--only={variant}", f"--started={time.time()}"]
-    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/{variant}", "TRITON_CACHE_DIR": f"{caches}/{variant}/triton"}
+    cache = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
     command = [sys.executable, __file__, *options, *flags, *own]
     print(f"{variant} ...", file=sys.stderr, flush=True)
     done = subprocess.run(command, env=os.environ | cache, stdout=subprocess.PIPE, text=True, check=False)

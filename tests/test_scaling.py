@@ -1,9 +1,11 @@
 """What the benchmarks of several GPUs say: a step is its slowest rank's, and a run handed on is one run."""
 
 import json
+import signal
 
 import pytest
-from conftest import refused, run
+from conftest import children, lives, refused, run, started, wait_until
+from test_resume import reached
 
 from benchmarks import relay, scaling
 from core import checkpoint
@@ -52,8 +54,9 @@ def test_steps_on_one_rank_and_on_two(world):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"gpus": (0, 1)}, "--gpus 0 must lie between 1 and"),
-        ({"gpus": (1, 99_999)}, "--gpus 99999 must lie between 1 and"),
+        ({"gpus": (0, 1)}, "--gpus 0: this machine has"),
+        ({"gpus": (1, 99_999)}, "--gpus 99999: this machine has"),
+        ({"micro_batch": 0}, "--micro-batch 0 must be above 0"),
         ({"gpus": (1, 2), "micro_batch": 4, "batch_tokens": 256}, "2 ranks = 512: take --batch-tokens"),
     ],
 )
@@ -82,7 +85,32 @@ def test_a_run_that_is_handed_on_is_one_run(world):
     losses = [first["loss_begin"], first["loss_end"], second["loss_begin"], second["loss_end"]]
     assert losses == sorted(losses, reverse=True)
     again = run("benchmarks/relay.py", *command, cwd=world, check=False)
-    assert "logs/relay is there already: take another --name" in refused(again)
+    assert "logs/relay is there already, and a relay begins anew: take another --name" in refused(again)
+
+
+def test_no_rank_outlives_a_benchmark_that_is_stopped(world):
+    options = "--preset tiny --seq-len 64 --batch-tokens 2048 --steps 100000 --val-tokens 1280"
+    command = ("--data", "data/small", "--device", "cpu", "--legs", 1, 1, f"--options={options}", "--name", "orphan")
+    with started("benchmarks/relay.py", *command, cwd=world) as process:
+        assert wait_until(lambda: reached(world / "logs/orphan", 3), process)
+        (launcher,) = children(process.pid)
+        (rank,) = children(launcher)
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert not lives(launcher)
+        assert not lives(rank)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ("--steps 5 --run-name=other", "--options names --run-name, which relay.py gives itself"),
+        ("--steps '5", "--options --steps '5: No closing quotation"),
+    ],
+)
+def test_options_that_relay_can_not_pass_on(options, said):
+    with pytest.raises(ValueError, match=said):
+        relay.main(relay.Config(data="data/small", device="cpu", options=options, name="none"))
 
 
 def test_a_run_too_short_to_be_stopped_is_said_to_be(world, monkeypatch):

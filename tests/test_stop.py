@@ -159,7 +159,7 @@ def test_a_rank_that_fails_says_so_before_it_waits_for_others(world, tmp_path):
     """As it would for NCCL's group to be destroyed."""
     script = faulty(tmp_path / "fails.py", "rank == 1 and call == 6", "raise ValueError('only here')")
     script.write_text(
-        "import time, torch\ntorch.distributed.destroy_process_group = lambda: time.sleep(100)\n" + script.read_text()
+        "import time, torch\ntorch.distributed.destroy_process_group = lambda: time.sleep(30)\n" + script.read_text()
     )
     with started(script, *COMMAND, "--steps", 1000, "--run-name", "failed", cwd=world, ranks=2) as process:
         assert wait_until(lambda: reached(world / "logs/failed", 2), process)
