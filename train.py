@@ -169,7 +169,7 @@ def begin(run: Run) -> Optimizers:
     config, ranks = run.config, run.ranks
     found = checkpoint.find(run.folder, ranks, anew=config.resume == "never")
     state = checkpoint.load_training_state(found, must_agree(config, run.dataset)) if found else None
-    source = found or (resolve_source(config.init_from, ranks) if config.init_from else None)
+    source = found or (checkpoint.resolve_init(config.init_from, ranks) if config.init_from else None)
     run.model = load_model(config, run.dataset, source).to(ranks.device)
     optimizer = optimizers(run.model, config, ranks)
     if state is not None:
@@ -184,11 +184,6 @@ def begin(run: Run) -> Optimizers:
         run.config = replace(config, micro_batch=fitting_micro_batch(run.model, optimizer, config, ranks))
         ranks.say(f"--micro-batch {run.config.micro_batch}")
     return optimizer
-
-
-def resolve_source(init_from: str, ranks: Ranks) -> str:
-    """Where the weights of --init-from lie; for all ranks where rank 0 finds them, as its run may still train."""
-    return ranks.from_main(checkpoint.resolve(init_from, "--init-from"))
 
 
 def training_state(run: Run, optimizer: Optimizers) -> dict[str, Any]:
@@ -333,7 +328,7 @@ def measure(run: Run, measures: list[tuple[int, Any]], log: RunLog | None, told:
 def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset) -> None:
     """Say what --init-from, or else the run's newest checkpoint, comes to."""
     if config.init_from:
-        source: Path | str | None = resolve_source(config.init_from, ranks)
+        source: Path | str | None = checkpoint.resolve_init(config.init_from, ranks)
     else:
         source = checkpoint.find(Path("logs") / run_name(config), ranks, anew=False)
     if source is None:

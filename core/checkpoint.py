@@ -167,6 +167,11 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
     return str(folder)
 
 
+def resolve_init(init_from: str, ranks: Ranks) -> str:
+    """What `--init-from` names, where rank 0 finds it: a run that still trains may show each rank another one."""
+    return ranks.from_main(resolve(init_from, "--init-from"))
+
+
 def resolve_all(ckpts: tuple[str, ...]) -> list[str]:
     if not ckpts:
         raise ValueError(f"--ckpt names no model; {known_runs()}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, refused, run
+from conftest import TRAIN, on_ranks, refused, run, train_here
 
 import train
 from core import checkpoint, tokenizer
@@ -342,3 +342,26 @@ def test_no_verify_hashes_nothing(here):
     train.main(settings(run="unverified", steps=1, verify=False))
     assert Path("logs/unverified/checkpoints/step_000001").is_dir()
     assert not Path("data/small", VERIFIED).exists()
+
+
+ASKED = """
+import os
+from core import checkpoint
+from core.distributed import process_group
+
+if os.environ["RANK"] == "1":
+    listed = checkpoint.listed
+    checkpoint.listed = lambda run: listed(run)[:1]
+with process_group("cpu") as ranks:
+    print(checkpoint.resolve_init("logs/still-trains", ranks))
+"""
+
+
+def test_all_ranks_begin_with_the_checkpoint_that_rank_0_finds(world, tmp_path):
+    """Rank 1 came before the second one was written."""
+    run = ("--run", "still-trains", "--steps", 2, "--save-every", 1, "--val-tokens", 640)
+    train_here(*TRAIN, "--data", "data/small", *run, cwd=world)
+    script = tmp_path / "asks.py"
+    script.write_text(ASKED)
+    said = on_ranks(2, script, cwd=world).stdout.split()
+    assert said == ["logs/still-trains/checkpoints/step_000002"] * 2
