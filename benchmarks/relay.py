@@ -15,6 +15,7 @@ import sys
 sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
 
 import json
+import math
 import shlex
 import signal
 import statistics
@@ -132,7 +133,7 @@ def derived(legs: list[Leg], lines: list[dict[str, Any]]) -> list[dict[str, Any]
     for leg in legs:
         own = [line for line in lines if leg.first < line["step"] <= leg.last]
         train = [line for line in own if line["split"] == "train"]
-        loss = [line["loss"] for line in train]
+        loss = [line["loss"] if line["loss"] is not None else math.nan for line in train]  # None: the step was skipped
         row = asdict(leg) | {"tokens_per_second": statistics.median(line["tokens_per_second"] for line in train)}
         row |= {"loss_begin": statistics.mean(loss[:AROUND]), "loss_end": statistics.mean(loss[-AROUND:])}
         rows.append(row | {"validation": {line["step"]: line["loss"] for line in own if line["split"] == "val"}})
@@ -145,7 +146,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         stopped = f"{row['stopped_s']:.1f} s" if row["stopped_s"] else ""
-        validation = ", ".join(f"{loss:.4f} ({step})" for step, loss in row["validation"].items())
+        validation = ", ".join(f"{loss:.4f} ({step})" for step, loss in row["validation"].items() if loss is not None)
         cells.append([f"{row['gpus']}", f"{row['first'] + 1} to {row['last']}"])
         cells[-1] += [f"{row['tokens_per_second'] / 1e3:,.1f}", f"{row['started_s']:.1f} s", stopped]
         cells[-1] += [f"{row['loss_begin']:.4f}", f"{row['loss_end']:.4f}", validation]

@@ -88,6 +88,17 @@ def test_a_run_that_is_handed_on_is_one_run(world):
     assert "logs/relay is there already, and a relay begins anew: take another --name" in refused(again)
 
 
+def test_a_skipped_step_spoils_no_table():
+    train = [
+        {"step": step, "split": "train", "loss": None if step == 2 else 3.0, "tokens_per_second": 5e3}
+        for step in (1, 2)
+    ]
+    lines = [*train, {"step": 2, "split": "val", "loss": None}]
+    rows = relay.derived([relay.Leg(2, 0, 2, 1.5, None)], lines)
+    assert "| 2    | 1 to 2 | 5.0 " in relay.page(rows)
+    assert "nan" in relay.page(rows)
+
+
 def test_no_rank_outlives_a_benchmark_that_is_stopped(world):
     options = "--preset tiny --seq-len 64 --batch-tokens 2048 --steps 100000 --val-tokens 1280"
     command = ("--data", "data/small", "--device", "cpu", "--legs", 1, 1, f"--options={options}", "--name", "orphan")
