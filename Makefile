@@ -16,7 +16,7 @@ $(VENV)/installed: requirements.txt
 
 demo: setup
 	rm -rf logs/demo
-	python -m core.stories --out data/stories
+	python -m demo.stories --out data/stories
 	python fineweb.py --source data/stories/stories.jsonl --encoding data/stories --out data/demo --val-tokens 100000 --overwrite
 	python train.py --data data/demo --run demo --preset demo --device cpu --recipe speedrun --tokens 2_000_000 --first-batch-tokens 2048 --batch-tokens 8192 --val-every 80 --save-every 240 --log-every 40 --eval-lambada data/stories/lambada.txt --eval-every 80
 	python eval_lambada.py --ckpt logs/demo --data data/stories/lambada.txt --text other --device cpu

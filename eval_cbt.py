@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from core import cli, evaluation, results
-from core.tasks import QuestionSet, cbt
+from core import cli
+from core.eval import cbt, evaluate, results
+from core.eval.task import QuestionSet
 
 OFFICIAL = re.compile(r"cbtest_(NE|CN|V|P)_(?:valid_(2000)|test_(2500))ex\.txt")
 
@@ -35,16 +36,16 @@ class Questions:
 
 
 @dataclass
-class Config(Questions, evaluation.Scoring):
+class Config(Questions, evaluate.Scoring):
     """Each of the dataclasses is a group of --help."""
 
 
 def main(config: Config) -> None:
     if config.compare:
-        return evaluation.compare(config)
-    sources = evaluation.check(config, config.data)
-    protocols = evaluation.chosen(config.protocol, cbt.PROTOCOLS)
-    evaluation.run(cbt.TASK, config, sources, load_questions(config, protocols), published_figures(protocols))
+        return evaluate.compare(config)
+    sources = evaluate.check(config, config.data)
+    protocols = evaluate.chosen(config.protocol, cbt.PROTOCOLS)
+    evaluate.run(cbt.TASK, config, sources, load_questions(config, protocols), published_figures(protocols))
 
 
 def load_questions(config: Config, protocols: list[str]) -> list[QuestionSet]:
@@ -61,7 +62,7 @@ def load_questions(config: Config, protocols: list[str]) -> list[QuestionSet]:
         QuestionSet(
             cbt.from_hub(kind, config.split),
             protocols,
-            *evaluation.data_facts(None, f"{cbt.HUB} {kind} {config.split}"),
+            *evaluate.data_facts(None, f"{cbt.HUB} {kind} {config.split}"),
             subset=f"{kind} {config.split}",
         )
         for kind in dict.fromkeys(config.types)
@@ -70,7 +71,7 @@ def load_questions(config: Config, protocols: list[str]) -> list[QuestionSet]:
 
 def load_file(path: Path, protocols: list[str]) -> QuestionSet:
     """The questions of a file; published figures speak of the data set's own, which must be whole."""
-    clozes, facts = cbt.read(path), evaluation.data_facts(path, "")
+    clozes, facts = cbt.read(path), evaluate.data_facts(path, "")
     name = OFFICIAL.fullmatch(path.name)
     if name is None:
         return QuestionSet(clozes, protocols, *facts, subset=path.stem, has_published=False)

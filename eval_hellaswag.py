@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from core import cli, evaluation, results
-from core.tasks import QuestionSet, hellaswag
+from core import cli
+from core.eval import evaluate, hellaswag, results
+from core.eval.task import QuestionSet
 
 
 @dataclass
 class Questions:
     """What is asked, and by which rule."""
 
-    data: Annotated[str | None, cli.UNSET] = None
+    data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of questions, a JSON object a line, as the authors' hellaswag_val.jsonl.
     Default: the hub's validation split."""
     protocol: tuple[Literal[("all", *hellaswag.PROTOCOLS)], ...] = ("harness", "harness-norm")  # type: ignore[valid-type]
@@ -29,25 +30,25 @@ class Questions:
 
 
 @dataclass
-class Config(Questions, evaluation.Scoring):
+class Config(Questions, evaluate.Scoring):
     """Each of the dataclasses is a group of --help."""
 
 
 def main(config: Config) -> None:
     if config.compare:
-        return evaluation.compare(config)
-    sources = evaluation.check(config, (config.data,) if config.data else ())
-    protocols = evaluation.chosen(config.protocol, hellaswag.PROTOCOLS)
+        return evaluate.compare(config)
+    sources = evaluate.check(config, (config.data,) if config.data else ())
+    protocols = evaluate.chosen(config.protocol, hellaswag.PROTOCOLS)
     questions = load_questions(config, protocols)
     figures = f"Published, accuracy %:\n\n{results.published_table('hellaswag', protocols)}"
-    evaluation.run(hellaswag.TASK, config, sources, [questions], figures)
+    evaluate.run(hellaswag.TASK, config, sources, [questions], figures)
 
 
 def load_questions(config: Config, protocols: list[str]) -> QuestionSet:
     if config.data is None:
-        return QuestionSet(hellaswag.from_hub(), protocols, *evaluation.data_facts(None, hellaswag.HUB))
+        return QuestionSet(hellaswag.from_hub(), protocols, *evaluate.data_facts(None, hellaswag.HUB))
     path = Path(config.data)
-    facts = evaluation.data_facts(path, "")
+    facts = evaluate.data_facts(path, "")
     return QuestionSet(hellaswag.read(path), protocols, *facts, has_published=path.name == hellaswag.FILE)
 
 

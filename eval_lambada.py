@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from core import cli, evaluation, results
-from core.tasks import QuestionSet, lambada
+from core import cli
+from core.eval import evaluate, lambada, results
+from core.eval.task import QuestionSet
 
 
 @dataclass
 class Questions:
     """What is asked, and by which rule."""
 
-    data: Annotated[str | None, cli.UNSET] = None
+    data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of passages: .txt, one a line, or .jsonl with a `text` field. Default: the hub's test set."""
-    text: Annotated[Literal["openai", "standard", "other"] | None, cli.UNSET] = None
+    text: Annotated[Literal["openai", "standard", "other"] | None, cli.DEFAULT_IN_HELP] = None
     """Which text --data holds: OpenAI's, the tokenised standard one, or one of your own.
     Known from LAMBADA's own file names; lines can't tell."""
     protocol: tuple[Literal[("all", *lambada.PROTOCOLS)], ...] = ()  # type: ignore[valid-type]
@@ -31,18 +32,18 @@ class Questions:
 
 
 @dataclass
-class Config(Questions, evaluation.Scoring):
+class Config(Questions, evaluate.Scoring):
     """Each of the dataclasses is a group of --help."""
 
 
 def main(config: Config) -> None:
     if config.compare:
-        return evaluation.compare(config)
-    sources = evaluation.check(config, (config.data,) if config.data else ())
+        return evaluate.compare(config)
+    sources = evaluate.check(config, (config.data,) if config.data else ())
     text = which_text(config)
     protocols = which_protocols(config, text)
     questions = load_questions(config, protocols, text)
-    evaluation.run(lambada.TASK, config, sources, questions, published_figures(protocols))
+    evaluate.run(lambada.TASK, config, sources, questions, published_figures(protocols))
 
 
 def which_text(config: Config) -> str | None:
@@ -67,7 +68,7 @@ def which_text(config: Config) -> str | None:
 def which_protocols(config: Config, text: str | None) -> list[str]:
     """The protocols to run. Raises ValueError for one that the text doesn't allow."""
     possible = list(lambada.PROTOCOLS) if text is None else lambada.allowed(text)
-    chosen = evaluation.chosen(config.protocol, tuple(possible)) or possible[:1]
+    chosen = evaluate.chosen(config.protocol, tuple(possible)) or possible[:1]
     for protocol in chosen:
         if protocol not in possible:
             raise ValueError(
@@ -80,7 +81,7 @@ def load_questions(config: Config, protocols: list[str], text: str | None) -> li
     """The passages of each text that the protocols need, with the protocols that it is scored by."""
     if config.data is not None:
         path = Path(config.data)
-        facts = evaluation.data_facts(path, "")
+        facts = evaluate.data_facts(path, "")
         passages = lambada.read(path)
         is_test_set = text != "other" and len(passages) == lambada.TEST_PASSAGES
         return [QuestionSet(passages, protocols, *facts, has_published=is_test_set)]
@@ -88,7 +89,7 @@ def load_questions(config: Config, protocols: list[str], text: str | None) -> li
     for protocol in protocols:
         by_text.setdefault(lambada.PROTOCOLS[protocol], []).append(protocol)
     return [
-        QuestionSet(lambada.from_hub(text), chosen, *evaluation.data_facts(None, lambada.HUB[text][0]))
+        QuestionSet(lambada.from_hub(text), chosen, *evaluate.data_facts(None, lambada.HUB[text][0]))
         for text, chosen in by_text.items()
     ]
 

@@ -24,10 +24,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from core import audit, cli, encoders, sources, tokenizer
-from core.claims import Claims
-from core.encoders import Encoded, encode_in_order
-from core.parts import (
+from core import cli
+from core.data import audit, encode, sources, tokenizer
+from core.data.encode import Encoded, encode_in_order
+from core.data.prepare import (
     Counts,
     Documents,
     Part,
@@ -41,7 +41,8 @@ from core.parts import (
     recorded,
     settle,
 )
-from core.shards import DEFAULT_DATA, MANIFEST, open_dataset
+from core.data.shards import DEFAULT_DATA, MANIFEST, open_dataset
+from core.files import FileLocks
 
 DEFAULT_VAL_TOKENS = 10_485_760
 SHARD_BYTES = 0.45  # of shards for a byte of English text: 2 bytes a token of about 4.45 bytes
@@ -67,10 +68,10 @@ class Config:
     """tiktoken's name of the encoding, or a folder with a tokenizer.json (at most 65,536 ids)."""
     shard_tokens: int = 100_000_000
     """Tokens a shard: 200 MB each at the default. A source file's last shard is shorter."""
-    val_tokens: Annotated[int | None, cli.UNSET] = None
+    val_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Tokens held out for validation, whole documents from the start of the first file.
     Default: 10,485,760, or 1 % of the source where that is less."""
-    max_tokens: Annotated[int | None, cli.UNSET] = None
+    max_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Stop before the document that would pass this many tokens. Default: all of the source."""
     workers: int = available_cores()
     """Processes that tokenise; the shards are the same for any number."""
@@ -81,9 +82,9 @@ class Config:
     """Leave out documents that are no valid text, listed in the manifest, instead of stopping at the first."""
     overwrite: bool = False
     """Start anew where --out holds shards, finished or not."""
-    verify: Annotated[str | None, cli.UNSET] = None
+    verify: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """Only check this folder: every shard's hash and counts against its manifest, and a sample of documents."""
-    adopt: Annotated[str | None, cli.UNSET] = None
+    adopt: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """Only describe this folder's shards (build-nanogpt's .npy, llm.c's .bin) in a manifest, for train.py to read.
     Their encoding is --encoding, and `val` in a file's name makes it validation."""
 
@@ -97,7 +98,7 @@ def main(config: Config) -> None:
     encoding = tokenizer.load(config.encoding)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    claims = Claims(out)
+    claims = FileLocks(out)
     if config.overwrite:
         clear(out, claims)
     with claims.alone():
@@ -118,7 +119,7 @@ def check(config: Config) -> tuple[int, int]:
     limits = {"val_tokens": config.val_tokens, "max_tokens": config.max_tokens}
     given = {name: value for name, value in limits.items() if value is not None}
     cli.check_positive(workers=config.workers, shard_tokens=config.shard_tokens, **given)
-    encoders.choose(config.encoder)
+    encode.choose(config.encoder)
     rank, ranks = place_among_ranks()
     if ranks > 1 and config.max_tokens is not None:
         raise ValueError(f"--max-tokens counts through the files in order: start one process, not {ranks}")
@@ -145,7 +146,7 @@ def place_among_ranks() -> tuple[int, int]:
     return 0, 1
 
 
-def agree(config: Config, out: Path, encoding: Any, claims: Claims) -> tuple[sources.Source, dict[str, Any]]:
+def agree(config: Config, out: Path, encoding: Any, claims: FileLocks) -> tuple[sources.Source, dict[str, Any]]:
     """The source, and the settings that the manifest begins with. Raises ValueError where `out` has others."""
     known = recorded(out)
     revision = known["source"]["revision"] if known.get("source", {}).get("name") == config.source else None
@@ -175,10 +176,10 @@ def prepare(config: Config, out: Path, source: sources.Source, head: dict[str, A
         parts = {i: load_part(out, i, head, val_bytes if i == 0 else 0) for i in mine}
         left = {i: [] if part.complete else units[i][part.before.units :] for i, part in parts.items()}
         check_disk(config, out, left)
-        encoder = "tiktoken" if distrusted(out) else encoders.choose(config.encoder)
+        encoder = "tiktoken" if distrusted(out) else encode.choose(config.encoder)
         try:
             return write_parts(config, encoder, parts, left)
-        except encoders.EncodersDifferError as difference:
+        except encode.EncodersDifferError as difference:
             distrust(out, str(difference))
             print(
                 f"FASTOKENS DIFFERS FROM TIKTOKEN {difference}: its shards are dropped, tiktoken makes them", flush=True
@@ -290,7 +291,7 @@ class Progress:
     def __init__(self, done: int, left: dict[int, list[sources.Unit]]) -> None:
         self._bytes_left = sum(unit.bytes for units in left.values() for unit in units)
         self._bytes = self._tokens = 0
-        self._bar = cli.bar(unit="tok", unit_scale=True, initial=done)
+        self._bar = cli.progress_bar(unit="tok", unit_scale=True, initial=done)
         self._done, self._few, self._said = done, len(left) <= FEW_FILES, -math.inf
 
     def __enter__(self) -> "Progress":

@@ -64,7 +64,7 @@ PRESETS = {
 }
 
 
-def described(config: GPTConfig) -> str:
+def describe(config: GPTConfig) -> str:
     """A shape in words: its preset's name where it is one's."""
     name = next((n for n, preset in PRESETS.items() if replace(preset, vocab_size=config.vocab_size) == config), None)
     layers = (

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from core import cli, results, stories
-from core.metrics import METRICS, read_metrics
-from core.results import Result
-from core.shards import open_dataset
+from core import cli
+from core.data.shards import open_dataset
+from core.eval import results
+from core.eval.results import Result
+from core.files import METRICS, markdown_table, read_metrics
+from demo import stories
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -32,7 +34,7 @@ class Config:
     out: str = "logs"
     """Folder for report.md and, of several runs, loss.png with the newest six of them.
     Each run's own loss.png goes into its folder."""
-    floor: Annotated[str | None, cli.UNSET] = None
+    floor: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """The demo's stories.jsonl: draws the least loss that any model can reach on them."""
 
 
@@ -214,7 +216,7 @@ def runs_table(runs: list[RunFacts]) -> str:
             ]
         )
     header = ["run", "model", "steps", "tokens", "validation loss", "bits per byte", "floor (loss above it)"]
-    return results.table([*header, "ktok/s", "minutes of training", "device"], rows)
+    return markdown_table([*header, "ktok/s", "minutes of training", "device"], rows)
 
 
 if __name__ == "__main__":

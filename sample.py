@@ -28,7 +28,7 @@ class Config:
     """Below 1 keeps to likelier words; 0 always takes the likeliest."""
     top_k: int = 50
     """Draw from so many of the likeliest tokens only; 0: from all."""
-    top_p: Annotated[float | None, cli.UNSET] = None
+    top_p: Annotated[float | None, cli.DEFAULT_IN_HELP] = None
     """Draw from the fewest tokens whose probabilities reach p."""
     seed: int = 0
     """Equal seeds give equal texts on the same device."""

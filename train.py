@@ -21,19 +21,20 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from core import checkpoint, cli, recipe
-from core.claims import hold_run
+from core import checkpoint, cli
+from core.data.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
 from core.distributed import Ranks, process_group
-from core.interrupts import Interrupts
-from core.optim import Optimizers, optimizers
-from core.profiling import PROFILED_UNTIL, profiled
-from core.recipe import SETTINGS, Schedule, align_keys
-from core.runlog import RunLog, StepReports, versions
-from core.saver import Saver
-from core.shards import DEFAULT_DATA, Dataset, TokenOrder, Windows, open_dataset, verify
-from core.step import (
+from core.train import recipe
+from core.train.interrupts import Interrupts
+from core.train.logging import RunLog, StepReports, versions
+from core.train.optim import Optimizers, optimizers
+from core.train.profiling import PROFILED_UNTIL, profiled
+from core.train.recipe import SETTINGS, Schedule, align_keys
+from core.train.saver import Saver
+from core.train.setup import (
     StepConfig,
     fitting_micro_batch,
+    lock_run,
     loss_model,
     open_loader,
     parallel,
@@ -41,8 +42,8 @@ from core.step import (
     train_step,
     warm_up,
 )
-from core.validation import Measurement, evaluate, open_measures
-from model import GPT, PRESETS, described
+from core.train.validation import Measurement, evaluate, open_measures
+from model import GPT, PRESETS, describe
 
 
 @dataclass
@@ -51,16 +52,16 @@ class Origin:
 
     data: str = DEFAULT_DATA
     """Folder of shards that fineweb.py wrote."""
-    run: Annotated[str | None, cli.UNSET, tyro.conf.arg(aliases=["--run-name"])] = None
+    run: Annotated[str | None, cli.DEFAULT_IN_HELP, tyro.conf.arg(aliases=["--run-name"])] = None
     """Name of the run, logs/RUN. Default: the preset's. Under torchrun, which has a --run-path, write --run-name."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
     """Size of the model: 124M, 355M, 774M, 1558M, and two small ones for the demo and tests."""
     seed: int = 1337
     """Draws the initial weights and the order of the data."""
-    init_from: Annotated[str | None, cli.UNSET] = None
+    init_from: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """Begin with these weights: a run, a checkpoint or Hugging Face folder, or a hub name such as gpt2.
     Default: random ones."""
-    verify: Annotated[bool, cli.UNSET] = True
+    verify: Annotated[bool, cli.DEFAULT_IN_HELP] = True
     """Leave out the hashing of all shards at the start (remembered, so that only the first start takes the time)."""
 
 
@@ -115,14 +116,14 @@ def main(config: Config) -> None:
         if config.verify:
             verify(dataset, ranks)
         folder = Path("logs") / str(config.run)
-        with hold_run(folder, ranks):
+        with lock_run(folder, ranks):
             run = Run(config, ranks, dataset, folder)
             try:
                 optimizer = begin(run)
                 if run.step < config.steps:
                     train(run, optimizer)
                 else:
-                    ranks.say(f"{folder} is finished: {config.steps} steps")
+                    ranks.log(f"{folder} is finished: {config.steps} steps")
             except torch.OutOfMemoryError:
                 at = run.config.micro_batch
                 smaller = "--micro-batch" if at not in ("auto", 1) else "--seq-len or --preset"
@@ -179,10 +180,10 @@ def begin(run: Run) -> Optimizers:
         run.seconds, run.bad_steps = state["seconds"], state["bad_steps"]
         if config.deterministic and state.get("world_size") == ranks.world_size and config.micro_batch == "auto":
             run.config = config = replace(config, micro_batch=state["micro_batch"])  # another would round otherwise
-        ranks.say(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
+        ranks.log(f"resuming {found}: step {run.step:,} of {config.steps:,}, {run.tokens:,} tokens seen")
     if config.micro_batch == "auto" and run.step < config.steps:
         run.config = replace(config, micro_batch=fitting_micro_batch(run.model, optimizer, config, ranks))
-        ranks.say(f"--micro-batch {run.config.micro_batch}")
+        ranks.log(f"--micro-batch {run.config.micro_batch}")
     return optimizer
 
 
@@ -205,7 +206,7 @@ def load_model(config: Config, dataset: Dataset, source: Path | str | None) -> G
     model = checkpoint.load_model(str(source))
     if model.config != shape:
         raise ValueError(
-            f"{source} is {described(model.config)} with {model.config.vocab_size:,} token ids, but --preset "
+            f"{source} is {describe(model.config)} with {model.config.vocab_size:,} token ids, but --preset "
             f"{config.preset} and {dataset.folder} need {config.preset} with {shape.vocab_size:,}: take the preset of "
             f"these weights, and shards of their vocabulary"
         )
@@ -230,7 +231,7 @@ def train(run: Run, optimizer: Optimizers) -> None:
         interrupts,
         closing(open_loader(config, schedule, ranks, windows, order, range(run.step, config.steps))) as batches,
     ):
-        told = ranks.from_main(log.told if log is not None else None)
+        told = ranks.broadcast(log.told if log is not None else None)
         measure(run, measures, log, told)  # at step 0, or what a run that was stopped left to be measured
         reports = open_reports(run, log)
         intervals = (*(every for every, _ in measures), config.sample_every, config.save_every)
@@ -265,7 +266,7 @@ def train(run: Run, optimizer: Optimizers) -> None:
 
 def conclude(run: Run) -> None:
     """Say how the run ended. Raises ValueError where its weights are of no use."""
-    say, steps = run.ranks.say, run.config.steps
+    say, steps = run.ranks.log, run.config.steps
     if run.step < steps:
         return say(f"stopped after step {run.step:,} of {steps:,}: the same command goes on")
     if run.bad_steps:
@@ -301,7 +302,7 @@ def open_reports(run: Run, log: RunLog | None) -> StepReports:
 
 def open_saver(run: Run, log: RunLog | None) -> Saver:
     config = run.config
-    say = log.say if log is not None else run.ranks.say
+    say = log.say if log is not None else run.ranks.log
     return Saver(run.folder, run.dataset, run.ranks, config.keep, config.keep_every * config.save_every, say)
 
 
@@ -338,7 +339,8 @@ def evaluate_only(config: Config, ranks: Ranks, dataset: Dataset) -> None:
 
 def sample_text(run: Run) -> str:
     """A few words from the model, to watch it learn."""
-    from core import generation, tokenizer
+    from core import generation
+    from core.data import tokenizer
 
     length = min(64, run.model.config.n_positions - 1)
     texts = generation.sample_text(run.model, tokenizer.load(run.dataset.folder), "", length, top_k=50, seed=run.step)

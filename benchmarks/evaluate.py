@@ -22,10 +22,12 @@ from typing import Annotated, Any, Literal
 import torch
 
 from benchmarks.harness import harness
-from core import checkpoint, cli, evaluation, results
+from core import checkpoint, cli
 from core.distributed import Ranks, pick_device
-from core.runlog import versions
-from core.tasks import QuestionSet, Task, Verdict, cbt, lambada
+from core.eval import cbt, evaluate, lambada
+from core.eval.task import QuestionSet, Task, Verdict
+from core.files import markdown_table
+from core.train.logging import versions
 from model import GPT
 
 LARGEST_DIFFERENCE = 1e-4  # of two log-probabilities of one passage
@@ -36,11 +38,11 @@ Dtype = Literal["float32", "bfloat16"]
 class Config:
     ckpt: str
     """A run, a checkpoint, or a Hugging Face folder with tokenizer.json."""
-    lambada: Annotated[str | None, cli.UNSET] = None
+    lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of LAMBADA passages."""
-    cbt: Annotated[str | None, cli.UNSET] = None
+    cbt: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of Children's Book Test questions."""
-    passages: Annotated[int | None, cli.UNSET] = None
+    passages: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Take only the first so many passages. Default: all."""
     plain_questions: int = 20
     """Questions for the plain scoring of CBT, which takes a forward a candidate."""
@@ -74,9 +76,9 @@ def main(config: Config) -> None:
 def timed(task: Task, model: GPT, source: str, questions: QuestionSet, dtype: Dtype) -> tuple[float, list[Verdict]]:
     """Seconds from questions to verdicts."""
     encoding = checkpoint.load_encoding(source, model.config.vocab_size)
-    options = evaluation.Scoring(dtype=dtype)
+    options = evaluate.Scoring(dtype=dtype)
     begin = time.perf_counter()
-    (verdicts,) = evaluation.evaluate(
+    (verdicts,) = evaluate.evaluate(
         task, model, encoding, questions, options, Ranks(0, 1, model.device)
     ).values()  # ends in Python's floats: nothing is left running on the device
     return time.perf_counter() - begin, verdicts
@@ -166,7 +168,7 @@ def report(figures: dict[str, Any]) -> str:
         a, b = (statistics.median(found["seconds"][key]) for key in (ours, baseline))
         n = found.get("passages") or found["questions"]
         rows.append([f"{name}, {n:,} questions", baseline, f"{b:.2f} s", f"{ours} {a:.2f} s", f"{b / a:.2f}"])
-    return results.table(["what", "baseline", "its time", "our time", "ratio"], rows)
+    return markdown_table(["what", "baseline", "its time", "our time", "ratio"], rows)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ import torch
 from benchmarks.launch import torchrun
 from core import checkpoint, cli
 from core.distributed import pick_device
-from core.metrics import METRICS, read_metrics
-from core.results import table
+from core.files import METRICS, markdown_table, read_metrics
 
 REPO = Path(sys.path[0])
 OURS = ("--data", "--device", "--run", "--run-name")  # options of train.py that this script gives
@@ -150,7 +149,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         cells.append([f"{row['gpus']}", f"{row['first'] + 1} to {row['last']}"])
         cells[-1] += [f"{row['tokens_per_second'] / 1e3:,.1f}", f"{row['started_s']:.1f} s", stopped]
         cells[-1] += [f"{row['loss_begin']:.4f}", f"{row['loss_end']:.4f}", validation]
-    return table(header, cells)
+    return markdown_table(header, cells)
 
 
 if __name__ == "__main__":

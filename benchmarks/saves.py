@@ -27,7 +27,7 @@ import torch
 import train
 from core import cli
 from core.distributed import pick_device
-from core.runlog import versions
+from core.train.logging import versions
 
 WARM_UP = 10  # steps that don't count
 SAVED = re.compile(r"training stood still for (\d+) ms, written in ([\d.]+) s")
@@ -53,7 +53,7 @@ class Config:
     """Runs of each kind."""
     device: str = "auto"
     """auto, cuda or cpu."""
-    out: Annotated[str | None, cli.UNSET] = None
+    out: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File for the figures as JSON."""
 
 

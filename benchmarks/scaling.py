@@ -32,11 +32,11 @@ from benchmarks.launch import torchrun
 from benchmarks.steps import WARM_UP, Timed, milliseconds, random_batches, settings_of, synchronize, timed
 from core import cli
 from core.distributed import Ranks, peak_flops, pick_device, process_group
-from core.interrupts import Interrupts
-from core.optim import optimizers
-from core.results import table
-from core.runlog import duration, versions
-from core.step import loss_model, parallel, resolve_computation, train_step
+from core.files import markdown_table
+from core.train.interrupts import Interrupts
+from core.train.logging import format_duration, versions
+from core.train.optim import optimizers
+from core.train.setup import loss_model, parallel, resolve_computation, train_step
 from model import GPT, PRESETS
 
 
@@ -53,7 +53,7 @@ class Config(Timed):
 def main(config: Config) -> None:
     if "WORLD_SIZE" in os.environ:  # a rank that `on` has started
         with process_group(config.device) as ranks:
-            return ranks.say(json.dumps(ranks.gather(measure(config, ranks))))
+            return ranks.log(json.dumps(ranks.all_gather(measure(config, ranks))))
     device = pick_device(config.device)
     most = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
     counts = config.gpus or tuple(2**i for i in range(most.bit_length()))
@@ -108,7 +108,7 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         for _ in range(WARM_UP if config.per_gpu else WARM_UP * ranks.world_size):
             step()
         synchronize(ranks)
-        ranks.gather(None)  # or a rank that compiled sooner would have its first steps to itself
+        ranks.all_gather(None)  # or a rank that compiled sooner would have its first steps to itself
         return timed(step, config, ranks)
 
     found: dict[str, Any] = {"together": steps(parallel(loss, ranks), ranks), "exchange_ms": 0.0}
@@ -163,8 +163,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         cells[-1] += [f"{median:.1f} ({least:.1f} to {most:.1f})"]
         cells[-1] += [f"{min(row[how]):.1f} to {max(row[how]):.1f}" for how in ("together_ms", "apart_ms")]
         cells[-1] += [f"{row['exchange_ms']:.2f}", f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""]
-        cells[-1] += [duration(row["ten_billion_tokens_s"])]
-    print(table(header, cells))
+        cells[-1] += [format_duration(row["ten_billion_tokens_s"])]
+    print(markdown_table(header, cells))
 
 
 if __name__ == "__main__":

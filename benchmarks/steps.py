@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import train
-from core import cli, recipe
+from core import cli
 from core.distributed import DeviceClock, Ranks
+from core.train import recipe
 from model import PRESETS
 
 WARM_UP = 3  # steps that don't count
@@ -38,7 +39,7 @@ class Timed:
     """As train.py's."""
     device: str = "auto"
     """auto, cuda or cpu."""
-    out: Annotated[str | None, cli.UNSET] = None
+    out: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File for all figures as JSON."""
 
 

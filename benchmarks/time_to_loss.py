@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from core import cli
-from core.metrics import read_metrics
-from core.results import table
+from core.files import markdown_table, read_metrics
 from model import PRESETS
 from report import COLOURS
 
@@ -59,7 +58,7 @@ class Config:
     """Tokens a sequence."""
     val_tokens: int = 10_485_760
     """Validation tokens at most."""
-    lambada: Annotated[str | None, cli.UNSET] = None
+    lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of LAMBADA passages in the standard text: each run is scored on them at its end, by protocol `standard`."""
     gpus: int = 1
     """More than one: each run under torchrun, on so many."""
@@ -110,7 +109,7 @@ def main(config: Config) -> None:
         "times sooner",
         "LAMBADA",
     ]
-    page = table(header, rows) + f"\n\n{outcomes[0].versions}\n"
+    page = markdown_table(header, rows) + f"\n\n{outcomes[0].versions}\n"
     page += "".join(
         f"\nSeed {f['seed']}, {f['tokens']:,} tokens: the loss is reached {said(f['times_sooner'], f['at_least'])}.\n"
         for f in facts

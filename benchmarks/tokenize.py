@@ -29,7 +29,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from core import cli, encoders, parts, sources, tokenizer
+from core import cli
+from core.data import encode, prepare, sources, tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +45,7 @@ class Config:
     """Processes that tokenise, of each command."""
     out: str = "logs/benchmarks/tokenize.json"
     """Where the figures go."""
-    plain_loop: Annotated[str | None, cli.UNSET] = None
+    plain_loop: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """What the benchmark starts itself: run the plain loop, writing to this folder."""
 
 
@@ -165,10 +166,10 @@ def stage_shares(files: tuple[sources.SourceFile, ...], folder: Path) -> dict[st
     sizes, result = tokenizer.token_bytes(folder), {}
     for name in ("fastokens", "tiktoken"):
         seconds: dict[str, float] = defaultdict(float)
-        encoder = encoders.Encoder(name, "gpt2", folder)
+        encoder = encode.Encoder(name, "gpt2", folder)
         for number, file in enumerate(files):
-            writer = parts.PartWriter(100_000_000, sizes)
-            writer.part = parts.Part(folder / name / str(number), {}, [], 0)
+            writer = prepare.PartWriter(100_000_000, sizes)
+            writer.part = prepare.Part(folder / name / str(number), {}, [], 0)
             row = 0
             for unit in sources.list_units(file.url, file.bytes):
                 begin = time.perf_counter()
@@ -177,7 +178,7 @@ def stage_shares(files: tuple[sources.SourceFile, ...], folder: Path) -> dict[st
                 ids, starts = encoder.encode(texts, number)
                 encoded = time.perf_counter()
                 lengths = np.array([len(text.encode()) for text in texts])
-                writer.add("train", parts.Documents(ids, starts, row + np.arange(len(texts)), lengths))
+                writer.add("train", prepare.Documents(ids, starts, row + np.arange(len(texts)), lengths))
                 row += len(texts)
                 joined = time.perf_counter()
                 for stage, spent in (("read", read - begin), ("encode", encoded - read), ("join", joined - encoded)):

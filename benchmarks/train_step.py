@@ -31,13 +31,13 @@ from torch import Tensor, nn
 import train
 from benchmarks.steps import WARM_UP, Timed, milliseconds, random_batches, settings_of, synchronize, timed
 from core import cli
+from core.data.shards import TokenOrder, Windows, open_dataset
 from core.distributed import Ranks, peak_flops, pick_device, process_group
-from core.interrupts import Interrupts
-from core.optim import Optimizers, optimizers
-from core.recipe import Schedule
-from core.runlog import versions
-from core.shards import TokenOrder, Windows, open_dataset
-from core.step import loss_model, open_loader, resolve_computation, train_step
+from core.train.interrupts import Interrupts
+from core.train.logging import versions
+from core.train.optim import Optimizers, optimizers
+from core.train.recipe import Schedule
+from core.train.setup import loss_model, open_loader, resolve_computation, train_step
 from model import GPT, PRESETS, GPTConfig
 
 VARIANTS = ("transformers", "transformers compiled", "compiled", "ours")
@@ -55,11 +55,11 @@ PARTS = {
 class Config(Timed):
     variants: tuple[str, ...] = VARIANTS
     """Which to run, of: transformers, transformers compiled, compiled (this model and torch.compile alone), ours."""
-    data: Annotated[str | None, cli.UNSET] = None
+    data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """Folder of shards: ours with the real loader too."""
     roofline: bool = False
     """Measure each matrix shape and attention alone, and print what each part of our step takes beside its limit."""
-    only: Annotated[str | None, cli.UNSET] = None
+    only: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """One variant, within this process: what the benchmark calls itself with."""
     started: float = 0.0
     """When that process was started, in seconds since 1970."""
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
     if config.only:
         with process_group(config.device) as ranks:
             found = measure_roofline(config, ranks) if config.only == "roofline" else measure(config, ranks)
-        return ranks.say(json.dumps(found))
+        return ranks.log(json.dumps(found))
     rows = {}
     with tempfile.TemporaryDirectory() as caches:
         for variant in config.variants:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from core.distributed import Ranks
-from core.metrics import METRICS
-from core.shards import json_text, sha256, write_json
+from core.files import METRICS, json_text, sha256, write_json
 from model import GPT, PRESETS
 
 CHECKSUMS = "checksums.json"
@@ -110,9 +109,9 @@ def find(run: Path, ranks: Ranks, anew: bool) -> Path | None:
         if (run / METRICS).is_file():
             raise ValueError(f"{run} holds a run already: take another --run, or --resume auto to go on with it")
         return None
-    found, passed_over = ranks.from_main(newest(run) if ranks.is_main else None)
+    found, passed_over = ranks.broadcast(newest(run) if ranks.is_main else None)
     for line in passed_over:
-        ranks.say(line)
+        ranks.log(line)
     if passed_over and found is None:
         raise ValueError(f"{run} has no checkpoint that verifies: move the folder away to begin anew")
     if found is not None and not found.is_dir():
@@ -169,7 +168,7 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
 
 def resolve_init(init_from: str, ranks: Ranks) -> str:
     """What `--init-from` names, where rank 0 finds it: a run that still trains may show each rank another one."""
-    return ranks.from_main(resolve(init_from, "--init-from"))
+    return ranks.broadcast(resolve(init_from, "--init-from"))
 
 
 def resolve_all(ckpts: tuple[str, ...]) -> list[str]:
@@ -195,7 +194,7 @@ def load_model(source: str) -> GPT:
 
 def load_encoding(source: str, vocab_size: int) -> Any:
     """The tokenizer stored with a model, else GPT-2's where the vocabulary has its size."""
-    from core import tokenizer
+    from core.data import tokenizer
 
     folder = Path(source)
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():

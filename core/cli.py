@@ -1,36 +1,39 @@
-"""One dataclass a script is its command line, its help and its logged config; and how scripts speak to who watches."""
+"""The command line of every script: one dataclass is its options, its help and its logged config.
+
+Nested dataclasses are groups of options in `--help`; their names don't become part of the option's name.
+"""
 
 import errno
-import inspect
 import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass, make_dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import tyro
 from tqdm import tqdm
 
 Config = TypeVar("Config")
-REMEDIES = {  # for what the system says of a path
-    errno.ENOENT: ": see whether the path is right",
-    errno.EISDIR: ": name a file in it",
-    errno.ENOTDIR: ": a file stands where a folder should be; name another",
-    errno.EEXIST: ": a file stands where a folder should be; name another",
-    errno.EACCES: ": you may not; name another, or change its permissions",
-    errno.ENOSPC: ": make room and give the same command again",
+REMEDIES = {  # for errors of the operating system that concern a path
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "a file has the name of a folder on this path; choose another path",
+    errno.EEXIST: "a file has the name of a folder on this path; choose another path",
+    errno.EACCES: "choose another path, or change its permissions",
+    errno.ENOSPC: "free disk space and rerun the same command",
 }
-# For an option whose default is None: its text says what that means.
-UNSET = tyro.conf.arg(help_behavior_hint="")
+# For an option whose default None is explained in its help text.
+DEFAULT_IN_HELP = tyro.conf.arg(help_behavior_hint="")
+STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
 
 
 @dataclass
 class Terminal:
-    """What is said on the way."""
+    """Output on the terminal."""
 
     quiet: bool = False
-    """No progress bars and no line a step: results, warnings and errors alone. CI=1 in the environment: no bars."""
+    """No progress bars and no line per step; only results, warnings and errors. CI=1 in the environment: no bars."""
 
 
 terminal = Terminal()
@@ -39,60 +42,54 @@ terminal = Terminal()
 def run(main: Callable[[Config], None], config_type: type[Config], description: str | None) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
-    ValueError and OSError are what a user can cause: they end in one sentence and exit status 2. TRACEBACK=1 in the
-    environment shows where they came from.
+    ValueError and OSError are errors that a user can cause: they end in one line and exit status 2. With TRACEBACK=1
+    in the environment the traceback is shown instead.
     """
     config = parse(config_type, description)
+    terminal.quiet = getattr(config, "terminal", terminal).quiet
     try:
         main(config)
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def sentence(error: Exception) -> str:
-    """An error without Python's own notation, `[Errno 21] Is a directory: 'data'`, and with what to do."""
+def parse(config_type: type[Config], description: str | None = None, args: list[str] | None = None) -> Config:
+    """The command line, or `args`, as a `config_type`. Exits with status 2 on an unknown option or value."""
+    return tyro.cli(config_type, description=description, args=args, config=STYLE)
+
+
+def message(error: Exception) -> str:
+    """An error in one line: an OSError as path, reason and remedy, without `[Errno 21]`."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}{REMEDIES.get(error.errno or 0, '')}"
+        remedy = REMEDIES.get(error.errno or 0)
+        return f"{error.filename}: {error.strerror}{f': {remedy}' if remedy else ''}"
     return str(error)
 
 
-def parse(config_type: type[Config], description: str | None, args: list[str] | None = None) -> Config:
-    """The command line as a `config_type`.
-
-    Where that only joins dataclasses, each is a group of --help, named after the class and described by its docstring.
-    """
-    parts = [part for part in config_type.__mro__ if is_dataclass(part) and inspect.get_annotations(part)]
-    groups = {"script": config_type} if config_type in parts else {part.__name__.lower(): part for part in parts}
-    members = [
-        (name, tyro.conf.OmitArgPrefixes[part])  # type: ignore[misc, valid-type]  # a type that the class given decides
-        for name, part in (groups | {"terminal": Terminal}).items()
-    ]
-    style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    parsed: Any = tyro.cli(make_dataclass("Command", members), description=description, args=args, config=style)
-    terminal.quiet = parsed.terminal.quiet
-    return config_type(**{key: value for name in groups for key, value in vars(getattr(parsed, name)).items()})
-
-
-def bar(*args: Any, hidden: bool = False, **settings: Any) -> Any:
-    """A progress bar where somebody watches: on a terminal, without --quiet, outside CI."""
+def progress_bar(*args: Any, hidden: bool = False, **settings: Any) -> Any:
+    """A tqdm bar, shown on a terminal only, and neither with --quiet nor in CI."""
     return tqdm(*args, disable=hidden or terminal.quiet or bool(os.environ.get("CI")) or None, **settings)
 
 
+def option_name(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
 def check_positive(**values: float) -> None:
-    """Raise ValueError for a setting that isn't above 0 and finite, by the name of its option."""
+    """Raise ValueError for a value that isn't positive and finite, by the name of its option."""
     for name, value in values.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be above 0")
+            raise ValueError(f"{option_name(name)} {value} must be above 0")
 
 
 def check_between(low: float, high: float, **values: float) -> None:
-    """Raise ValueError for a setting outside [low, high], by the name of its option."""
+    """Raise ValueError for a value outside [low, high], by the name of its option."""
     for name, value in values.items():
         if not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must lie between {low:g} and {high:g}")
+            raise ValueError(f"{option_name(name)} {value} must be between {low:g} and {high:g}")

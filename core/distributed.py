@@ -32,7 +32,7 @@ class Ranks:
         """The one process that writes files and speaks."""
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
+    def all_reduce(self, values: list[float]) -> list[float]:
         """Each value summed over the ranks. All ranks must call it."""
         if self.world_size == 1:
             return values
@@ -40,7 +40,7 @@ class Ranks:
         dist.all_reduce(total)  # gloo has no average, so ranks sum and divide
         return total.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. All ranks must call it."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
@@ -57,19 +57,19 @@ class Ranks:
         to_cuda = self.device.type == "cuda"  # MPS would go on reading memory that is free again (pytorch issue 189690)
         return [tensor.to(self.device, non_blocking=to_cuda) for tensor in self.pinned(*batch)]
 
-    def begin_thread(self) -> None:
+    def set_thread_device(self) -> None:
         """What a thread that pins tensors does first: threads begin on cuda:0, and would open a context there."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line for the person who watches, once."""
         if self.is_main:
             print(text, flush=True)
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank. All ranks must call it."""
-        return self.gather(value)[0]
+        return self.all_gather(value)[0]
 
 
 def pick_device(name: str) -> torch.device:

@@ -46,7 +46,7 @@ def generate(
     tokens = torch.tensor([prompt] * samples, device=model.device)  # (N, T)
     rows: list[list[int]] = [[] for _ in range(samples)]
     running = [True] * samples
-    for _ in cli.bar(range(max_tokens), "writing", unit="tok", leave=False, delay=1):
+    for _ in cli.progress_bar(range(max_tokens), "writing", unit="tok", leave=False, delay=1):
         logits = model.logits(model.hidden(tokens, cache)[:, -1])  # (N, V)
         if not logits.isfinite().all():
             raise ValueError("the model's logits are not finite: its training diverged; take an earlier checkpoint")
@@ -87,7 +87,7 @@ def pick(
 
 def sample_text(model: GPT, encoding: Any, prompt: str, max_tokens: int, **settings: Any) -> Iterator[str]:
     """Texts that continue `prompt`, prompt included; an empty prompt begins a document. `settings` as for generate."""
-    from core import tokenizer
+    from core.data import tokenizer
 
     end_of_text = tokenizer.end_of_text_id(encoding)
     ids = [end_of_text, *encoding.encode_ordinary(prompt)]

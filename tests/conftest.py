@@ -14,7 +14,9 @@ import torch
 import tyro
 
 import train
-from core import recipe, stories, tokenizer
+from core.data import tokenizer
+from core.train import recipe
+from demo import stories
 from model import GPT, PRESETS, GPTConfig
 
 for number in (signal.SIGINT, signal.SIGHUP):  # which shells ignore for jobs in the background, and nohup
@@ -190,7 +192,7 @@ def save_model(folder, seed, vocab_size=ENCODING.n_vocab):
 def world(tmp_path_factory):
     """A folder with data/stories (corpus, encoding, questions) and data/small (its shards)."""
     folder = tmp_path_factory.mktemp("world")
-    execute([sys.executable, "-m", "core.stories", "--stories", "600", "--questions", "40"], folder, True, {})
+    execute([sys.executable, "-m", "demo.stories", "--stories", "600", "--questions", "40"], folder, True, {})
     source = ("--source", "data/stories/stories.jsonl", "--encoding", "data/stories")
     run("fineweb.py", *source, "--out", "data/small", "--val-tokens", "6000", "--workers", "1", cwd=folder)
     return folder

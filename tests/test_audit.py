@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import ENCODING, TRAIN, refused, run, train_here
 
-from core import tokenizer
-from core.shards import Windows, open_dataset, sha256
+from core.data import tokenizer
+from core.data.shards import Windows, open_dataset
+from core.files import sha256
 
 
 @pytest.fixture

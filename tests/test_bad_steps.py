@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from core import checkpoint
-from core.metrics import METRICS, read_metrics
+from core.files import METRICS, read_metrics
 
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", 8, "--save-every", 1, "--keep", 99)
 POISON = {

@@ -9,8 +9,8 @@ import torch
 from conftest import train_here
 from huggingface_hub import ModelCard
 
-from core.card import model_card
 from core.checkpoint import problem
+from core.train.model_card import model_card
 
 RUN = ("--data", "data/small", "--run", "carded", "--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048)
 RUN += ("--device", "cpu", "--micro-batch", 16, "--steps", 4, "--save-every", 2, "--val-every", 2)
@@ -73,7 +73,7 @@ def test_the_hub_reads_the_card(trained):
 
 def test_a_card_that_cannot_be_made_costs_no_checkpoint(world, tmp_path, monkeypatch, capsys):
     shutil.copytree(world / "data/small", tmp_path / "data/small")
-    monkeypatch.setattr("core.card.SETTINGS", ("unknown",))
+    monkeypatch.setattr("core.train.model_card.SETTINGS", ("unknown",))
     train_here(*RUN, cwd=tmp_path)
     folder = tmp_path / "logs/carded/checkpoints/step_000004"
     assert problem(folder) is None

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_cbt
-from core.scoring import Score, score
-from core.stats import wilson
-from core.tasks import UnscorableError, Verdict, cbt
-from core.tasks.cbt import BLANK, Cloze, detokenize
+from core.eval import cbt
+from core.eval.cbt import BLANK, Cloze, detokenize
+from core.eval.results import wilson
+from core.eval.scoring import Score, score
+from core.eval.task import UnscorableError, Verdict
 
 DRAWN = settings(derandomize=True, deadline=None, max_examples=150)
 CUT = f"context cut to the model's {POSITIONS} tokens"

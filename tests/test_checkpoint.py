@@ -14,9 +14,11 @@ import torch
 from conftest import TRAIN, on_ranks, refused, run, train_here
 
 import train
-from core import checkpoint, tokenizer
+from core import checkpoint
+from core.data import tokenizer
+from core.data.shards import VERIFIED, open_dataset, verify
 from core.distributed import Ranks
-from core.shards import VERIFIED, open_dataset, sha256, verify, write_json
+from core.files import sha256, write_json
 from model import GPT
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

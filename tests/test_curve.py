@@ -11,10 +11,10 @@ from conftest import TRAIN, on_ranks, run
 import eval_lambada
 import report
 import train
-from core import evaluation, scoring
 from core.distributed import Ranks
-from core.metrics import read_metrics
-from core.validation import LambadaCurve
+from core.eval import scoring
+from core.files import read_metrics
+from core.train.validation import LambadaCurve
 
 STEPS, EVERY = 12, 5
 RUNS = ("scored", "unscored")
@@ -86,7 +86,7 @@ def test_the_ranks_share_the_passages(world, monkeypatch):
         shares.append(ranks)
         return scoring.score(model, groups, ranks=ranks, **how)
 
-    monkeypatch.setattr(evaluation, "score", score)
+    monkeypatch.setattr(evaluate, "score", score)
     opened = Ranks(0, 1, torch.device("cpu"))
     monkeypatch.setattr(train, "process_group", lambda *_: contextlib.nullcontext(opened))
     in_this_process(run="shared")

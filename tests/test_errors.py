@@ -13,9 +13,10 @@ from conftest import TRAIN, refused, run
 import eval_lambada
 import sample
 import train
-from core import cli, tokenizer
+from core import cli
+from core.data import tokenizer
+from core.data.shards import open_dataset
 from core.distributed import Ranks
-from core.shards import open_dataset
 from model import GPT, PRESETS
 
 RUN = (*TRAIN, "--data", "data/small", "--steps", "3")

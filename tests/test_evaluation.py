@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 import eval_cbt
 import eval_hellaswag
 import eval_lambada
-from core import cli, evaluation, results
+from core import cli
 from core.distributed import Ranks
-from core.results import Result
-from core.tasks import QuestionSet, UnscorableError, Verdict, cbt, lambada
-from core.tasks.files import LONGEST_LINE
+from core.eval import cbt, evaluate, lambada, results
+from core.eval.results import Result
+from core.eval.task import LONGEST_LINE, QuestionSet, UnscorableError, Verdict
 from model import GPT, PRESETS
 
 TEN = "bell|boat|book|drum|flute|kite|lamp|ring|rope|sack"
@@ -245,7 +245,7 @@ def test_the_published_table_has_a_row_a_figure_and_no_row_of_two(task):
 def test_a_size_is_known_by_its_shape(preset):
     model = SimpleNamespace(config=replace(PRESETS[preset], vocab_size=50304))
     questions = QuestionSet(["so it is"], ["openai"], "a.txt", None)
-    result = evaluation.summarize(
+    result = evaluate.summarize(
         lambada.TASK, model, "logs/mine", "openai", questions, [Verdict(True, logprob=-1.0)], "float32", 1.0
     )
     assert result.size == (preset if preset in results.SIZES else None)
@@ -498,7 +498,7 @@ def test_a_protocol_is_named_in_its_row_and_scored_once(call, models, monkeypatc
     accuracies, *_ = tables(call(*common, "all")[0])
     assert [row["protocol"] for row in accuracies] == protocols
     asked = []
-    monkeypatch.setattr(evaluation, "run", lambda task, options, sources, sets, reference: asked.extend(sets))
+    monkeypatch.setattr(evaluate, "run", lambda task, options, sources, sets, reference: asked.extend(sets))
     call(*common, protocols[1], protocols[0], protocols[1])
     assert [questions.protocols for questions in asked] == [protocols[1::-1]]
 
@@ -598,7 +598,7 @@ def test_no_file_is_overwritten_by_another(call, world, models, name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_place_that_cannot_be_is_refused_before_the_scoring(call, world, models, monkeypatch, name):
-    monkeypatch.setattr(evaluation, "run", lambda *_: pytest.fail("it was scored"))
+    monkeypatch.setattr(evaluate, "run", lambda *_: pytest.fail("it was scored"))
     printed, error, status = call(name, "--ckpt", models[0], *SETS[name][1], "--items", "data/stories/lambada.txt/x")
     assert (status, error.count("\n"), printed) == (2, 1, "")
 
@@ -628,7 +628,7 @@ def test_all_ranks_score_the_checkpoint_that_rank_0_found(world, models, monkeyp
 
     monkeypatch.chdir(world)
     ranks = contextlib.nullcontext(Second(0, 1, torch.device("cpu")))
-    monkeypatch.setattr(evaluation, "process_group", lambda device: ranks)
+    monkeypatch.setattr(evaluate, "process_group", lambda device: ranks)
     eval_cbt.main(eval_cbt.Config(ckpt=("models/one",), data=SETS["eval_cbt.py"][1][1:2], out="found.json"))
     assert [row["model"] for row in json.loads((world / "found.json").read_text())] == ["models/two"]
 
@@ -720,7 +720,7 @@ def test_a_question_is_told_from_another_by_its_whole_text(world, models):
     for task, questions in sets:
         result = make_result(task=task.name)
         verdicts = [Verdict(True)] * len(questions)
-        items = evaluation.itemize(task, result, QuestionSet(questions, ["openai"], "a", None), verdicts)
+        items = evaluate.itemize(task, result, QuestionSet(questions, ["openai"], "a", None), verdicts)
         assert len({item["question"] for item in items}) == len(questions)
-        again = evaluation.itemize(task, result, QuestionSet(questions, ["openai"], "b", None), verdicts)
+        again = evaluate.itemize(task, result, QuestionSet(questions, ["openai"], "b", None), verdicts)
         assert again == items

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run
 
-from core import tokenizer
+from core.data import tokenizer
 from core.generation import generate, pick
 from model import GPT, PRESETS
 

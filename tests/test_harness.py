@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ENCODING, execute, run, save_model
 
-from core import tokenizer
+from core.data import tokenizer
 from model import GPT
 
 pytest.importorskip("lm_eval")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ENCODING, execute, run, save_model
 
-from core import scoring
-from core.scoring import Score
-from core.tasks import UnscorableError, hellaswag
-from core.tasks.hellaswag import PROTOCOLS, checked, cleaned, judge, read, requests
+from core.eval import hellaswag, scoring
+from core.eval.hellaswag import PROTOCOLS, checked, cleaned, judge, read, requests
+from core.eval.scoring import Score
+from core.eval.task import UnscorableError
 
 STORY = {
     "ind": 1,

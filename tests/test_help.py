@@ -64,7 +64,7 @@ def test_bars_are_for_those_who_watch(monkeypatch):
     for terminal, environment, shown in ((True, "", True), (True, "1", False), (False, "", False)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         monkeypatch.setenv("CI", environment)
-        assert bool(cli.bar(total=1, file=sys.stderr).disable) is not shown
+        assert bool(cli.progress_bar(total=1, file=sys.stderr).disable) is not shown
         monkeypatch.setattr(cli.terminal, "quiet", True)
-        assert cli.bar(total=1, file=sys.stderr).disable
+        assert cli.progress_bar(total=1, file=sys.stderr).disable
         monkeypatch.undo()

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import refused, run
 
-from core import sources
+from core.data import sources
 
 SOURCE = "hf://datasets/owner/name/data/*.parquet"
 FAULTS = ("drop", "stall", 503, 429)

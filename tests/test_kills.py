@@ -10,7 +10,7 @@ from conftest import TRAIN, children, lives, on_ranks, run, started, train_here,
 from test_resume import assert_like, reached
 
 from core.checkpoint import listed
-from core.metrics import METRICS
+from core.files import METRICS
 
 KILLS = int(os.environ.get("SOAK_KILLS", "1"))
 STEPS = 12 * KILLS + 24

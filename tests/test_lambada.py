@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_lambada
-from core.scoring import NEAR_TIE, Request, Score
-from core.stats import wilson
-from core.tasks import UnscorableError, Verdict, lambada
+from core.eval import lambada
+from core.eval.results import wilson
+from core.eval.scoring import NEAR_TIE, Request, Score
+from core.eval.task import UnscorableError, Verdict
 
 DRAWN = settings(derandomize=True, deadline=None, max_examples=100)
 CUT = f"context cut to the model's {POSITIONS} tokens"

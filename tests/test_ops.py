@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
-from core import kernels, ops
+from core import ops
+from core.ops import kernels
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # 1 / (1 + inf) is the zero it should be

@@ -8,7 +8,7 @@ import torch
 from conftest import on_ranks, resolved
 
 from core.distributed import Ranks
-from core.optim import Optimizers, optimizers, orthogonalize
+from core.train.optim import Optimizers, optimizers, orthogonalize
 from model import GPT, PRESETS
 
 CPU = Ranks(0, 1, torch.device("cpu"))
@@ -19,8 +19,8 @@ SHARED = """
 import hashlib, torch
 import torch.distributed as dist
 from core.distributed import process_group
-from core.optim import optimizers
-from core.recipe import resolve
+from core.train.optim import optimizers
+from core.train.recipe import resolve
 from model import GPT, PRESETS
 import train
 
@@ -42,7 +42,7 @@ with process_group("cpu") as ranks:
         optimizer.set_rate(1.0)
         optimizer.step(skip=torch.zeros(()))
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    digests = ranks.gather(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
+    digests = ranks.all_gather(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
     assert len(set(digests)) == 1, digests
     if ranks.is_main:
         torch.save(weights, OUT)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import resolved
 
+from core.data.shards import TokenOrder, Windows, open_dataset
 from core.distributed import Ranks
-from core.recipe import Schedule
-from core.shards import TokenOrder, Windows, open_dataset
-from core.step import micro_batches
+from core.train.recipe import Schedule
+from core.train.setup import micro_batches
 
 SEQ_LEN = 16
 # Three epochs of ten windows, computed once: a change here would make every resumed run see other tokens.

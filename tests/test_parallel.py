@@ -5,7 +5,7 @@ import shutil
 import pytest
 from conftest import TRAIN, on_ranks, train_here
 
-from core.metrics import read_metrics
+from core.files import read_metrics
 
 STEPS = 20
 RECIPE = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 7, "--warmup-steps", 2, "--lr", "3e-3")

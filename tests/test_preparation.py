@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ENCODING, ROOT, children, ended, execute, fill, lives, on_ranks, refused, run, wait_until
 
-from core.parts import write_shard
+from core.data.prepare import write_shard
 
 KILLS = int(os.environ.get("SOAK_KILLS", "4"))
 SHARD_TOKENS = 2000
@@ -23,7 +23,7 @@ WORDS = ("Ana", "took", "the", "na\u00efve", "\u65e5\u672c\u8a9e", "\U0001f642\U
 SETTINGS = ("--encoding", "data/stories", "--shard-tokens", SHARD_TOKENS, "--val-tokens", 5000)
 FAKE = """
 import numpy as np
-from core import tokenizer
+from core.data import tokenizer
 
 class Panic(BaseException):
     pass

@@ -13,11 +13,11 @@ from conftest import TRAIN, on_ranks, resolved, train_here
 
 import train
 from core.checkpoint import TRAINING_STATE
+from core.data.shards import TokenOrder, Windows, open_dataset
 from core.distributed import Ranks
-from core.metrics import read_metrics
-from core.recipe import RECIPES, SETTINGS, Schedule, align_keys
-from core.shards import TokenOrder, Windows, open_dataset
-from core.step import micro_batches
+from core.files import read_metrics
+from core.train.recipe import RECIPES, SETTINGS, Schedule, align_keys
+from core.train.setup import micro_batches
 from model import GPT, PRESETS
 
 GPT2 = {"shape": PRESETS["gpt2"], "seq_len": 1024}
@@ -221,7 +221,7 @@ def test_aligned_keys_are_the_queries_and_all_else_is_as_drawn():
 
 
 def test_two_ranks_share_each_step_while_batch_and_pieces_grow(world, monkeypatch):
-    monkeypatch.setattr("core.recipe.FIRST_PHASE", 4)
+    monkeypatch.setattr("core.train.recipe.FIRST_PHASE", 4)
     dataset = open_dataset(world / "data/small")
     windows = Windows(dataset, "train", 64)
     order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
@@ -243,7 +243,7 @@ def test_two_ranks_share_each_step_while_batch_and_pieces_grow(world, monkeypatc
 
 def test_a_run_that_was_cut_in_two_ends_bit_for_bit(world, monkeypatch):
     """Where batch and pieces have changed before and after."""
-    monkeypatch.setattr("core.recipe.FIRST_PHASE", 4)
+    monkeypatch.setattr("core.train.recipe.FIRST_PHASE", 4)
     command = (*TRAIN[:4], "--device", "cpu", "--data", "data/small", "--val-tokens", 640, "--recipe", "speedrun")
     command += ("--first-batch-tokens", 512, "--short-seq-len", 16, "--steps", 14, "--save-every", 6, "--run", "grown")
     train_here(*command, cwd=world)

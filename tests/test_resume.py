@@ -14,7 +14,7 @@ from conftest import ROOT, TRAIN, run, train_here
 
 import train
 from core import checkpoint
-from core.metrics import METRICS, read_metrics
+from core.files import METRICS, read_metrics
 
 STEPS = 24
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--warmup-steps", 3, "--keep", 99)

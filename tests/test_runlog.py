@@ -18,8 +18,8 @@ from conftest import TRAIN, command_of, environment, run, train_here
 from test_resume import assert_like
 
 from core.distributed import Ranks
-from core.metrics import METRICS, cut_back, read_metrics
-from core.runlog import StepReports, announcement, duration, logged_in
+from core.files import METRICS, read_metrics
+from core.train.logging import StepReports, announcement, format_duration, logged_in, truncate_metrics
 
 STEPS = 10
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--save-every", 4, "--log-every", 5)
@@ -123,8 +123,10 @@ def test_time_left_and_mfu_follow_steps_that_grow(monkeypatch):
     """Two tokens a step, then six: what is left is tokens, not steps of this size."""
     said, written = [], []
     log = SimpleNamespace(say=said.append, write=lambda **line: written.append(line), advance=lambda: None)
-    monkeypatch.setattr("core.runlog.peak_flops", lambda device: 1e6)
-    monkeypatch.setattr("core.runlog.DeviceClock", lambda device: SimpleNamespace(mark=int, seconds=lambda a, b: 0.5))
+    monkeypatch.setattr("core.train.logging.peak_flops", lambda device: 1e6)
+    monkeypatch.setattr(
+        "core.train.logging.DeviceClock", lambda device: SimpleNamespace(mark=int, seconds=lambda a, b: 0.5)
+    )
     reports = StepReports(log, Ranks(0, 2, torch.device("cpu")), 4, 1011, 1, 0.0, 0, 0)
     steps = (1, 2, 2, 1000.0), (2, 8, 6, 2000.0), (3, 10, 2, 0.0), (4, 1011, 1001, 0.0)
     for step, tokens, step_tokens, flops in steps:
@@ -142,7 +144,7 @@ def test_time_left_and_mfu_follow_steps_that_grow(monkeypatch):
     [(0, "0 s"), (119, "119 s"), (120, "2.0 min"), (7199, "120.0 min"), (9000, "2.5 h"), (2e5, "2.3 days")],
 )
 def test_durations_are_told_in_the_unit_that_fits(seconds, said):
-    assert duration(seconds) == said
+    assert format_duration(seconds) == said
 
 
 def test_a_run_says_what_it_is_about_to_do():
@@ -161,7 +163,7 @@ def test_what_a_kill_leaves_at_the_end_is_cut_off(tmp_path, end):
     lines = [{"step": step, "split": "train", "loss": 0.1 + step / 3} for step in range(5)]
     path = tmp_path / METRICS
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
-    kept = cut_back(path, 3)
+    kept = truncate_metrics(path, 3)
     assert kept[:4] == lines[:4] == read_metrics(tmp_path)[:4]
     assert kept == read_metrics(tmp_path)
     assert all(line["step"] <= 3 for line in kept)

@@ -11,7 +11,8 @@ from conftest import TRAIN, ended, fill, refused, started, train_here, wait_unti
 from test_resume import assert_like, reached
 
 import train
-from core import checkpoint, saver
+from core import checkpoint
+from core.train import saver
 
 TINY = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu", "data": "data/small"}
 STEPS = 60

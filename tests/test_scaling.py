@@ -9,7 +9,7 @@ from test_resume import reached
 
 from benchmarks import relay, scaling
 from core import checkpoint
-from core.metrics import read_metrics
+from core.files import read_metrics
 
 TINY = ("--device", "cpu", "--preset", "tiny", "--seq-len", 64)
 

@@ -12,11 +12,11 @@ from conftest import on_ranks, run, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import evaluation, scoring
 from core.distributed import Ranks
-from core.scoring import Request, Score, score
-from core.stats import mcnemar, wilson
-from core.tasks import QuestionSet, Task, UnscorableError, Verdict
+from core.eval import evaluate, scoring
+from core.eval.results import mcnemar, wilson
+from core.eval.scoring import Request, Score, score
+from core.eval.task import QuestionSet, Task, UnscorableError, Verdict
 from model import GPT, GPTConfig
 
 VOCAB, POSITIONS = 97, 32  # padded to 128: padded ids must never win
@@ -346,7 +346,7 @@ TOO_LONG = f"longer than the model's context of {POSITIONS} tokens"
 )
 def test_a_question_is_cut_or_left_unscored(lengths, unscored, remarks):
     question = [Request([1] * context, [2] * ending) for context, ending in lengths]
-    (asked,) = evaluation.ask(TOY, QuestionSet([question], ["a"], "toy", None), None, POSITIONS)
+    (asked,) = evaluate.ask(TOY, QuestionSet([question], ["a"], "toy", None), None, POSITIONS)
     assert (asked.unscored, asked.remarks) == (unscored, remarks)
     assert asked.requests == ([] if unscored else question)
 
@@ -357,7 +357,7 @@ def test_every_question_is_counted_once_and_what_was_not_scored_as_wrong(model):
     questions = QuestionSet([too_long, short, [], long, too_long, pair], ["a", "b"], "toy", None)
     encoding = SimpleNamespace(encode_ordinary=None)
     ranks = Ranks(0, 1, model.device)
-    verdicts = evaluation.evaluate(TOY, model, encoding, questions, evaluation.Scoring(), ranks)
+    verdicts = evaluate.evaluate(TOY, model, encoding, questions, evaluate.Scoring(), ranks)
     assert list(verdicts) == ["a", "b"]
     for protocol, outcome in verdicts.items():
         is_right = protocol == "a"
@@ -365,7 +365,7 @@ def test_every_question_is_counted_once_and_what_was_not_scored_as_wrong(model):
         for verdict, asked in ((outcome[1], short), (outcome[3], [Request([1] * 32, [2])]), (outcome[5], pair)):
             logprobs = [plain(request, lambda tokens: next_token(model, tokens)).total for request in asked]
             assert verdict.logprob == pytest.approx(sum(logprobs), abs=1e-4)
-        result = evaluation.summarize(TOY, model, "models/a", protocol, questions, outcome, "float32", 1.0)
+        result = evaluate.summarize(TOY, model, "models/a", protocol, questions, outcome, "float32", 1.0)
         assert (result.correct, result.total) == (3 * is_right, 6)
         assert result.unscored == {TOO_LONG: 2, "nothing is asked": 1}
         assert result.remarks == {"odd": 3, CUT: 1}

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import refused, run
 
-from core import sources, tokenizer
-from core.claims import Claims
+from core.data import sources, tokenizer
+from core.files import FileLocks
 
 SHARD_TOKENS, VAL_TOKENS = 700, 900
 WORDS = (
@@ -232,7 +232,7 @@ def test_a_call_that_came_to_no_shard_binds_nobody(world, tmp_path):
     message = refused(make(world, tmp_path / "none.jsonl", tmp_path / "out", check=False))
     assert "none.jsonl, the first file, leaves no val document" in message
     source = "data/stories/stories.jsonl"
-    claims = Claims(tmp_path / "out")
+    claims = FileLocks(tmp_path / "out")
     claims.take(1)
     message = refused(make(world, source, tmp_path / "out", check=False))
     assert "was made with source" in message

@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import TRAIN, resolved, train_here
 
-from core import memory
+from core.data.shards import TokenOrder, Windows, open_dataset, prefetched
 from core.distributed import Ranks
-from core.metrics import read_metrics
-from core.optim import optimizers
-from core.recipe import Schedule
-from core.shards import TokenOrder, Windows, open_dataset, prefetched
-from core.step import fitting_micro_batch, micro_batches, open_loader, resolve_computation, warm_up
-from core.validation import Validation
+from core.files import read_metrics
+from core.train import memory
+from core.train.optim import optimizers
+from core.train.recipe import Schedule
+from core.train.setup import fitting_micro_batch, micro_batches, open_loader, resolve_computation, warm_up
+from core.train.validation import Validation
 from model import GPT, PRESETS
 
 RECIPE = (*TRAIN, "--data", "data/small", "--lr", "2e-3", "--val-tokens", "1280")
@@ -40,7 +40,7 @@ def test_the_loader_gives_the_micro_batches_of_all_steps_in_order(world):
 
 def test_no_step_compiles_what_the_warm_up_has_compiled(monkeypatch):
     """Nor does any shape pass the compiler's limit, beyond which it would leave the rest uncompiled."""
-    monkeypatch.setattr("core.recipe.FIRST_PHASE", 2)
+    monkeypatch.setattr("core.train.recipe.FIRST_PHASE", 2)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     grown = {"recipe": "speedrun", "first_batch_tokens": 64, "batch_tokens": 512, "short_seq_len": 16, "steps": 40}
     config = resolved(**grown, micro_batch=8)
@@ -118,7 +118,7 @@ def test_moments_and_buckets_are_kept_room_for(monkeypatch, world_size, begun, b
     optimizer = optimizers(model, config, CPU)
     if begun:
         optimizer.parts[0].state[next(model.parameters())] = {"step": 1}
-    monkeypatch.setattr("core.step.largest_micro_batch", lambda *given: given[3])
+    monkeypatch.setattr("core.train.setup.largest_micro_batch", lambda *given: given[3])
     config = resolve_computation(config, ranks)
     assert fitting_micro_batch(model, optimizer, config, ranks) == bytes_a_weight * model.num_parameters()
 

@@ -14,7 +14,7 @@ from test_resume import assert_like, reached
 
 import train
 from core import checkpoint
-from core.metrics import read_metrics
+from core.files import read_metrics
 
 STEPS = 16
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4)

@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 from conftest import execute, refused
 
-from core import stories
-from core.tasks import cbt
+from core.eval import cbt
+from demo import stories
 
 # Which list of words a slot is drawn from, where that isn't the list of its own name.
 LISTS = {"hero": "name", "object": "thing"}
@@ -134,6 +134,6 @@ def test_cloze_questions_have_ten_candidates_and_an_answer_told_before(world, na
 
 def test_no_stories_are_refused(world):
     for name in ("--stories", "--questions"):
-        command = [sys.executable, "-m", "core.stories", "--out", "none", name, "0"]
+        command = [sys.executable, "-m", "demo.stories", "--out", "none", name, "0"]
         assert f"{name} 0" in refused(execute(command, world, False, {}))
         assert not (world / "none").exists()

@@ -6,7 +6,8 @@ from itertools import islice, product
 import pytest
 from conftest import refused, run
 
-from core import stories, tokenizer
+from core.data import tokenizer
+from demo import stories
 
 TEXTS = (
     "",

@@ -15,10 +15,10 @@ from conftest import ROOT, TRAIN, execute, run
 from safetensors.torch import load_file
 
 import train
-from core import tokenizer
-from core.metrics import METRICS, read_metrics
-from core.shards import open_dataset
-from core.validation import Validation
+from core.data import tokenizer
+from core.data.shards import open_dataset
+from core.files import METRICS, read_metrics
+from core.train.validation import Validation
 from model import GPT, PRESETS
 
 STEPS = 10

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: the engine of every evaluation.
+"""Log-likelihoods of continuations: the engine of every evaluate.
 
 Requests of one group that begin alike share the work of their beginning: a row of the batch holds each different
 token once, its sequences branch as a tree does, and a token sees the tokens on its own branch alone. Ten candidates
@@ -97,7 +97,7 @@ def score(
     batches = _pack(rows, batch_tokens or default_batch_tokens(model.device))[ranks.rank :: ranks.world_size]
     slots, values = [np.empty(0, np.int64)], [torch.empty(0, 3, device=model.device)]
     hidden = quiet or not ranks.is_main
-    with cli.bar(total=sum(map(len, batches)), desc=label, unit="row", hidden=hidden, leave=False) as bar:
+    with cli.progress_bar(total=sum(map(len, batches)), desc=label, unit="row", hidden=hidden, leave=False) as bar:
         for batch in batches:
             for where, found in _score_batch(model, batch, ranks, dtype, banned):
                 slots.append(where)
@@ -105,7 +105,7 @@ def score(
             bar.update(len(batch))
         mine = np.concatenate(slots), torch.cat(values).cpu().numpy()
     table = np.empty((sum(len(span.targets) for group in spans for span in group), 3), np.float32)
-    for where, found in ranks.gather(mine):
+    for where, found in ranks.all_gather(mine):
         table[where] = found
     return [[_result(table, span) for span in group] for group in spans]
 

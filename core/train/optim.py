@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.distributed import Ranks
-from core.recipe import Recipe
+from core.train.recipe import Recipe
 from model import GPT
 
 # Newton-Schulz iteration of Jordan et al. 2024 (kellerjordan.github.io/posts/muon): x -> a x + b x^3 + c x^5.

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from core.shards import write_json
-from core.stats import mcnemar, wilson
-from core.tasks.files import read_lines
+from core.eval.task import read_lines
+from core.files import markdown_table, write_json
 
 RESULTS = Path("logs/results")  # where report.py looks
 ITEM = {"task": str, "protocol": str, "model": str, "subset": str, "index": int, "question": str, "correct": bool}
@@ -120,7 +120,7 @@ def footnotes(results: list[Result]) -> str:
 
 def published(task: str) -> list[dict[str, Any]]:
     """All published figures of a task, each with its protocol and source."""
-    return json.loads((Path(__file__).parent / "tasks" / "published.json").read_text())[task]
+    return json.loads((Path(__file__).parent / "published.json").read_text())[task]
 
 
 def published_figure(result: Result) -> list[Any] | None:
@@ -148,7 +148,7 @@ def results_table(results: list[Result]) -> str:
             figure = published_figure(r)
             row += [format_figure(figure), f"{100 * r.accuracy - figure[0]:+.2f}" if figure else ""]
         rows.append(row)
-    return table(header + ["published, same size", "difference"] * compared, rows)
+    return markdown_table(header + ["published, same size", "difference"] * compared, rows)
 
 
 def comparison_table(items_a: list[dict[str, Any]], items_b: list[dict[str, Any]] | None = None) -> str | None:
@@ -175,7 +175,7 @@ def comparison_table(items_a: list[dict[str, Any]], items_b: list[dict[str, Any]
         row = [task, protocol, subset, model_a, model_b, *right, f"{only_a:,}", f"{only_b:,}"]
         rows.append([*row, format_p(mcnemar(only_a, only_b))])
     header = ["task", "protocol", "questions", "A", "B", "A %", "B %", "only A right", "only B right", "p (McNemar)"]
-    return table(header, rows) if rows else None
+    return markdown_table(header, rows) if rows else None
 
 
 def answers(items: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[tuple[int, str], bool]]:
@@ -199,7 +199,7 @@ def published_table(task: str, protocols: list[str]) -> str:
             name = " ".join(figure[key] for key in ("type", "split") if key in figure)
             cells = [format_figure(figure.get(size)) for size in SIZES]
             rows.append([f"{name} `{figure['protocol']}`".strip(), *cells, figure["source"]])
-    return table([f"{task}, published", *SIZES.values(), "source"], rows)
+    return markdown_table([f"{task}, published", *SIZES.values(), "source"], rows)
 
 
 def format_figure(figure: list[float | None] | None) -> str:
@@ -210,11 +210,25 @@ def format_figure(figure: list[float | None] | None) -> str:
     return f"{figure[0]:.2f}{perplexity}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with its columns aligned, to be read on a terminal as it is."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
-    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927): it stays within [0, 1] and holds for small counts."""
+    p, z2 = correct / total, Z95**2
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The exact two-sided p-value that two models are equally good (McNemar 1947), by the binomial distribution.
+
+    only_a, only_b: questions that A alone and B alone answers right; those where both agree say nothing.
+    """
+    n = only_a + only_b
+    ways = tail = 1  # n over k, and their sum; each from the one before, as math.comb anew took seconds for n = 9,000
+    for k in range(min(only_a, only_b)):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
+    return min(2 * tail / 2**n, 1.0)

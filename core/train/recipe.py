@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from core import cli
-from model import GPT, GPTConfig, described
+from model import GPT, GPTConfig, describe
 
 STEPS = 19_073  # of 524,288 tokens that ten billion make
 WIDTH = 768  # where speedrun's rates were measured
@@ -81,9 +81,9 @@ class Recipe:
     """Sets what follows but for --tokens and --seq-len; each can be set by itself too."""
     tokens: int = 10_000_000_000
     """Tokens to train on; the last step is the last that is whole."""
-    seq_len: Annotated[int | Later, cli.UNSET] = None
+    seq_len: Annotated[int | Later, cli.DEFAULT_IN_HELP] = None
     """Tokens a sequence. Default: the preset's context, the most it can be."""
-    steps: Annotated[int | Later, cli.UNSET] = None
+    steps: Annotated[int | Later, cli.DEFAULT_IN_HELP] = None
     """Optimizer steps, in place of --tokens. Default: as many as --tokens takes."""
     optimizer: Annotated[
         Literal["adamw", "muon"] | Later, option("optimizer", "Of the blocks' matrices; AdamW has the rest.")
@@ -139,7 +139,7 @@ def resolve(options: Options, shape: GPTConfig, micro_batch: int, world_size: in
     cli.check_positive(tokens=options.tokens, seq_len=options.seq_len)
     if options.seq_len > shape.n_positions:
         raise ValueError(
-            f"--seq-len {options.seq_len} passes the context of {described(shape)}: take --seq-len {shape.n_positions}"
+            f"--seq-len {options.seq_len} passes the context of {describe(shape)}: take --seq-len {shape.n_positions}"
         )
     if options.steps is not None:
         cli.check_positive(steps=options.steps)

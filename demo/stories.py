@@ -4,7 +4,7 @@ A story has a hero, a place and a thing, which its sentences come back to, and s
 anew each time. The generator knows the probability of each choice it makes, so each story comes with the nats that it
 takes to write it down: the least loss that any model can reach on it.
 
-    python -m core.stories --out data/stories
+    python -m demo.stories --out data/stories
 """
 
 import json
@@ -15,7 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from core import cli, tokenizer
+from core import cli
+from core.data import tokenizer
 
 WORDS = {
     "name": "Ana Ben Cal Dan Eva Fay Gus Hal Ida Jon Kim Leo Max Nia Ola Pam Ray Sam Tom Uma Vic Wes Zoe Amy",

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from core import cli
 from core.distributed import AgreedError, DeviceClock, Ranks, device_name, peak_flops
-from core.metrics import METRICS, cut_back
-from core.shards import write_json
+from core.files import METRICS, write_json
 
 PACE = 0.1  # a step's part in the mean that the time left is told by
 
@@ -31,13 +30,13 @@ class RunLog:
         """`done` steps lie behind: metrics of later steps, which the checkpoint lacks, are cut off."""
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", settings)
-        kept = cut_back(run / METRICS, done if done else -1)  # a run that begins anew says its step 0 again
+        kept = truncate_metrics(run / METRICS, done if done else -1)  # a run that begins anew says its step 0 again
         self.told = frozenset(
             line["split"] for line in kept if line["step"] == done
         )  # what is known of that step already
         self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
-        self._bar = cli.bar(total=steps, initial=done, unit="step", dynamic_ncols=True)
+        self._bar = cli.progress_bar(total=steps, initial=done, unit="step", dynamic_ncols=True)
         self._wandb: Any = start_wandb(run, settings, wandb_project) if wandb_project else None
         if not cli.terminal.quiet:
             self.say(announcement(run, settings))
@@ -174,7 +173,7 @@ class StepReports:
         return (
             f"step {facts['step']:>6,}/{self._steps:,}  loss {facts['loss']:.4f}  lr {facts['lr']:.2e}  "
             f"norm {facts['grad_norm']:.2f}  {facts['tokens_per_second'] / 1e3:,.1f} ktok/s{mfu}"
-            f"{f'  {duration(left * self._pace)} left' if left else ''}"
+            f"{f'  {format_duration(left * self._pace)} left' if left else ''}"
         )
 
 
@@ -191,7 +190,7 @@ def announcement(run: Path, settings: dict[str, Any]) -> str:
     )
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """For a person: 48 s, 12.3 min, 4.6 h, 2.1 days."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
@@ -239,3 +238,21 @@ def git_revision() -> str | None:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop what metrics.jsonl says of steps after `step`, and a last line that a kill cut short; return the rest."""
+    kept: list[dict[str, Any]] = []
+    if not path.is_file():
+        return kept
+    for line in path.read_text().splitlines():
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            break
+        if metrics["step"] <= step:
+            kept.append(metrics)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
+    os.replace(unfinished, path)
+    return kept

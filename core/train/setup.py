@@ -1,9 +1,12 @@
 """One optimizer step: the micro-batches it reads, the loss it follows, and the update, on any number of ranks."""
 
+import contextlib
+import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -11,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from core.data.shards import TokenOrder, Windows, prefetched
 from core.distributed import Ranks, autocast, runs_triton
-from core.interrupts import Interrupts
-from core.memory import largest_divisor, largest_micro_batch
-from core.optim import Optimizers
-from core.recipe import Recipe, Schedule
-from core.shards import TokenOrder, Windows, prefetched
+from core.files import LOCK, FileLocks
+from core.train.interrupts import Interrupts
+from core.train.memory import largest_divisor, largest_micro_batch
+from core.train.optim import Optimizers
+from core.train.recipe import Recipe, Schedule
 from model import GPT
 
 Settings = TypeVar("Settings", bound="StepConfig")
@@ -84,7 +88,7 @@ def open_loader(
 ) -> Generator[list[Tensor], None, None]:
     """This rank's micro-batches of those steps, read ahead by a thread."""
     batches = (batch for step in steps for batch in micro_batches(config, schedule, ranks, windows, order, step))
-    return prefetched(batches, READ_AHEAD, ranks.begin_thread)
+    return prefetched(batches, READ_AHEAD, ranks.set_thread_device)
 
 
 def loss_model(model: GPT, config: StepConfig, compiled: bool) -> Any:
@@ -165,4 +169,24 @@ def warm_up(model: Any, config: StepConfig, schedule: Schedule, ranks: Ranks, st
         loss.item()  # waits for the device
     for p in model.parameters():
         p.grad = None
-    ranks.say(f"compiled in {time.perf_counter() - begin:.0f} s")
+    ranks.log(f"compiled in {time.perf_counter() - begin:.0f} s")
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path, ranks: "Ranks") -> Iterator[None]:
+    """Keep other processes off a run's folder. Raises ValueError, on every rank, where one is training the run."""
+    lock, problem = None, None
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLocks(folder, "--run")
+        try:
+            lock.take(0)
+        except ValueError as error:
+            problem = str(error)
+    if problem := ranks.broadcast(problem):
+        raise ValueError(problem)
+    try:
+        yield
+    finally:
+        if lock is not None and [path.name for path in folder.iterdir()] == [LOCK]:  # it came to no run
+            shutil.rmtree(folder)

@@ -8,8 +8,6 @@ list doesn't exist.
 import contextlib
 import hashlib
 import json
-import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from core import cli
+from core.files import sha256, write_json
 
 if TYPE_CHECKING:  # fineweb.py needs no torch, and starts sooner without it
     from torch import Tensor
@@ -34,28 +33,6 @@ UNFINISHED = "unfinished"  # the folder of what fineweb.py has not joined yet
 VERIFIED = ".verified.json"
 BIN_MAGIC = 20240520
 REMEDY = "write the folder again with fineweb.py --overwrite"
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_text(value: Any) -> str:
-    return json.dumps(value, indent=1) + "\n"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write by rename, so that a reader finds the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        unfinished.write_text(json_text(value))
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} can't be written ({error.strerror}): see to it and give the same command again"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -99,7 +76,7 @@ def _remedy(folder: Path) -> str:
     if (folder / UNFINISHED).is_dir():
         return ", which fineweb.py writes last: it is at work there, or was interrupted and its command goes on"
     if any(folder.glob("*.npy")) or any(folder.glob("*.bin")):
-        return f". Another project's shards are described by: python fineweb.py --adopt {folder}"
+        return f". Another project's shards are describe by: python fineweb.py --adopt {folder}"
     others = sorted(str(path.parent) for path in folder.parent.glob(f"*/{MANIFEST}"))
     there = f"; folders that have one: {', '.join(others)}" if others else ""
     options = "(20 GB)" if folder == Path(DEFAULT_DATA) else f"--source 'my/*.parquet' --out {folder}"
@@ -120,11 +97,11 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     """
     memory = _remembered(dataset.folder)
     shards = dataset.manifest["shards"]
-    mine = cli.bar(
+    mine = cli.progress_bar(
         shards[ranks.rank :: ranks.world_size], "checking shards", leave=False, delay=1, hidden=ranks.rank > 0
     )
     checked = {shard["file"]: _check_shard(dataset, shard, memory) for shard in mine}
-    results = {file: result for part in ranks.gather(checked) for file, result in part.items()}
+    results = {file: result for part in ranks.all_gather(checked) for file, result in part.items()}
     for shard in shards:
         problem, _ = results[shard["file"]]
         if problem:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from core import cli
-from core.claims import ALL, Claims
-from core.shards import MANIFEST, UNFINISHED, open_dataset, sha256, write_json
+from core.data.shards import MANIFEST, UNFINISHED, open_dataset
+from core.files import ALL, FileLocks, sha256, write_json
 
 SETTINGS = "settings.json"
 DISTRUST = "fastokens-differs"
@@ -292,7 +292,7 @@ def distrusted(out: Path) -> bool:
     return (out / UNFINISHED / DISTRUST).exists()
 
 
-def clear(out: Path, claims: Claims) -> None:
+def clear(out: Path, claims: FileLocks) -> None:
     """Remove what earlier calls left, the manifest first. Raises ValueError where a process is at work there."""
     claims.take(0, count=ALL)
     with claims.alone():
@@ -301,7 +301,7 @@ def clear(out: Path, claims: Claims) -> None:
         remove_shards(out, keep=set())
 
 
-def forget_barren(out: Path, claims: Claims) -> bool:
+def forget_barren(out: Path, claims: FileLocks) -> bool:
     """Forget a preparation that came to no shard, such as one of a mistyped --source; whether that was so."""
     barren = not any([(out / MANIFEST).exists(), *(out / UNFINISHED).glob("*/*.npy")])
     if barren and claims.unheld():
@@ -333,7 +333,7 @@ def join(out: Path, parts: list[Part], head: dict[str, Any]) -> None:
             shards.append(shard | {"file": name, "source_file": number})
     with ThreadPoolExecutor(8) as pool:
         paths = [out / shard["file"] for shard in shards]
-        digests = list(cli.bar(pool.map(sha256, paths), "checking shards", len(paths), delay=1, leave=False))
+        digests = list(cli.progress_bar(pool.map(sha256, paths), "checking shards", len(paths), delay=1, leave=False))
     for path, shard, digest in zip(paths, shards, digests, strict=True):
         if digest != shard["sha256"]:
             raise ValueError(f"{path} was altered since it was written: write all again with --overwrite")

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.metrics import read_metrics
-from core.recipe import SETTINGS
+from core.files import read_metrics
+from core.train.recipe import SETTINGS
 
 # Nothing here depends on when or how often the run was interrupted: the same run has the same card.
 CARD = """---

@@ -1,19 +1,48 @@
-"""Who writes what in a data folder: locks between processes, and between machines that share the folder."""
+"""Files that every stage reads or writes: JSON, metrics, checksums, locks between processes, Markdown tables."""
 
 import contextlib
-import shutil
+import hashlib
+import json
+import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:  # fineweb.py needs no torch, and starts sooner without it
-    from core.distributed import Ranks
-
+METRICS = "metrics.jsonl"
 LOCK = ".lock"
 ALL = 2**30  # more source files than there can be; the byte of that number is for what one process does at a time
 
 
-class Claims:
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write by rename, so that a reader finds the old file or the whole new one."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        unfinished.write_text(json_text(value))
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} can't be written ({error.strerror}): see to it and give the same command again"
+        ) from None
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics so far, also while it goes on. A last line that is being written is left out."""
+    lines = (run / METRICS).read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+class FileLocks:
     """Which source files this process alone works on.
 
     They are locked bytes of a file, which the system frees when the process ends, however it ends, and which hold
@@ -63,21 +92,11 @@ class Claims:
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, ALL)
 
 
-@contextlib.contextmanager
-def hold_run(folder: Path, ranks: "Ranks") -> Iterator[None]:
-    """Keep other processes off a run's folder. Raises ValueError, on every rank, where one is training the run."""
-    lock, problem = None, None
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = Claims(folder, "--run")
-        try:
-            lock.take(0)
-        except ValueError as error:
-            problem = str(error)
-    if problem := ranks.from_main(problem):
-        raise ValueError(problem)
-    try:
-        yield
-    finally:
-        if lock is not None and [path.name for path in folder.iterdir()] == [LOCK]:  # it came to no run
-            shutil.rmtree(folder)
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with its columns aligned, to be read on a terminal as it is."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])

@@ -164,7 +164,7 @@ def cut(files: list[SourceFile]) -> list[list[Unit]]:
     remote = not all(is_local(file.url) for file in files)
     with ThreadPoolExecutor(16 if remote else 1) as pool:
         tasks = pool.map(lambda file: persist(partial(list_units, file.url, file.bytes), file.url), files)
-        units = list(cli.bar(tasks, "looking at the files", len(files), leave=False, delay=1))
+        units = list(cli.progress_bar(tasks, "looking at the files", len(files), leave=False, delay=1))
     open_parquet.cache_clear()  # a forked worker must not read through this process's open file
     return units
 

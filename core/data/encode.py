@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from core import tokenizer
-from core.parts import Documents
-from core.sources import Broken, Unit, read_texts
+from core.data import tokenizer
+from core.data.prepare import Documents
+from core.data.sources import Broken, Unit, read_texts
 
 BATCH = 256  # documents: a row group of 1,000 at once spends 10 % more time, in fresh memory
 

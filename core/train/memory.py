@@ -31,7 +31,7 @@ def largest_micro_batch(
             free, _ = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             most = min(fitting(free - bytes_to_come, two, three), MOST_TOKENS // seq_len)
-    return min(ranks.gather(largest_divisor(sequences, most)))  # no rank may leave before this
+    return min(ranks.all_gather(largest_divisor(sequences, most)))  # no rank may leave before this
 
 
 def fitting(free: int, two: int, three: int) -> int:

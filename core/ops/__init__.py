@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from core import kernels
+from core.ops import kernels
 from model import GPT, Block, Transformer
 
 CHUNK_ROWS = 32_768  # of logits at once: 3.3 GB, however large the micro-batch

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from core import checkpoint, cli, results
+from core import checkpoint, cli
 from core.distributed import Ranks, process_group
-from core.results import Result
-from core.scoring import Request, Score, default_batch_tokens, excess, score
-from core.tasks import Encode, QuestionSet, Task, UnscorableError, Verdict
+from core.eval import results
+from core.eval.results import Result
+from core.eval.scoring import Request, Score, default_batch_tokens, excess, score
+from core.eval.task import Encode, QuestionSet, Task, UnscorableError, Verdict
 from model import GPT, PRESETS
 
 
@@ -25,18 +26,18 @@ class Scoring:
     ckpt: tuple[str, ...] = ()
     """Models: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...).
     Several give one table, and McNemar's test of each pair."""
-    compare: Annotated[tuple[str, str] | None, cli.UNSET] = None
+    compare: Annotated[tuple[str, str] | None, cli.DEFAULT_IN_HELP] = None
     """Two files that --items wrote: McNemar's exact test of the models in them. Nothing is scored."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the blocks' matrix products. bfloat16 is faster on a GPU, turns near-ties, and is named in the results."""
-    batch_tokens: Annotated[int | None, cli.UNSET] = None
+    batch_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Tokens a forward; fewer when memory runs out. Changes the result by rounding alone.
     Default: 32,768 on a GPU, 1,024 on a CPU, what its caches hold."""
     device: str = "auto"
     """auto, cuda, mps or cpu. Under torchrun each rank scores its share."""
-    out: Annotated[str | None, cli.UNSET] = None
+    out: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File for the results. Default: one each in logs/results/, where report.py finds them."""
-    items: Annotated[str | None, cli.UNSET] = None
+    items: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File for the outcome of each question, a JSON object a line; --compare reads it."""
 
 
@@ -78,7 +79,7 @@ def run(task: Task, options: Scoring, sources: list[str], sets: list[QuestionSet
     with process_group(options.device) as ranks:
         found: list[Result] = []
         items: list[dict[str, Any]] = []
-        sources = ranks.from_main(sources)  # a run that still trains may have shown each rank another newest checkpoint
+        sources = ranks.broadcast(sources)  # a run that still trains may have shown each rank another newest checkpoint
         for source, name in zip(sources, results.short_names(sources), strict=True):
             model = load(source, ranks)
             encoding = checkpoint.load_encoding(source, model.config.vocab_size)
@@ -234,6 +235,6 @@ def report(options: Scoring, found: list[Result], items: list[dict[str, Any]], r
 
 def data_facts(path: Path | None, hub_name: str) -> tuple[str, str | None]:
     """How a question set names where it is from: its `data` and `sha256`."""
-    from core.shards import sha256
+    from core.files import sha256
 
     return (hub_name, None) if path is None else (path.name, sha256(path))

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.scoring import NEAR_TIE, Request, Score
-from core.tasks import Encode, Task, UnscorableError, Verdict, hub
-from core.tasks.files import ends_within_a_line, read_lines
+from core.eval import task
+from core.eval.scoring import NEAR_TIE, Request, Score
+from core.eval.task import Encode, Task, UnscorableError, Verdict, ends_within_a_line, read_lines
 
 PROTOCOLS = ("paper", "sentence")
 TYPES = ("NE", "CN", "V", "P")
@@ -100,7 +100,7 @@ def from_hub(kind: str, split: str) -> list[Cloze]:
         checked(
             Cloze(row["sentences"], row["question"], row["answer"], row["options"]), f"{HUB} {kind} {split}, row {i}"
         )
-        for i, row in enumerate(hub.rows(HUB, kind, split))
+        for i, row in enumerate(task.hub_rows(HUB, kind, split))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Whole data folders, looked at: checked against their manifest, or described where another project made the shards."""
+"""Whole data folders, looked at: checked against their manifest, or describe where another project made the shards."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from core import cli, tokenizer
-from core.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard, sha256, write_json
+from core import cli
+from core.data import tokenizer
+from core.data.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard
+from core.files import sha256, write_json
 
 DOCUMENTS = 50  # of each split are decoded and encoded again
 
@@ -40,7 +42,7 @@ def verify(folder: Path) -> None:
     problems = _misplaced(shards)
     with ThreadPoolExecutor(8) as pool:
         checks = pool.map(lambda shard: _problem(dataset, shard, sizes), shards)
-        checks = cli.bar(checks, "checking shards", len(shards), leave=False, delay=1)
+        checks = cli.progress_bar(checks, "checking shards", len(shards), leave=False, delay=1)
         problems += [f"{shard['file']} {problem}" for shard, problem in zip(shards, checks, strict=True) if problem]
     if not problems:
         problems = _check_sample(dataset)
@@ -137,7 +139,7 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     tokenizer.save(encoding, folder)
     sizes, end_of_text_id = tokenizer.token_bytes(folder), tokenizer.end_of_text_id(encoding)
     shards = []
-    for path in cli.bar(sorted(paths, key=lambda path: (splits[path.name] != "val", path.name)), "reading"):
+    for path in cli.progress_bar(sorted(paths, key=lambda path: (splits[path.name] != "val", path.name)), "reading"):
         try:
             counts = _counts(open_shard(path), end_of_text_id, sizes)
         except ValueError as error:

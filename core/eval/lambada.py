@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.scoring import NEAR_TIE, Request, Score
-from core.tasks import Encode, Task, UnscorableError, Verdict, hub
-from core.tasks.files import is_text, read_lines
+from core.eval import task
+from core.eval.scoring import NEAR_TIE, Request, Score
+from core.eval.task import Encode, Task, UnscorableError, Verdict, is_text, read_lines
 
 # Which text a protocol is defined on: OpenAI's (untokenised) or the tokenised standard one.
 PROTOCOLS = {"openai": "openai", "standard": "standard", "last-token": "openai", "last-token-norm": "openai"}
@@ -72,7 +72,7 @@ def _json_text(path: Path, number: int, line: str) -> str:
 
 def from_hub(text: str) -> list[str]:
     """The test set's passages from the Hugging Face hub."""
-    return [row["text"] for row in hub.rows(*HUB[text], split="test")]
+    return [row["text"] for row in task.hub_rows(*HUB[text], split="test")]
 
 
 def requests(protocol: str, passage: str, encode: Encode) -> list[Request]:

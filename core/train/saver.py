@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from core import checkpoint
-from core.card import model_card
+from core.data.shards import Dataset
 from core.distributed import AgreedError, DeviceClock, Ranks
-from core.shards import Dataset
+from core.train.model_card import model_card
 from model import GPT
 
 
@@ -111,7 +111,7 @@ class Saver:
     def finish(self) -> None:
         """Wait for the last checkpoint. Raises AgreedError where it could not be written."""
         self.wait()
-        failure = self._ranks.from_main(self._failure)
+        failure = self._ranks.broadcast(self._failure)
         if failure:
             raise AgreedError(f"{failure}; see to it, and the same command goes on from the checkpoint before it")
 
@@ -124,7 +124,7 @@ class Saver:
             good = checkpoint.listed(self._run)
             self._say(f"the run ends early; its last good checkpoint: {good[-1] if good else 'none yet'}")
         if error is not None and issubclass(error, AgreedError):
-            self._ranks.gather(None)  # once a rank has ended, torchrun kills the others: also one that still writes
+            self._ranks.all_gather(None)  # once a rank has ended, torchrun kills the others: also one that still writes
 
 
 def to_host(value: Any, memory: Any = None) -> Any:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.scoring import NEAR_TIE, Request, Score
-from core.tasks import Encode, Task, UnscorableError, Verdict, hub
-from core.tasks.files import is_text, read_lines
+from core.eval import task
+from core.eval.scoring import NEAR_TIE, Request, Score
+from core.eval.task import Encode, Task, UnscorableError, Verdict, is_text, read_lines
 
 PROTOCOLS = ("harness", "harness-norm", "completion", "completion-norm")
 HUB = "Rowan/hellaswag"
@@ -58,7 +58,7 @@ def read(path: Path) -> list[Story]:
 
 def from_hub() -> list[Story]:
     """The validation split from the Hugging Face hub; the test split's answers are unpublished."""
-    rows = hub.rows(HUB, "default", "validation")
+    rows = task.hub_rows(HUB, "default", "validation")
     return [checked(row, f"{HUB}, row {i}") for i, row in enumerate(rows)]
 
 

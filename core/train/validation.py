@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from core import checkpoint, cli, evaluation, tokenizer
+from core import checkpoint, cli
+from core.data import tokenizer
+from core.data.shards import Dataset, Windows, verify
 from core.distributed import Ranks, autocast
-from core.shards import Dataset, Windows, verify
-from core.step import resolve_computation
-from core.tasks import QuestionSet, lambada
+from core.eval import evaluate as evaluation
+from core.eval import lambada
+from core.eval.task import QuestionSet
+from core.train.setup import resolve_computation
 from model import GPT
 
 VAL_BATCH = 16  # windows a forward at most, as logits are large
@@ -27,7 +30,7 @@ class Measurement:
     """Steps between validations."""
     val_tokens: int = 10_485_760
     """Validation tokens at most, always the same ones."""
-    eval_lambada: Annotated[str | None, cli.UNSET] = None
+    eval_lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of LAMBADA passages to score while the run goes on: the accuracy's curve beside the loss's."""
     eval_every: int = 250
     """Steps between those scores."""
@@ -35,7 +38,7 @@ class Measurement:
     """Steps between text samples; 0: none."""
     log_every: int = 10
     """Steps between lines on the terminal; metrics.jsonl has every step."""
-    wandb_project: Annotated[str | None, cli.UNSET] = None
+    wandb_project: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """Mirror the metrics to this wandb project, offline where there is no login."""
     eval_only: bool = False
     """Print the validation loss, perplexity and bits per byte of --init-from or the run, and stop."""
@@ -68,7 +71,7 @@ class Validation:
         losses, sizes, text_bytes = [], [], 0
         ranks, size = self._ranks, self._batch_size
         firsts = range(ranks.rank * size, self._count, ranks.world_size * size)
-        for first in cli.bar(firsts, "validation", leave=False, delay=1, hidden=not ranks.is_main):
+        for first in cli.progress_bar(firsts, "validation", leave=False, delay=1, hidden=not ranks.is_main):
             inputs, targets = self._windows.batch(range(first, min(first + size, self._count)))  # (B, T)
             if self._token_bytes is not None:
                 text_bytes += int(self._token_bytes[targets.numpy()].sum())
@@ -78,7 +81,7 @@ class Validation:
             sizes.append(targets.numel())
         means = torch.stack(losses).tolist() if losses else []  # one wait for the device, at the end
         nats = math.fsum(mean * n for mean, n in zip(means, sizes, strict=True))
-        nats, tokens, all_bytes = ranks.sum([nats, sum(sizes), text_bytes])
+        nats, tokens, all_bytes = ranks.all_reduce([nats, sum(sizes), text_bytes])
         return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / all_bytes if all_bytes else None}
 
     def describe(self, result: dict[str, Any]) -> str:
@@ -144,7 +147,7 @@ def evaluate(source: str, config: Any, dataset: Dataset, ranks: Ranks) -> None:
         verify(dataset, ranks)
     (_, validation), *others = open_measures(config, dataset, ranks, model, shape.n_positions)
     result = validation.run(model)
-    ranks.say(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
-    ranks.say(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
+    ranks.log(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
+    ranks.log(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
     for _, other in others:
-        ranks.say(other.describe(other.run(model)))
+        ranks.log(other.describe(other.run(model)))
