@@ -1,12 +1,12 @@
-"""Let a model write.
+"""Generate text with a model.
 
     python sample.py --ckpt logs/gpt2 --prompt "The history of the telescope"
     python sample.py --ckpt gpt2-xl --tokens 200 --top-p 0.9 --samples 3 --seed 7
 
-Without --prompt the model begins a document of its own.
+Without --prompt, the model starts a new document.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from core import checkpoint, cli
@@ -18,22 +18,23 @@ from core.generation import sample_text
 class Config:
     ckpt: str
     """Model: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...)."""
-    prompt: str = ""
-    """Text to continue. Default: begin a document."""
+    prompt: Annotated[str, cli.DEFAULT_IN_HELP] = ""
+    """Text to continue. Default: the start of a new document."""
     tokens: int = 100
-    """Tokens to add at most; a sample ends sooner where the model ends its document."""
+    """Maximum number of new tokens; a sample ends earlier if the model ends the document."""
     samples: int = 1
-    """How many texts to write."""
+    """Number of texts to generate."""
     temperature: float = 1.0
-    """Below 1 keeps to likelier words; 0 always takes the likeliest."""
+    """Divisor of the logits: below 1 prefers likely tokens; 0 always picks the most likely one."""
     top_k: int = 50
-    """Draw from so many of the likeliest tokens only; 0: from all."""
+    """Number of most likely tokens to sample from; 0: all."""
     top_p: Annotated[float | None, cli.DEFAULT_IN_HELP] = None
-    """Draw from the fewest tokens whose probabilities reach p."""
+    """Probability: sample from the fewest most likely tokens that reach it together. Default: no limit."""
     seed: int = 0
-    """Equal seeds give equal texts on the same device."""
+    """Random seed: equal seeds give equal texts on the same device."""
     device: str = "auto"
-    """auto, cuda, mps or cpu."""
+    """Device: auto, cuda, mps or cpu."""
+    terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
 def main(config: Config) -> None:

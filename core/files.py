@@ -11,7 +11,7 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
-ALL = 2**30  # more source files than there can be; the byte of that number is for what one process does at a time
+ALL_FILES = 2**30  # larger than the number of any source file; the byte of that number is the lock of `exclusive`
 
 
 def sha256(path: Path) -> str:
@@ -24,76 +24,78 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write by rename, so that a reader finds the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Write by rename: a reader finds the old file or the complete new one. Raises OSError with a remedy."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        unfinished.write_text(json_text(value))
-        os.replace(unfinished, path)
+        temporary.write_text(json_text(value), encoding="utf-8")
+        os.replace(temporary, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(
-            f"{path} can't be written ({error.strerror}): see to it and give the same command again"
-        ) from None
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or type(error).__name__
+        raise OSError(f"{path} can't be written ({reason}). Fix this and rerun the same command") from None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's metrics so far, also while it goes on. A last line that is being written is left out."""
-    lines = (run / METRICS).read_text().split("\n")[:-1]
+    """The lines of a run's metrics.jsonl, also during the run. An incomplete last line is ignored."""
+    lines = (run / METRICS).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
 class FileLocks:
-    """Which source files this process alone works on.
+    """Locks on numbered items of a folder, such as source files; one process holds each.
 
-    They are locked bytes of a file, which the system frees when the process ends, however it ends, and which hold
-    between machines where the file system has POSIX locks.
+    A lock is one locked byte of the file `.lock`. The operating system releases it when the process ends, however it
+    ends. Locks also work between machines where the file system supports POSIX locks.
     """
 
-    def __init__(self, out: Path, option: str = "--out") -> None:
-        """`option` is what names the folder on the command line."""
-        self._out, self._option = out, option
-        self._file = open(out / LOCK, "ab")  # noqa: SIM115  open as long as the process lives
+    def __init__(self, folder: Path, option: str = "--out") -> None:
+        """`option` is the command line option that names the folder."""
+        self._folder, self._option = folder, option
+        self._file = open(folder / LOCK, "ab")  # noqa: SIM115  open until the process ends
 
-    def take(self, number: int, wait: bool = False, count: int = 1) -> None:
-        """Claim `count` files from `number` on. Raises ValueError where another process holds one."""
+    def acquire(self, number: int, wait: bool = False, count: int = 1) -> None:
+        """Lock `count` items from `number` on. Raises ValueError where another process holds one of them."""
         import fcntl
 
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, number)
         except (BlockingIOError, PermissionError):
             raise ValueError(
-                f"another process is writing {self._out}: let it end, or stop it, or take another {self._option}"
+                f"another process is writing {self._folder}. Wait until it ends, stop it, or use another {self._option}"
             ) from None
         except OSError as error:
-            print(f"{self._out} is on a file system without locks ({error}): start no second process on it", flush=True)
+            print(
+                f"warning: the file system of {self._folder} has no locks ({error}). Run one process at a time on it",
+                flush=True,
+            )
 
-    def unheld(self) -> bool:
-        """Whether no process holds a file, this one included."""
+    def is_free(self) -> bool:
+        """Whether no process holds a lock, this one included."""
         import fcntl
 
         try:
-            self.take(0, count=ALL)
+            self.acquire(0, count=ALL_FILES)
         except ValueError:
             return False
         with contextlib.suppress(OSError):
-            fcntl.lockf(self._file, fcntl.LOCK_UN, ALL, 0)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, ALL_FILES, 0)
         return True
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time: the others wait here."""
+    def exclusive(self) -> Iterator[None]:
+        """A section that one process at a time enters; the others wait."""
         import fcntl
 
-        self.take(ALL, wait=True)
+        self.acquire(ALL_FILES, wait=True)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, ALL)
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, ALL_FILES)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with its columns aligned, to be read on a terminal as it is."""
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the tests share: the scripts run as a user runs them, and a small world of stories made by those scripts."""
+"""Shared by the tests: running the scripts as a user does, and a small data set of stories made by them."""
 
 import contextlib
 import os
@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
 import train
+from core import cli
 from core.data import tokenizer
-from core.train import recipe
+from core.train.recipe import resolve_recipe
 from demo import stories
 from model import GPT, PRESETS, GPTConfig
 
-for number in (signal.SIGINT, signal.SIGHUP):  # which shells ignore for jobs in the background, and nohup
+for number in (signal.SIGINT, signal.SIGHUP):  # ignored in background jobs of a shell, and under nohup
     signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 
-torch.set_num_threads(1)  # as the processes below have: for products this small a second thread only waits
+torch.set_num_threads(1)  # as in the processes below: a second thread only slows down products this small
 
 ROOT = Path(__file__).parent.parent
 ENCODING = stories.encoding()
-POSITIONS = 48  # save_model's context; most of the stories' questions are longer
+POSITIONS = 48  # context of save_model; most questions of the stories are longer
 TRAIN = ("--preset", "tiny", "--seq-len", "64", "--batch-tokens", "2048", "--micro-batch", "16", "--device", "cpu")
 FAULTY = """
 import hashlib, os, time
@@ -35,7 +35,7 @@ import train
 from core import cli
 from model import GPT
 
-call, rank, forward, main = 0, int(os.environ.get("RANK", 0)), GPT.forward, train.train
+call, rank, forward, main = -1, int(os.environ.get("RANK", 0)), GPT.forward, train.train  # -1: the timed micro-batch
 
 def faulty(self, tokens, targets=None, cache=None):
     global call
@@ -46,35 +46,35 @@ def faulty(self, tokens, targets=None, cache=None):
             {fault}
     return loss
 
-def tell(run, optimizer):
-    main(run, optimizer)
+def train_and_print_hash(run):
+    main(run)
     weights = b"".join(p.detach().numpy().tobytes() for p in run.model.parameters())
-    os.write(1, b"weights of a rank: " + hashlib.sha256(weights).hexdigest().encode() + b"\\n")  # whole, beside others
+    os.write(1, b"weights of a rank: " + hashlib.sha256(weights).hexdigest().encode() + b"\\n")  # one atomic write
 
-GPT.forward, train.train = faulty, tell
+GPT.forward, train.train = faulty, train_and_print_hash
 cli.run(train.main, train.Config, "")
 """
 
 
 def run(script, *args, cwd, check=True, **env):
-    """Run a script of the repo in folder `cwd`; its stdout and stderr as text."""
+    """Run a script of the repository in the folder `cwd`; returns stdout and stderr as text."""
     return execute(command_of(script, args), cwd, check, env)
 
 
 def train_here(*args, cwd):
-    """train.py within this process, where a test needs no other: it saves the start."""
+    """train.py within this process, which saves the start of another."""
     with contextlib.chdir(cwd):
-        train.main(tyro.cli(train.Config, args=[str(arg) for arg in args]))
+        train.main(cli.parse(train.Config, args=[str(arg) for arg in args]))
 
 
 def on_ranks(ranks, script, *args, cwd, check=True, **env):
-    """The same by several processes that find each other; torchrun would be one more that imports torch."""
+    """The same on several ranks, without torchrun, which would be one more process that imports torch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        addresses = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     with contextlib.ExitStack() as stack:
         processes = [
-            stack.enter_context(started(script, *args, cwd=cwd, **env, **place, RANK=str(i), LOCAL_RANK=str(i)))
+            stack.enter_context(started(script, *args, cwd=cwd, **env, **addresses, RANK=str(i), LOCAL_RANK=str(i)))
             for i in range(ranks)
         ]
         results = [ended(process) for process in processes]
@@ -87,7 +87,13 @@ def on_ranks(ranks, script, *args, cwd, check=True, **env):
 
 def command_of(script, args, ranks=0, launch=("--standalone",)):
     torchrun = ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}"] if ranks else []
-    return [sys.executable, *map(str, torchrun), str(ROOT / script), *map(str, args)]
+    is_module = str(script).startswith("benchmarks.")
+    return [
+        sys.executable,
+        *map(str, torchrun),
+        *(["-m", script] if is_module else [str(ROOT / script)]),
+        *map(str, args),
+    ]
 
 
 def environment(env):
@@ -104,7 +110,7 @@ def execute(command, cwd, check, env):
 
 @contextlib.contextmanager
 def started(script, *args, cwd, ranks=0, launch=("--standalone",), **env):
-    """A run that goes on beside the test, and is killed at the end with all its processes should it still live."""
+    """A script that runs in the background; its processes are killed at the end of the context."""
     command = command_of(script, args, ranks, launch)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=cwd, env=environment(env), start_new_session=True, **streams)
@@ -118,13 +124,13 @@ def started(script, *args, cwd, ranks=0, launch=("--standalone",), **env):
 
 
 def ended(process):
-    """What a started run ended with, as `run` returns it."""
+    """Wait for a started script; returns what `run` returns."""
     stdout, stderr = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def wait_until(true, process=None, seconds=60.0):
-    """Whether it became true before the process ended."""
+    """Whether the condition became true before the process ended."""
     end = time.monotonic() + seconds
     while not true():
         if process is not None and process.poll() is not None:
@@ -149,26 +155,38 @@ def lives(pid):
 
 
 def faulty(path, when, fault):
-    """A train.py in whose `when` (an expression of rank and call) a rank's micro-batch meets a `fault`."""
+    """A train.py with a `fault` in the micro-batches where `when`, an expression of rank and call, is true."""
     path.write_text(FAULTY.format(when=when, fault=fault))
     return path
 
 
-def resolved(world_size=1, shape=PRESETS["tiny"], **options):
-    """train.py's settings with what the recipe fills in."""
-    config = train.Config(**{"seq_len": 64, "micro_batch": 1} | options)
-    return recipe.resolve(config, shape, config.micro_batch, world_size)
+def config_of(**options):
+    """The Config of train.py from options by their names on the command line; None and False are omitted."""
+    args = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            args += [cli.option_name(name)] + ([] if value is True else [str(value)])
+    return cli.parse(train.Config, args=args)
+
+
+def resolved(world_size=1, shape=PRESETS["tiny"], micro_batch=1, recipe="original", **options):
+    """A resolved recipe; options as on the command line of train.py."""
+    lengths = {name: options.pop(name, None) for name in ("tokens", "steps")}
+    lengths["tokens"] = lengths["tokens"] if lengths["tokens"] is not None else 10_000_000_000
+    seq_len = options.pop("seq_len", 64)
+    division = {"micro_batch": micro_batch, "world_size": world_size}
+    return resolve_recipe(recipe, shape, **lengths, seq_len=seq_len, overrides=options, **division)
 
 
 def fill(path):
-    """Write a file until no room is left."""
+    """Write a file until the disk is full."""
     with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"x" * 4096):
             pass
 
 
 def refused(result):
-    """The one sentence in which a call ended that the user got wrong."""
+    """The error message, one line, of a script that ended with exit status 2."""
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ")
@@ -176,7 +194,7 @@ def refused(result):
 
 
 def save_model(folder, seed, vocab_size=ENCODING.n_vocab):
-    """Save a model of random weights, some tokens much likelier than others, with the stories' tokenizer."""
+    """Save a model with random weights, large enough for a peaked distribution, and the tokenizer of the stories."""
     shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=POSITIONS, vocab_size=vocab_size)
     model = GPT(shape, seed)
     with torch.no_grad():
@@ -200,7 +218,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small disk of its own."""
+    """A small disk, mounted for the test."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False).returncode:

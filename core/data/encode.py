@@ -1,6 +1,6 @@
-"""Units of text -> token ids, in worker processes: by tiktoken, the reference, or by fastokens, about ten times sooner.
+"""Chunks of text -> token ids, in worker processes: by tiktoken, the reference, or by fastokens, about 10x faster.
 
-fastokens is not taken on trust: one document of every batch is encoded by tiktoken too.
+fastokens is checked: tiktoken encodes one document of each batch too.
 """
 
 import multiprocessing
@@ -19,35 +19,63 @@ from typing import Any
 import numpy as np
 
 from core.data import tokenizer
-from core.data.prepare import Documents
-from core.data.sources import Broken, Unit, read_texts
+from core.data.shards import short_reason
+from core.data.sources import Chunk, InvalidDocument, read_texts
 
-BATCH = 256  # documents: a row group of 1,000 at once spends 10 % more time, in fresh memory
+BATCH = 256  # documents; a row group of 1,000 in one batch takes 10 % longer, as it touches new memory
 
 
-class EncodersDifferError(Exception):
-    """fastokens gave other ids than tiktoken."""
+class EncoderMismatchError(Exception):
+    """fastokens failed, or gave other ids than tiktoken."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenized documents, joined, each preceded by the end-of-text token."""
+
+    ids: np.ndarray  # (n,) uint16
+    starts: np.ndarray  # (d,) index in ids of each document's first token
+    rows: np.ndarray  # (d,) row of each document in its source file
+    text_bytes: np.ndarray  # (d,) length of each document in bytes of UTF-8
+
+    @property
+    def ends(self) -> np.ndarray:
+        return np.append(self.starts[1:], len(self.ids))  # (d,)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, selection: slice) -> "Documents":
+        starts = self.starts[selection]
+        if not len(starts):
+            return Documents(self.ids[:0], starts, starts, starts)
+        begin, end = starts[0], self.ends[selection][-1]
+        return Documents(self.ids[begin:end], starts - begin, self.rows[selection], self.text_bytes[selection])
+
+    def at(self, position: int) -> int:
+        """Index of the document that contains the token before `position`, or that begins at `position`."""
+        return max(int(np.searchsorted(self.starts, position, side="right")) - 1, 0)
 
 
 def choose(name: str) -> str:
-    """`auto` takes fastokens where it is installed. Raises ValueError where the encoder named isn't."""
+    """Resolve `auto`: fastokens if it is installed, else tiktoken. Raises ValueError if `name` isn't installed."""
     if name == "tiktoken":
         return name
     try:
         from fastokens import _native
 
         _native.Tokenizer.encode_batch_flat  # noqa: B018
-    except Exception:  # not there, too old, or built for another machine
+    except (ImportError, AttributeError):  # missing, built for another machine, or too old
         if name == "auto":
             return "tiktoken"
         raise ValueError(
-            "--encoder fastokens: it is not installed: pip install fastokens, or --encoder tiktoken"
+            "--encoder fastokens is not installed. Use --encoder tiktoken, or pip install fastokens"
         ) from None
     return "fastokens"
 
 
 class Encoder:
-    """Encodes ordinary text: "<|endoftext|>" within a document stays text."""
+    """Encodes ordinary text: "<|endoftext|>" within a document is text, not a special token."""
 
     def __init__(self, name: str, encoding_name: str, folder: Path) -> None:
         """`name` is tiktoken or fastokens; fastokens reads `folder`/tokenizer.json."""
@@ -57,21 +85,21 @@ class Encoder:
         self._folder = folder
 
     def encode(self, texts: list[str], number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents joined, each begun by the end-of-text token: ids (n,) uint16, and where each starts (d,).
+        """The d documents joined, each preceded by the end-of-text token: ids (n,) uint16 and each one's start (d,).
 
-        Of each batch that fastokens encodes one document is checked; `number` says which. Raises EncodersDifferError.
+        `number` selects the document of each batch that is checked with tiktoken. Raises EncoderMismatchError.
         """
         encode_batch = self._by_fastokens if self._fast else self._by_tiktoken
         batches = [texts[first : first + BATCH] for first in range(0, len(texts), BATCH)]
-        parts = [part for i, batch in enumerate(batches) for part in encode_batch(batch, (number + i) % len(batch))]
-        lengths = np.array([len(part) + 1 for part in parts], dtype=np.int64)
+        encoded = [ids for i, batch in enumerate(batches) for ids in encode_batch(batch, (number + i) % len(batch))]
+        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
         ends = np.cumsum(lengths)
         starts = ends - lengths
-        ids = np.empty(ends[-1] if parts else 0, dtype=np.uint16)
-        ids[starts] = self.end_of_text_id
-        for part, start, end in zip(parts, starts.tolist(), ends.tolist(), strict=True):
-            ids[start + 1 : end] = part
-        return ids, starts
+        joined = np.empty(ends[-1] if encoded else 0, dtype=np.uint16)
+        joined[starts] = self.end_of_text_id
+        for ids, start, end in zip(encoded, starts.tolist(), ends.tolist(), strict=True):
+            joined[start + 1 : end] = ids
+        return joined, starts
 
     def _by_tiktoken(self, texts: list[str], _: int = 0) -> list[np.ndarray]:
         return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
@@ -79,18 +107,20 @@ class Encoder:
     def _by_fastokens(self, texts: list[str], checked: int) -> list[np.ndarray]:
         try:
             flat, offsets = self._fast_tokenizer.encode_batch_flat(texts, split_special_tokens=True)
-            parts = np.split(np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64))
+            encoded = np.split(np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64))
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # a panic in Rust is no Exception
-            raise EncodersDifferError(f"it failed: {error!r}") from None
-        if len(parts) != len(texts) or not np.array_equal(parts[checked], self._by_tiktoken([texts[checked]])[0]):
-            raise EncodersDifferError(f"in the document that begins with {texts[checked][:80]!r}")
-        return parts
+        except BaseException as error:  # a panic in Rust is not an Exception
+            raise EncoderMismatchError(f"fails ({short_reason(error)})") from None
+        expected = self._by_tiktoken([texts[checked]])[0]
+        if len(encoded) != len(texts) or not np.array_equal(encoded[checked], expected):
+            beginning = repr(texts[checked][:80])
+            raise EncoderMismatchError(f"gives other ids than tiktoken in the document that begins with {beginning}")
+        return encoded
 
     @cached_property
     def _fast_tokenizer(self) -> Any:
-        os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the workers are processes
+        os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the parallel workers are processes
         from fastokens._native import Tokenizer
 
         return Tokenizer.from_file(str(self._folder / "tokenizer.json"))
@@ -98,59 +128,61 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A unit's documents, their rows counted from the unit's first."""
+    """The documents of a chunk, with rows that count from the chunk's first."""
 
-    unit: Unit
+    chunk: Chunk
     documents: Documents
-    rows: int  # in all, the empty and the broken among them
-    broken: list[str]
+    rows: int  # in total, including empty and invalid documents
+    invalid: list[str]
 
 
-ENCODER: Encoder  # a worker's own, by `start_worker`
+ENCODER: Encoder  # of this worker process, from `start_worker`
 
 
 def start_worker(encoder: str, encoding: str, folder: Path) -> None:
-    global ENCODER  # each worker loads it once
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+    global ENCODER  # each worker process loads it once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     ENCODER = Encoder(encoder, encoding, folder)
 
 
 def end_with_parent() -> None:
-    """A worker whose main process was killed would wait for work for ever."""
+    """End this worker when its main process is killed; otherwise it waits forever for work."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def encode_unit(unit: Unit, number: int) -> Encoded:
-    rows = read_texts(unit)
+def encode_chunk(chunk: Chunk, number: int) -> Encoded:
+    """Read and encode a chunk in a worker process. `number` selects the documents to check."""
+    rows = read_texts(chunk)
     texts = {row: text for row, text in enumerate(rows) if text and isinstance(text, str)}
-    broken = [str(text) for text in rows if isinstance(text, Broken)]
+    invalid = [str(text) for text in rows if isinstance(text, InvalidDocument)]
     ids, starts = ENCODER.encode(list(texts.values()), number)
     text_bytes = np.array([len(text.encode()) for text in texts.values()], dtype=np.int64)
-    return Encoded(unit, Documents(ids, starts, np.array(list(texts), dtype=np.int64), text_bytes), len(rows), broken)
+    documents = Documents(ids, starts, np.array(list(texts), dtype=np.int64), text_bytes)
+    return Encoded(chunk, documents, len(rows), invalid)
 
 
 def encode_in_order(
-    units: list[Unit], workers: int, encoder: str, encoding: str, folder: Path
+    chunks: list[Chunk], workers: int, encoder: str, encoding: str, folder: Path
 ) -> Generator[Encoded, None, None]:
-    """Every unit tokenised, in order, by `workers` processes; four for each are in flight, so memory stays flat."""
+    """The chunks encoded by `workers` processes, in order. At most four per worker are in flight, which bounds memory."""
     in_flight: deque[Future] = deque()
     arguments = (encoder, encoding, folder)
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=arguments) as pool:
         try:
-            for number, unit in enumerate(units):
-                in_flight.append(pool.submit(encode_unit, unit, number))
+            for number, chunk in enumerate(chunks):
+                in_flight.append(pool.submit(encode_chunk, chunk, number))
                 if len(in_flight) >= 4 * workers:
                     yield in_flight.popleft().result()
             while in_flight:
                 yield in_flight.popleft().result()
         except BrokenProcessPool:
             raise OSError(
-                "a worker was killed, perhaps for want of memory: take fewer --workers; the same command goes on after "
-                "the last whole shard"
+                f"a process of --workers {workers} was killed, probably because memory ran out. Use fewer --workers and "
+                "rerun the same command to resume"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,12 +1,12 @@
-"""A data folder while it is written: what is done of each source file, so that any process can go on from there.
+"""A data folder during preparation: the recorded progress of each source file, from which any process can resume.
 
     data/NAME/.lock                                  byte i is locked by the process that works on source file i
-    data/NAME/unfinished/settings.json               what all processes must agree on
-    data/NAME/unfinished/000003/part.json            what is done of source file 3, and where to go on
+    data/NAME/unfinished/settings.json               the settings that all processes share
+    data/NAME/unfinished/000003/part.json            the progress of source file 3
     data/NAME/unfinished/000003/train_000001.npy     its shards
 
-The processes need no talk: each works on its own source files, and who finds all parts complete joins them, which
-numbers the shards, checks them, moves them up and lists them in the manifest.
+The processes don't communicate: each works on its own source files. A process that finds all files complete joins the
+shards: it numbers them, moves them up, checks them and lists them in the manifest.
 """
 
 import contextlib
@@ -23,69 +23,50 @@ from typing import Any
 import numpy as np
 
 from core import cli
-from core.data.shards import MANIFEST, UNFINISHED, open_dataset
-from core.files import ALL, FileLocks, sha256, write_json
+from core.data.encode import Documents
+from core.data.shards import MANIFEST, UNFINISHED, open_dataset, short_reason
+from core.files import ALL_FILES, FileLocks, sha256, write_json
 
 SETTINGS = "settings.json"
-DISTRUST = "fastokens-differs"
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokenised documents joined, each begun by the end-of-text token."""
-
-    ids: np.ndarray  # (n,) uint16
-    starts: np.ndarray  # (d,) where each document begins in ids
-    rows: np.ndarray  # (d,) each document's row in its source file
-    text_bytes: np.ndarray  # (d,) each document's length as UTF-8
-
-    @property
-    def ends(self) -> np.ndarray:
-        return np.append(self.starts[1:], len(self.ids))  # (d,)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, some: slice) -> "Documents":
-        starts = self.starts[some]
-        if not len(starts):
-            return Documents(self.ids[:0], starts, starts, starts)
-        begin, end = starts[0], self.ends[some][-1]
-        return Documents(self.ids[begin:end], starts - begin, self.rows[some], self.text_bytes[some])
-
-    def at(self, position: int) -> int:
-        """The document that holds the token before `position`, or begins there."""
-        return max(int(np.searchsorted(self.starts, position, side="right")) - 1, 0)
+PROGRESS = "part.json"
+KEYS = {  # in part.json, of the fields that have another name there
+    "source_fingerprints": "others",
+    "counts": "before",
+    "reached_limit": "last",
+    "chunks": "units",
+    "invalid": "broken",
+}
+FIELDS = {key: field for field, key in KEYS.items()}
 
 
 @dataclass
 class Counts:
-    """What the units before a certain one held."""
+    """Totals over the first chunks of a source file."""
 
-    units: int = 0
+    chunks: int = 0
     rows: int = 0
     empty: int = 0
-    broken: list[str] = field(default_factory=list)
+    invalid: list[str] = field(default_factory=list)
     tokens: int = 0
     val_tokens: int = 0
     val_bytes: int = 0
 
 
 @dataclass
-class Part:
-    """What is done of one source file. All of it but `folder` stands in part.json."""
+class SourceProgress:
+    """The progress of one source file. part.json holds all fields except `folder`."""
 
     folder: Path
     source: dict[str, Any]  # name, bytes and fingerprint of the file
-    others: list[str]  # fingerprints of the source's files where a share of them all is for validation
-    val_bytes: int  # and how much text that share is
+    source_fingerprints: list[str]  # of all source files, where validation is a share of all of them
+    val_bytes: int  # the size of that share, in bytes of text
     shards: list[dict[str, Any]] = field(default_factory=list)
-    before: Counts = field(default_factory=Counts)  # the units whose documents are all in shards
+    counts: Counts = field(default_factory=Counts)  # of the chunks whose documents are all in shards
     row: int = -1  # the shards end in this row of the file,
-    token: int = 0  # after so many of its tokens
+    token: int = 0  # after this number of its tokens
     encoders: list[str] = field(default_factory=list)
     complete: bool = False
-    last: bool = False  # --max-tokens was reached in this file
+    reached_limit: bool = False  # the file contains the end of --max-tokens
 
     @property
     def tokens(self) -> int:
@@ -93,68 +74,75 @@ class Part:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_json(self.folder / "part.json", state)
+        state = _rename(asdict(self), KEYS)
+        del state["folder"]
+        write_json(self.folder / PROGRESS, state | {"before": _rename(state["before"], KEYS)})
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self.complete = True
         self.save()
 
-    def drop(self) -> None:
-        """Remove the shards, because the file they came from is damaged: mended, it is another file."""
+    def discard(self) -> None:
+        """Remove the shards of a damaged file: the repaired file is another file."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def load_part(out: Path, number: int, head: dict[str, Any], val_bytes: int | None = None) -> Part:
-    """What is done of a source file, under the settings `head`. Raises ValueError where it has changed since.
+def _rename(entries: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in entries.items()}
 
-    `val_bytes` gives who claimed the file: what can't be gone on from is removed. Who only looks gives none.
+
+def load_progress(out: Path, number: int, header: dict[str, Any], val_bytes: int | None = None) -> SourceProgress:
+    """The progress of a source file under the settings in `header`. Raises ValueError if the file has changed.
+
+    The process that has locked the file passes `val_bytes`; then progress that can't be resumed is removed. Without
+    it the folder is only read.
     """
-    folder, files = out / UNFINISHED / f"{number:06d}", head["source"]["files"]
+    folder, files = out / UNFINISHED / f"{number:06d}", header["source"]["files"]
     source = files[number]
-    others = [file["fingerprint"] for file in files] if number == 0 and head["val_tokens"] is None else []
-    new = Part(folder, source, others, val_bytes or 0)
+    fingerprints = [file["fingerprint"] for file in files] if number == 0 and header["val_tokens"] is None else []
+    new = SourceProgress(folder, source, fingerprints, val_bytes or 0)
     try:
-        state = json.loads((folder / "part.json").read_text())
-        part = Part(folder=folder, **state | {"before": Counts(**state["before"])})
+        state = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        counts = Counts(**_rename(state["before"], FIELDS))
+        progress = SourceProgress(folder=folder, **_rename(state, FIELDS) | {"counts": counts})
     except FileNotFoundError:
         return new
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{folder / 'part.json'} is damaged ({error!r}): delete {folder}, and this file is made again"
+            f"{folder / PROGRESS} is damaged ({short_reason(error)}). Delete {folder} and rerun the same command"
         ) from None
-    if part.source != source:
-        if part.shards:
+    if progress.source != source:
+        if progress.shards:
             raise ValueError(
-                f"{source['name']} has changed since shards were made of it ({part.source} then, {source} now): delete "
-                f"{folder} to make this file's shards again, or start anew with --overwrite"
+                f"{source['name']} has changed since its shards were written (from {progress.source} to {source}). "
+                f"Delete {folder} to write the shards of this file again, or use --overwrite"
             )
         return new
-    if (distrusted(out) and "fastokens" in part.encoders) or part.others != others:
+    if progress.source_fingerprints != fingerprints:
         if val_bytes is not None:
-            part.drop()
+            progress.discard()
         return new
-    return part
+    return progress
 
 
-class PartWriter:
-    """Cuts source files' documents into shards, none of which holds both splits, going on where each part ends."""
+class ShardWriter:
+    """Cuts the documents of source files into shards of one split each, from the end of each file's progress on."""
 
     def __init__(self, shard_tokens: int, token_bytes: np.ndarray) -> None:
-        self.part: Part  # the one that is written to
-        self._token_bytes = token_bytes  # (vocab_size,) bytes of text that each id stands for
+        self.progress: SourceProgress  # of the file whose documents are added now
+        self._token_bytes = token_bytes  # (vocab_size,) bytes of text per id
         self._buffer, self._spare = (np.empty(shard_tokens, dtype=np.uint16) for _ in range(2))
-        self._entry: dict[str, Any] = {}  # the manifest's, of the shard in the buffer
+        self._entry: dict[str, Any] = {}  # the manifest entry of the shard in the buffer
         self._thread = ThreadPoolExecutor(1)  # writes a shard while the next one fills
-        self._written: tuple[Future[str], dict[str, Any], Part] | None = None  # the shard in its hands
+        self._in_flight: tuple[Future[str], dict[str, Any], SourceProgress] | None = None  # the shard being written
 
     def add(self, split: str, documents: Documents) -> None:
-        """Append documents, without what the part's shards hold already, writing each shard as it fills."""
+        """Append the documents that the shards don't contain yet. Write each shard when it is full."""
         if not len(documents):
             return
         if self._entry and self._entry["split"] != split:
             self.flush()
-        done = self._known(documents)
+        done = self._tokens_written(documents)
         while done < len(documents.ids):
             if not self._entry:
                 i = documents.at(done)
@@ -167,55 +155,56 @@ class PartWriter:
             self._entry["documents"] += int(np.count_nonzero((documents.starts >= done) & (documents.starts < stop)))
             self._entry["bytes"] += self._bytes_before(documents, stop) - self._bytes_before(documents, done)
             i = documents.at(stop)
-            self.part.row, self.part.token = int(documents.rows[i]), int(stop - documents.starts[i])
+            self.progress.row, self.progress.token = int(documents.rows[i]), int(stop - documents.starts[i])
             done = stop
             if self._entry["tokens"] == len(self._buffer):
                 self.flush()
 
-    def _known(self, documents: Documents) -> int:
-        """How many of the documents' tokens are in the part's shards or in the buffer."""
-        i = int(np.searchsorted(documents.rows, self.part.row))
+    def _tokens_written(self, documents: Documents) -> int:
+        """The number of the documents' tokens that are in the file's shards or in the buffer."""
+        i = int(np.searchsorted(documents.rows, self.progress.row))
         if i == len(documents):
             return len(documents.ids)
-        return int(documents.starts[i]) + (self.part.token if documents.rows[i] == self.part.row else 0)
+        return int(documents.starts[i]) + (self.progress.token if documents.rows[i] == self.progress.row else 0)
 
     def _bytes_before(self, documents: Documents, position: int) -> int:
+        """Bytes of text of the tokens before `position`."""
         i = documents.at(position)
-        cut = documents.ids[documents.starts[i] : position]
-        return int(documents.text_bytes[:i].sum()) + int(self._token_bytes[cut].sum())
+        last = documents.ids[documents.starts[i] : position]
+        return int(documents.text_bytes[:i].sum()) + int(self._token_bytes[last].sum())
 
     def flush(self) -> None:
-        """Have what is buffered written as a shard. Raises OSError for the shard before it."""
+        """Start to write the buffer as a shard. Raises OSError for the shard before it."""
         self.wait()
         if not self._entry:
             return
-        entry = {"file": f"{self._entry['split']}_{len(self.part.shards):06d}.npy"} | self._entry
-        path, ids = self.part.folder / entry["file"], self._buffer[: entry["tokens"]]
-        self._written = self._thread.submit(write_shard, path, ids), entry, replace(self.part)
+        entry = {"file": f"{self._entry['split']}_{len(self.progress.shards):06d}.npy"} | self._entry
+        path, ids = self.progress.folder / entry["file"], self._buffer[: entry["tokens"]]
+        self._in_flight = self._thread.submit(write_shard, path, ids), entry, replace(self.progress)
         self._entry = {}
         self._buffer, self._spare = self._spare, self._buffer
 
     def close(self) -> None:
-        """Write no more, also not what is being written."""
+        """Stop the thread. A shard in flight is not recorded."""
         self._thread.shutdown()
 
     def wait(self) -> None:
-        """Until the last shard is on disk; then save the part as it was when the shard was full. Raises OSError."""
-        if self._written:
-            digest, entry, part = self._written
-            self._written = None
-            part.shards.append(entry | {"sha256": digest.result()})
-            part.save()
+        """Wait for the shard in flight, then save the progress as of that shard. Raises OSError."""
+        if self._in_flight:
+            digest, entry, progress = self._in_flight
+            self._in_flight = None
+            progress.shards.append(entry | {"sha256": digest.result()})
+            progress.save()
 
 
 def write_shard(path: Path, ids: np.ndarray) -> str:
-    """Write token ids (n,) as .npy, by rename, and return the sha256 of the file. Raises OSError."""
+    """Write token ids (n,) uint16 as .npy, by rename, and return the sha256 of the file. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(ids))
-            file.write(ids.data)  # np.save says nothing where the last bytes don't fit on the disk
+            file.write(ids.data)  # np.save reports no error if the last bytes don't fit on the disk
             file.flush()
             os.fsync(file.fileno())
         digest = sha256(unfinished)
@@ -225,48 +214,51 @@ def write_shard(path: Path, ids: np.ndarray) -> str:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OSError(
-            f"no space left for a shard of {ids.nbytes:,} bytes in {path.parent}: make room and give the same command "
-            "again, it goes on after the last whole shard"
+            f"{path.parent} has no space left for a shard of {ids.nbytes:,} bytes. Free disk space and rerun the same "
+            "command to resume"
         ) from None
     return digest
 
 
-def recorded(out: Path) -> dict[str, Any]:
-    """The settings that the folder was made with, or is being made with; empty where there are none."""
+def recorded_settings(out: Path) -> dict[str, Any]:
+    """The settings that a finished or unfinished folder was made with; empty for a new folder."""
     if (out / MANIFEST).is_file():
         return open_dataset(out).manifest
+    path = out / UNFINISHED / SETTINGS
     try:
-        return json.loads((out / UNFINISHED / SETTINGS).read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{out / UNFINISHED / SETTINGS} is damaged ({error}): start anew with --overwrite") from None
+        raise ValueError(f"{path} is damaged ({short_reason(error)}). Start again with --overwrite") from None
 
 
-def settle(out: Path, head: dict[str, Any]) -> None:
-    """Raise ValueError where the folder was begun with other settings; record them where it is new."""
-    known = recorded(out)
+def check_settings(out: Path, header: dict[str, Any]) -> None:
+    """Raise ValueError if the folder was begun with other settings. Record the settings of a new folder."""
+    recorded = recorded_settings(out)
     finished = (out / MANIFEST).is_file()
-    for key, value in (head if finished else _without_contents(head)).items():
-        if known and known.get(key) != value:
-            name, old, new = _difference(key, known.get(key), value)
-            raise ValueError(f"{out} was made with {name} {old}, now it is {new}: take another --out, or --overwrite")
-    for shard in known["shards"] if finished else ():
+    for key, value in (header if finished else _without_contents(header)).items():
+        if recorded and recorded.get(key) != value:
+            name, old, new = _difference(key, recorded.get(key), value)
+            raise ValueError(
+                f"{out} was made with {name} {old}, but this command has {new}. Use another --out, or --overwrite"
+            )
+    for shard in recorded["shards"] if finished else ():
         if not (out / shard["file"]).is_file():
             raise ValueError(
-                f"{out / shard['file']} is missing, the manifest lists it: write all again with --overwrite"
+                f"{out / shard['file']} is missing, but the manifest lists it. Write the folder again with --overwrite"
             )
     if finished:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    elif not known:
+    elif not recorded:
         (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-        write_json(out / UNFINISHED / SETTINGS, _without_contents(head))
+        write_json(out / UNFINISHED / SETTINGS, _without_contents(header))
 
 
-def _without_contents(head: dict[str, Any]) -> dict[str, Any]:
-    """Of the files only the names: each part knows what its own file held."""
-    names = [file["name"] for file in head["source"]["files"]]
-    return head | {"source": head["source"] | {"files": names}}
+def _without_contents(header: dict[str, Any]) -> dict[str, Any]:
+    """The settings with only the names of the source files. Each file's progress records its content."""
+    names = [file["name"] for file in header["source"]["files"]]
+    return header | {"source": header["source"] | {"files": names}}
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
@@ -276,41 +268,36 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
         return _difference(f"{name} {key}", old.get(key), new.get(key))
     if isinstance(old, list) and isinstance(new, list):
         if len(old) != len(new):
-            return f"{len(old)} {name}", "", f"{len(new)} of them"
+            return f"a number of {name} of", len(old), len(new)
         i = next(i for i in range(len(old)) if old[i] != new[i])
         label = old[i].get("name", i) if isinstance(old[i], dict) else i
         return _difference(f"{name} {label}", old[i], new[i])
     return name, old, new
 
 
-def distrust(out: Path, reason: str) -> None:
-    """Have every part that fastokens made, here or elsewhere, made again by tiktoken."""
-    write_json(out / UNFINISHED / DISTRUST, reason)
-
-
-def distrusted(out: Path) -> bool:
-    return (out / UNFINISHED / DISTRUST).exists()
-
-
-def clear(out: Path, claims: FileLocks) -> None:
-    """Remove what earlier calls left, the manifest first. Raises ValueError where a process is at work there."""
-    claims.take(0, count=ALL)
-    with claims.alone():
+def clear(out: Path, locks: FileLocks) -> None:
+    """Remove all shards, the manifest first. Raises ValueError if another process is writing the folder."""
+    locks.acquire(0, count=ALL_FILES)
+    with locks.exclusive():
         (out / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         remove_shards(out, keep=set())
 
 
-def forget_barren(out: Path, claims: FileLocks) -> bool:
-    """Forget a preparation that came to no shard, such as one of a mistyped --source; whether that was so."""
-    barren = not any([(out / MANIFEST).exists(), *(out / UNFINISHED).glob("*/*.npy")])
-    if barren and claims.unheld():
+def discard_empty(out: Path, locks: FileLocks) -> bool:
+    """Remove the settings of a run that ended before its first shard, e.g. with a mistyped --source.
+
+    Returns whether they were removed.
+    """
+    empty = not any([(out / MANIFEST).exists(), *(out / UNFINISHED).glob("*/*.npy")])
+    if empty and locks.is_free():
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
         return True
     return False
 
 
 def remove_shards(out: Path, keep: set[str]) -> None:
+    """Remove shards and incomplete files except for the names in `keep`."""
     for path in out.iterdir():
         if (
             re.fullmatch(r"(?:val|train)_\d{6}\.npy|\..*\.(?:unfinished|json\.[0-9a-f]+)", path.name)
@@ -319,28 +306,28 @@ def remove_shards(out: Path, keep: set[str]) -> None:
             path.unlink()
 
 
-def join(out: Path, parts: list[Part], head: dict[str, Any]) -> None:
-    """Number the shards of all parts, move them up, check them, and list them in the manifest.
+def join(out: Path, progress: list[SourceProgress], header: dict[str, Any]) -> None:
+    """Number the shards of all source files, move them up, check them, and list them in the manifest.
 
-    Interrupted, it can be called again. Raises ValueError for a shard that is not as it was written.
+    After an interruption it can be called again. Raises ValueError for a shard that was altered.
     """
     shards: list[dict[str, Any]] = []
-    for number, part in enumerate(parts):
-        for shard in part.shards:
+    for number, of_file in enumerate(progress):
+        for shard in of_file.shards:
             name = f"{shard['split']}_{len(shards):06d}.npy"
-            with contextlib.suppress(FileNotFoundError):  # moved already
-                os.replace(part.folder / shard["file"], out / name)
+            with contextlib.suppress(FileNotFoundError):  # an interrupted call moved it
+                os.replace(of_file.folder / shard["file"], out / name)
             shards.append(shard | {"file": name, "source_file": number})
     with ThreadPoolExecutor(8) as pool:
         paths = [out / shard["file"] for shard in shards]
         digests = list(cli.progress_bar(pool.map(sha256, paths), "checking shards", len(paths), delay=1, leave=False))
     for path, shard, digest in zip(paths, shards, digests, strict=True):
         if digest != shard["sha256"]:
-            raise ValueError(f"{path} was altered since it was written: write all again with --overwrite")
+            raise ValueError(f"{path} was altered after it was written. Write the folder again with --overwrite")
     counts = {
-        "empty_documents": sum(part.before.empty for part in parts),
-        "broken_documents": [place for part in parts for place in part.before.broken],
+        "empty_documents": sum(of_file.counts.empty for of_file in progress),
+        "broken_documents": [place for of_file in progress for place in of_file.counts.invalid],
     }
     remove_shards(out, keep={shard["file"] for shard in shards})
-    write_json(out / MANIFEST, head | counts | {"shards": shards})
+    write_json(out / MANIFEST, header | counts | {"shards": shards})
     shutil.rmtree(out / UNFINISHED)

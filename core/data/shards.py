@@ -1,8 +1,8 @@
-"""Token shards: writing, checking, reading, and the order in which training sees them.
+"""Token shards: finding, checking and reading them, and the order in which training reads them.
 
-A data folder holds `val_000000.npy`, `train_000001.npy`, ... (plain uint16, documents joined, each begun by the
+A data folder holds `val_000000.npy`, `train_000001.npy`, ... (plain uint16; documents are joined, each preceded by the
 end-of-text token), a `manifest.json` that lists them, and the tokenizer's files. A shard that the manifest doesn't
-list doesn't exist.
+list is ignored.
 """
 
 import contextlib
@@ -21,18 +21,19 @@ import numpy as np
 from core import cli
 from core.files import sha256, write_json
 
-if TYPE_CHECKING:  # fineweb.py needs no torch, and starts sooner without it
+if TYPE_CHECKING:  # fineweb.py needs no torch, and starts faster without it
     from torch import Tensor
 
     from core.distributed import Ranks
 
 Item = TypeVar("Item")
-DEFAULT_DATA = "data/fineweb-edu"  # what fineweb.py writes and train.py reads unless told otherwise
+DEFAULT_DATA = "data/fineweb-edu"  # where fineweb.py writes and train.py reads by default
+DEFAULT_VAL_TOKENS = 10_485_760
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished"  # the folder of what fineweb.py has not joined yet
+UNFINISHED = "unfinished"  # the folder of shards that fineweb.py has not joined yet
 VERIFIED = ".verified.json"
 BIN_MAGIC = 20240520
-REMEDY = "write the folder again with fineweb.py --overwrite"
+REMEDY = "Write the folder again with fineweb.py --overwrite"
 
 
 @dataclass(frozen=True)
@@ -55,105 +56,127 @@ class Dataset:
 
 
 def open_dataset(folder: str | Path) -> Dataset:
-    """Read a data folder's manifest. Raises ValueError where there is none or it isn't whole."""
+    """Read a data folder's manifest. Raises ValueError for a missing or damaged one, OSError for an unreadable one."""
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"no shards in {folder}: {path} is missing{_remedy(folder)}")
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no shards in {folder}: {path} is missing{_remedy(folder)}") from None
     try:
         manifest = json.loads(raw)
         check_types(manifest, vocab_size=int, end_of_text_id=int, shards=list)
         for shard in manifest["shards"]:
             check_types(shard, file=str, split=str, tokens=int, sha256=str)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): {REMEDY}") from None
+        raise ValueError(f"{path} is damaged ({short_reason(error)}). {REMEDY}") from None
     return Dataset(folder, manifest, hashlib.sha256(raw).hexdigest())
 
 
 def _remedy(folder: Path) -> str:
-    """What to do about a data folder without a manifest."""
+    """The end of the error about a data folder without a manifest."""
     if (folder / UNFINISHED).is_dir():
-        return ", which fineweb.py writes last: it is at work there, or was interrupted and its command goes on"
+        return ". fineweb.py writes it last and is still running, or was interrupted. Rerun its command to resume"
     if any(folder.glob("*.npy")) or any(folder.glob("*.bin")):
-        return f". Another project's shards are describe by: python fineweb.py --adopt {folder}"
+        return f". To describe the shards of another project: python fineweb.py --adopt {folder}"
     others = sorted(str(path.parent) for path in folder.parent.glob(f"*/{MANIFEST}"))
-    there = f"; folders that have one: {', '.join(others)}" if others else ""
+    existing = f"; folders that have one: {', '.join(others)}" if others else ""
     options = "(20 GB)" if folder == Path(DEFAULT_DATA) else f"--source 'my/*.parquet' --out {folder}"
-    return f"{there}. To write it: python fineweb.py {options}"
+    return f"{existing}. To write it: python fineweb.py {options}"
 
 
 def check_types(entry: dict[str, Any], **types: type) -> None:
     for key, kind in types.items():
         if not isinstance(entry[key], kind):
-            raise TypeError(f"{key} is {entry[key]!r}")
+            raise TypeError(f"{key} is {type(entry[key]).__name__}, not {kind.__name__}")
+
+
+def short_reason(error: BaseException) -> str:
+    """An error's type and the first line of its text, cut to 200 characters: some errors quote a whole file."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
+
+
+def machine_error(error: OSError, path: Path) -> OSError:
+    """An error of the machine about `path`, such as too many open files. It means nothing about the content."""
+    return OSError(error.errno, error.strerror or short_reason(error), str(path))
 
 
 def verify(dataset: Dataset, ranks: "Ranks") -> None:
-    """Check that every shard is the one the manifest describes, the work shared among the ranks.
+    """Check that every shard is the one that the manifest describes. The ranks share the work.
 
-    Raises ValueError, on every rank, naming the first shard that differs. What was checked is remembered by size and
-    time of change, so that the next start reads only what is new.
+    Raises, on every rank, ValueError for the first shard that differs, and OSError for the first that can't be read.
+    `.verified.json` keeps the size and modification time of each shard that passed, so that the next start reads
+    only the others.
     """
-    memory = _remembered(dataset.folder)
+    verified = _read_verified(dataset.folder)
     shards = dataset.manifest["shards"]
-    mine = cli.progress_bar(
+    own = cli.progress_bar(
         shards[ranks.rank :: ranks.world_size], "checking shards", leave=False, delay=1, hidden=ranks.rank > 0
     )
-    checked = {shard["file"]: _check_shard(dataset, shard, memory) for shard in mine}
-    results = {file: result for part in ranks.all_gather(checked) for file, result in part.items()}
+    checked = {shard["file"]: _check_shard(dataset, shard, verified) for shard in own}
+    results = {file: result for of_rank in ranks.all_gather(checked) for file, result in of_rank.items()}
     for shard in shards:
-        problem, _ = results[shard["file"]]
-        if problem:
-            raise ValueError(f"{dataset.folder / shard['file']} {problem}; {REMEDY}")
+        error, _ = results[shard["file"]]
+        if error:
+            raise error
     if ranks.is_main:
-        with contextlib.suppress(OSError):  # a read-only data folder is as good, only checked again at each start
+        with contextlib.suppress(OSError):  # on a read-only data folder every start checks all shards
             write_json(dataset.folder / VERIFIED, {file: stamp for file, (_, stamp) in results.items()})
 
 
-def _remembered(folder: Path) -> dict[str, Any]:
-    """What earlier starts verified; nothing where that can't be read, as it can be found out again."""
+def _read_verified(folder: Path) -> dict[str, Any]:
+    """The stamps of earlier starts. Where they can't be read, all shards are checked again."""
     try:
-        memory = json.loads((folder / VERIFIED).read_text())
+        verified = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return memory if isinstance(memory, dict) else {}
+    return verified if isinstance(verified, dict) else {}
 
 
-def _check_shard(dataset: Dataset, shard: dict[str, Any], memory: dict[str, Any]) -> tuple[str, list[Any]]:
-    """What is wrong with a shard ("" if nothing), and the stamp to remember it by."""
+def _check_shard(
+    dataset: Dataset, shard: dict[str, Any], verified: dict[str, Any]
+) -> tuple[ValueError | OSError | None, list[Any]]:
+    """The error of a shard, if any, and its stamp. It returns the error because the other ranks wait for a result."""
     path = dataset.folder / shard["file"]
-    if not path.is_file():
-        return "is missing", []
-    status = path.stat()
-    stamp = [status.st_size, status.st_mtime_ns, shard["sha256"]]
-    if memory.get(shard["file"]) == stamp:
-        return "", stamp
     try:
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, shard["sha256"]]
+        if verified.get(shard["file"]) == stamp:
+            return None, stamp
         if sha256(path) != shard["sha256"]:
-            return "was cut short or altered: its sha256 is not the manifest's", []
-        largest = int(open_shard(path, shard["tokens"]).max())
-    except (OSError, ValueError) as error:  # returned, not raised, as the other ranks wait for this one's result
-        return f"can't be read: {error}", []
-    if largest >= dataset.vocab_size:
-        return f"holds token id {largest}, outside the vocabulary of {dataset.vocab_size}", []
-    return "", stamp
+            problem = "was cut short or altered: its sha256 differs from the manifest"
+        elif (largest := int(open_shard(path, shard["tokens"]).max())) >= dataset.vocab_size:
+            problem = f"holds token id {largest}, outside the vocabulary of {dataset.vocab_size}"
+        else:
+            return None, stamp
+    except FileNotFoundError:
+        problem = "is missing"
+    except OSError as error:
+        return machine_error(error, path), []
+    except ValueError as error:
+        return error, []
+    return ValueError(f"{path} {problem}. {REMEDY}"), []
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """A shard's ids (n,) uint16, memory-mapped: from .npy, or from .bin with llm.c's header.
+    """A shard's ids (n,) uint16, memory-mapped: from .npy, or from .bin with the header of llm.c.
 
-    Raises ValueError where it is neither, or doesn't hold `tokens`.
+    Raises ValueError for another content or another number of tokens than `tokens`, OSError for an error of the
+    machine.
     """
     try:
         ids = _map_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, the manifest lists it; {REMEDY}") from None
-    except Exception as error:  # a damaged header can make numpy raise anything
-        raise ValueError(f"{path} is no shard of tokens, or cut short ({error!r}); {REMEDY}") from None
+        raise ValueError(f"{path} is missing, but the manifest lists it. {REMEDY}") from None
+    except OSError as error:
+        raise machine_error(error, path) from None
+    except Exception as error:  # numpy can raise anything for a damaged header
+        raise ValueError(
+            f"{path} is not a shard of tokens, or is cut short ({short_reason(error)}). {REMEDY}"
+        ) from None
     if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) != (len(ids) if tokens is None else tokens) or not len(ids):
-        wanted = "ids in one row" if tokens is None else f"({tokens},)"
-        raise ValueError(f"{path} holds {ids.dtype} {ids.shape}, and should hold uint16 {wanted}")
+        wanted = "of one dimension" if tokens is None else f"({tokens},)"
+        raise ValueError(f"{path} holds {str(ids.dtype)[:40]} {ids.shape}, but a shard is uint16 {wanted}. {REMEDY}")
     return ids
 
 
@@ -161,18 +184,18 @@ def _map_bin(path: Path) -> np.ndarray:
     """llm.c's format for GPT-2: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 ids."""
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != 1:
-        raise ValueError(f"its header begins with {header[:3].tolist()}, llm.c's with [{BIN_MAGIC}, 1, tokens]")
+        raise ValueError(f"its header begins with {header[:3].tolist()}, in llm.c with [{BIN_MAGIC}, 1, tokens]")
     size = path.stat().st_size
     if size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"it has {size} bytes, and {1024 + 2 * int(header[2])} by its header's {header[2]} tokens")
+        raise ValueError(f"it has {size} bytes, but {1024 + 2 * int(header[2])} by its header's {header[2]} tokens")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
 class Windows:
-    """All sequences of a split: windows of seq_len inputs and their targets, laid end to end in each shard.
+    """All sequences of a split: consecutive windows of seq_len inputs and their targets in each shard.
 
-    A window is seq_len + 1 tokens, its last token the next window's first, so that every token but a shard's first
-    is a target once. What is left at a shard's end is shorter than a window and unused.
+    A window has seq_len + 1 tokens. Its last token is the first of the next window, so that each token except a
+    shard's first is a target once. A remainder at a shard's end that is shorter than a window is not used.
     """
 
     def __init__(self, dataset: Dataset, split: str, seq_len: int) -> None:
@@ -182,15 +205,15 @@ class Windows:
         self._ends = np.cumsum([(len(ids) - 1) // seq_len for ids in self._ids], dtype=np.int64)
         if not len(self):
             raise ValueError(
-                f"{dataset.folder} holds {dataset.tokens(split):,} {split} tokens, no window of {seq_len} + 1: take a "
-                f"smaller --seq-len, or write more with fineweb.py"
+                f"{dataset.folder} holds {dataset.tokens(split):,} {split} tokens, no window of {seq_len} + 1 in a "
+                "shard. Use a smaller --seq-len"
             )
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def batch(self, indices: np.ndarray | range) -> "tuple[Tensor, Tensor]":
-        """Inputs and targets (B, T) int64 of the windows of those indices."""
+        """Inputs and targets, each (B, T) int64, of the windows with these indices (B,)."""
         import torch
 
         rows = np.stack([self._window(int(i)) for i in indices])
@@ -205,9 +228,9 @@ class Windows:
 
 
 class TokenOrder:
-    """Sequence i of training as a window's index: a pure function of (manifest hash, seed, sequence length, i).
+    """Maps sequence i of training to a window: a pure function of (manifest hash, seed, sequence length, i).
 
-    Each epoch is a permutation of all windows, drawn from a key of its own.
+    Each epoch is a permutation of all windows with a random key of its own.
     """
 
     def __init__(self, manifest_hash: str, seed: int, seq_len: int, windows: int) -> None:
@@ -217,21 +240,21 @@ class TokenOrder:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         digest = hashlib.sha256(f"{self._key} {epoch}".encode()).digest()
-        # RandomState, because numpy promises that its stream never changes (NEP 19); Generator's may.
+        # RandomState: numpy guarantees that its stream never changes (NEP 19), unlike that of Generator.
         return np.random.RandomState(np.frombuffer(digest, dtype="<u4")).permutation(self._windows)
 
     def __getitem__(self, sequences: range) -> np.ndarray:
-        """The window indices of a run of sequences."""
+        """The window indices (n,) int64 of a range of n sequences."""
         return np.array([self._epoch(i // self._windows)[i % self._windows] for i in sequences], dtype=np.int64)
 
 
 def prefetched(items: Iterator[Item], ahead: int, begin: Callable[[], None]) -> Generator[Item, None, None]:
-    """The same items, of which a thread, that begins with `begin`, makes up to `ahead` before they are asked for."""
+    """The same items. A thread calls `begin` once and then prepares up to `ahead` items in advance."""
     thread = ThreadPoolExecutor(1, initializer=begin)
     try:
-        coming = deque(thread.submit(next, items, None) for _ in range(ahead))
-        while (item := coming.popleft().result()) is not None:
-            coming.append(thread.submit(next, items, None))
+        pending = deque(thread.submit(next, items, None) for _ in range(ahead))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, items, None))
             yield item
     finally:
         thread.shutdown(cancel_futures=True)

@@ -1,179 +1,200 @@
-"""What every evaluation does: models x questions x protocols -> verdicts, tables and files."""
+"""The main function of every evaluation: models x questions x protocols -> verdicts, tables and files."""
 
 import hashlib
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from torch import Tensor
 
 from core import checkpoint, cli
 from core.distributed import Ranks, process_group
 from core.eval import results
 from core.eval.results import Result
-from core.eval.scoring import Request, Score, default_batch_tokens, excess, score
-from core.eval.task import Encode, QuestionSet, Task, UnscorableError, Verdict
+from core.eval.scoring import Request, Score, default_batch_tokens, score, tokens_to_truncate
+from core.eval.task import Encode, QuestionSet, Task, TaskConfig, UnscorableError, Verdict
 from model import GPT, PRESETS
 
 
 @dataclass
-class Scoring:
-    """Which models, and how they are scored."""
+class ScoringConfig:
+    """Models, precision and output files."""
 
-    ckpt: tuple[str, ...] = ()
-    """Models: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...).
-    Several give one table, and McNemar's test of each pair."""
+    ckpt: Annotated[tuple[str, ...], cli.DEFAULT_IN_HELP] = ()
+    """Models: run or checkpoint folders, Hugging Face folders, or hub names (gpt2, gpt2-medium, ...).
+    Several models give one table, and McNemar's test for each pair. Required without --compare."""
     compare: Annotated[tuple[str, str] | None, cli.DEFAULT_IN_HELP] = None
-    """Two files that --items wrote: McNemar's exact test of the models in them. Nothing is scored."""
+    """Two files that --items wrote: print McNemar's exact test of their models. Scores nothing. Default: no test."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the blocks' matrix products. bfloat16 is faster on a GPU, turns near-ties, and is named in the results."""
+    """Precision of the matrix products in the blocks. bfloat16 is faster on a GPU and can change close outcomes."""
     batch_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
-    """Tokens a forward; fewer when memory runs out. Changes the result by rounding alone.
-    Default: 32,768 on a GPU, 1,024 on a CPU, what its caches hold."""
+    """Tokens per forward pass. Reduce it if memory runs out; it changes results by rounding only.
+    Default: 32,768 on a GPU, 1,024 on a CPU."""
     device: str = "auto"
-    """auto, cuda, mps or cpu. Under torchrun each rank scores its share."""
+    """Device: auto, cuda, mps or cpu. With torchrun, each rank scores a share of the questions."""
     out: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """File for the results. Default: one each in logs/results/, where report.py finds them."""
+    """File for the results (JSON). Default: one file per result in logs/results/, where report.py reads them."""
     items: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """File for the outcome of each question, a JSON object a line; --compare reads it."""
+    """File for the outcome of each question, one JSON object per line, for --compare. Default: not written."""
 
 
-def check(options: Scoring, data: tuple[str, ...]) -> list[str]:
-    """The models to score, resolved. Refuses what can't be meant, before anything is loaded."""
+def run(task: Task, questions: TaskConfig, options: ScoringConfig) -> None:
+    """Score all models on all question sets, print one table, and save results and items; or only compare."""
+    data = [questions.data] if isinstance(questions.data, str) else list(questions.data or ())
+    if options.compare:
+        return compare(options, data)
+    sources = check_options(options, data)
+    sets = task.load(questions)
+    with process_group(options.device) as ranks:
+        found, items = score_models(task, sources, sets, options, ranks)
+        if ranks.is_main:
+            save_and_print(options, found, items)
+
+
+def check_options(options: ScoringConfig, data: list[str]) -> list[str]:
+    """The models to score, resolved. Raises ValueError for options that can't work, before anything is loaded."""
     if options.batch_tokens is not None:
         cli.check_positive(batch_tokens=options.batch_tokens)
-    taken = {Path(file).resolve(): f"--data {file}" for file in data}
+    used = {Path(file).resolve(): f"--data {file}" for file in data}
     for name, file in (("out", options.out), ("items", options.items)):
         if file is None:
             continue
         if Path(file).is_dir():
-            raise ValueError(f"--{name} {file} is a folder: name a file")
-        if other := taken.get(Path(file).resolve()):
-            raise ValueError(f"--{name} {file} would overwrite {other}: name another file")
-        taken[Path(file).resolve()] = f"--{name} {file}"
-        Path(file).parent.mkdir(parents=True, exist_ok=True)  # fails now where it can't be, not after the scoring
+            raise ValueError(f"--{name} {file} is a folder. Use a file name")
+        if other := used.get(Path(file).resolve()):
+            raise ValueError(f"--{name} {file} would overwrite {other}. Use another file name")
+        used[Path(file).resolve()] = f"--{name} {file}"
+        Path(file).parent.mkdir(parents=True, exist_ok=True)  # an impossible path fails here, not after the scoring
     return list(dict.fromkeys(checkpoint.resolve_all(options.ckpt)))
 
 
-def chosen(protocols: tuple[str, ...], possible: tuple[str, ...]) -> list[str]:
-    """What --protocol names, each once; `all` names every possible one."""
-    return list(possible) if "all" in protocols else list(dict.fromkeys(protocols))
-
-
-def compare(options: Scoring) -> None:
-    """McNemar's test of the models in the two files of --compare."""
-    if useless := [f"--{name}" for name in ("ckpt", "data", "out", "items") if getattr(options, name, None)]:
-        raise ValueError(f"--compare reads what --items wrote and scores nothing: leave {' and '.join(useless)} out")
+def compare(options: ScoringConfig, data: list[str]) -> None:
+    """Print McNemar's test of the models in the two files of --compare."""
+    given = {"--ckpt": options.ckpt, "--data": data, "--out": options.out, "--items": options.items}
+    if excluded := " and ".join(name for name, value in given.items() if value):
+        raise ValueError(f"--compare reads two files of --items and scores nothing. Remove {excluded}")
     a, b = options.compare or ("", "")
     table = results.comparison_table(results.load_items(a), results.load_items(b))
     if table is None:
-        raise ValueError(f"{a} and {b} have no protocol in common: score both models by the same one")
+        raise ValueError(f"--compare {a} {b}: the files have no protocol in common. Score both models by the same one")
     print(table)
 
 
-def run(task: Task, options: Scoring, sources: list[str], sets: list[QuestionSet], reference: str) -> None:
-    """Score all models on all sets, print one table and, below it, `reference`; save results and items."""
-    with process_group(options.device) as ranks:
-        found: list[Result] = []
-        items: list[dict[str, Any]] = []
-        sources = ranks.broadcast(sources)  # a run that still trains may have shown each rank another newest checkpoint
-        for source, name in zip(sources, results.short_names(sources), strict=True):
-            model = load(source, ranks)
-            encoding = checkpoint.load_encoding(source, model.config.vocab_size)
-            for questions in sets:
-                begin = time.perf_counter()
-                verdicts = evaluate(task, model, encoding, questions, options, ranks)
-                seconds = time.perf_counter() - begin
-                for protocol, outcome in verdicts.items():
-                    found.append(summarize(task, model, name, protocol, questions, outcome, options.dtype, seconds))
-                    items += itemize(task, found[-1], questions, outcome)
-            del model  # before the next one is loaded beside it
-        if ranks.is_main:
-            report(options, found, items, reference)
+def score_models(
+    task: Task, sources: list[str], sets: list[QuestionSet], options: ScoringConfig, ranks: Ranks
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """Results and items of every model on every set. All ranks must call it."""
+    found: list[Result] = []
+    items: list[dict[str, Any]] = []
+    sources = ranks.broadcast(sources)  # ranks may have found different newest checkpoints of a run in training
+    for source, name in zip(sources, results.short_names(sources), strict=True):
+        model = load_model(source, ranks)
+        encoding = checkpoint.load_encoding(source, model.config.vocab_size)
+        for questions in sets:
+            start = time.perf_counter()
+            by_protocol = evaluate(task, model, encoding, questions, options, ranks)
+            seconds = time.perf_counter() - start
+            for protocol, verdicts in by_protocol.items():
+                found.append(summarize(task, model, name, protocol, questions, verdicts, options.dtype, seconds))
+                items += build_items(task, found[-1], questions, verdicts)
+        del model  # frees its memory before the next one is loaded
+    return found, items
 
 
-def load(source: str, ranks: Ranks) -> GPT:
+def load_model(source: str, ranks: Ranks) -> GPT:
     model = checkpoint.load_model(source)
     try:
         return model.to(ranks.device)
     except torch.OutOfMemoryError:
-        raise ValueError(f"{source} doesn't fit on the GPU beside what else runs there: take --device cpu") from None
+        raise ValueError(f"--ckpt {source} does not fit in the free memory of the GPU. Use --device cpu") from None
 
 
 def evaluate(
-    task: Task, model: GPT, encoding: Any, questions: QuestionSet, options: Scoring, ranks: Ranks
+    task: Task, model: GPT, encoding: Any, questions: QuestionSet, options: ScoringConfig, ranks: Ranks
 ) -> dict[str, list[Verdict]]:
-    """A verdict on each question by each of the set's protocols. All ranks must call it."""
-    asked = ask(task, questions, encoding.encode_ordinary, model.config.n_positions)
-    banned = task.banned(questions.protocols, encoding, model.config.vocab_size)
-    label = " ".join([task.title, questions.subset, *questions.protocols])
+    """Verdicts by protocol, in the order of the questions. All ranks must call it."""
+    instances = build_requests(task, questions, encoding.encode_ordinary, model.config.n_positions)
     try:
-        verdicts = answer(
+        verdicts = score_requests(
             task,
             model,
-            asked,
+            instances,
             ranks=ranks,
-            banned=banned,
-            label=label,
-            batch_tokens=options.batch_tokens,
             dtype=options.dtype,
+            batch_tokens=options.batch_tokens,
+            masked_ids=task.masked_ids(questions.protocols, encoding, model.config.vocab_size),
+            label=" ".join([task.title, questions.subset, *questions.protocols]),
         )
     except torch.OutOfMemoryError:
         tokens = options.batch_tokens or default_batch_tokens(ranks.device)
-        raise ValueError(f"out of memory at --batch-tokens {tokens}: take fewer") from None
+        raise ValueError(f"--batch-tokens {tokens} is too large: out of memory. Use a smaller value") from None
     n = len(questions.questions)
     return {protocol: verdicts[i * n : (i + 1) * n] for i, protocol in enumerate(questions.protocols)}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question by a protocol, as the model is asked it; without requests where it can't be."""
+class Instance:
+    """A question by a protocol, as requests to the model; without requests if it can't be scored."""
 
     protocol: str
     question: Any
     requests: list[Request]
-    unscored: str | None
-    remarks: tuple[str, ...]
+    unscored: str | None = None  # the reason
+    warnings: tuple[str, ...] = ()
 
 
-def ask(task: Task, questions: QuestionSet, encode: Encode, n_positions: int) -> list[Asked]:
-    """All questions by the first protocol, then all by the next, for a model of this context."""
+def build_requests(task: Task, questions: QuestionSet, encode: Encode, n_positions: int) -> list[Instance]:
+    """All questions by the first protocol, then all by the next, for a model with a context of n_positions tokens."""
     return [
-        _ask(task, protocol, question, encode, n_positions)
+        _build_instance(task, protocol, question, encode, n_positions)
         for protocol in questions.protocols
         for question in questions.questions
     ]
 
 
-def _ask(task: Task, protocol: str, question: Any, encode: Encode, n_positions: int) -> Asked:
+def _build_instance(task: Task, protocol: str, question: Any, encode: Encode, n_positions: int) -> Instance:
     try:
         requests = task.requests(protocol, question, encode)
     except UnscorableError as reason:
-        return Asked(protocol, question, [], str(reason), ())
-    cut = excess(requests, n_positions)
+        return Instance(protocol, question, [], unscored=str(reason))
+    cut = tokens_to_truncate(requests, n_positions)
     if cut >= min(len(request.context) for request in requests):
-        return Asked(protocol, question, [], f"longer than the model's context of {n_positions} tokens", ())
-    remarks = (f"context cut to the model's {n_positions} tokens",) if cut else ()
-    return Asked(protocol, question, requests, None, remarks)
+        return Instance(protocol, question, [], unscored=f"longer than the model's context of {n_positions} tokens")
+    warnings = (f"context cut to the model's {n_positions} tokens",) if cut else ()
+    return Instance(protocol, question, requests, warnings=warnings)
 
 
-def answer(task: Task, model: GPT, asked: list[Asked], **how: Any) -> list[Verdict]:
-    """A verdict on each; `how` are the settings of scoring.score. All ranks must call it."""
-    scores = iter(score(model, [each.requests for each in asked if each.requests], **how))
-    return [
-        _judge(task, each, next(scores)) if each.requests else Verdict(correct=False, unscored=each.unscored)
-        for each in asked
-    ]
+def score_requests(
+    task: Task,
+    model: GPT,
+    instances: list[Instance],
+    *,
+    ranks: Ranks | None = None,
+    dtype: str = "float32",
+    batch_tokens: int | None = None,
+    masked_ids: Tensor | None = None,
+    label: str = "scoring",
+) -> list[Verdict]:
+    """A verdict per instance; the settings are those of scoring.score. All ranks must call it."""
+    groups = [instance.requests for instance in instances if instance.requests]
+    scores = score(
+        model, groups, ranks=ranks, dtype=dtype, batch_tokens=batch_tokens, masked_ids=masked_ids, label=label
+    )
+    remaining = iter(scores)
+    return [_judge(task, instance, next(remaining) if instance.requests else []) for instance in instances]
 
 
-def _judge(task: Task, asked: Asked, scores: list[Score]) -> Verdict:
+def _judge(task: Task, instance: Instance, scores: list[Score]) -> Verdict:
+    if instance.unscored is not None:
+        return Verdict(correct=False, unscored=instance.unscored)
     if not all(math.isfinite(score.total) for score in scores):
         return Verdict(correct=False, unscored="the model's log-probabilities are not finite")
-    verdict = task.judge(asked.protocol, asked.question, scores)
-    return Verdict(**vars(verdict) | {"remarks": verdict.remarks + asked.remarks})
+    verdict = task.judge(instance.protocol, instance.question, scores)
+    return replace(verdict, warnings=verdict.warnings + instance.warnings)
 
 
 def summarize(
@@ -186,12 +207,14 @@ def summarize(
     dtype: str,
     seconds: float,
 ) -> Result:
+    """The result of one model on one set by one protocol."""
     shape = (model.config.n_layer, model.config.n_embd)
+    sizes = [size for size in results.published_sizes() if (PRESETS[size].n_layer, PRESETS[size].n_embd) == shape]
     return Result(
         task=task.name,
         protocol=protocol,
         model=name,
-        size=next((s for s in results.SIZES if (PRESETS[s].n_layer, PRESETS[s].n_embd) == shape), None),
+        size=sizes[0] if sizes else None,
         dtype=dtype,
         data=questions.data,
         sha256=questions.sha256,
@@ -199,7 +222,7 @@ def summarize(
         correct=sum(verdict.correct for verdict in verdicts),
         total=len(verdicts),
         unscored=dict(Counter(verdict.unscored for verdict in verdicts if verdict.unscored)),
-        remarks=dict(Counter(remark for verdict in verdicts for remark in verdict.remarks)),
+        warnings=dict(Counter(warning for verdict in verdicts for warning in verdict.warnings)),
         perplexity=task.perplexity(protocol, verdicts),
         seconds=seconds,
         has_published=questions.has_published,
@@ -207,34 +230,31 @@ def summarize(
     )
 
 
-def itemize(task: Task, result: Result, questions: QuestionSet, verdicts: list[Verdict]) -> list[dict[str, Any]]:
-    """A line a question. `question` is a hash of its text, so that answers to other questions are never compared."""
+def build_items(task: Task, result: Result, questions: QuestionSet, verdicts: list[Verdict]) -> list[dict[str, Any]]:
+    """The lines of an items file, one per question.
+
+    `question` is a hash of the question's text, so that --compare never pairs answers to different questions.
+    """
     model = result.model if result.dtype == "float32" else f"{result.model} ({result.dtype})"
-    facts = {"task": task.name, "protocol": result.protocol, "model": model, "subset": questions.subset}
+    common = {"task": task.name, "protocol": result.protocol, "model": model, "subset": questions.subset}
     items = []
     for index, (question, verdict) in enumerate(zip(questions.questions, verdicts, strict=True)):
         digest = hashlib.sha256(task.text(question).encode()).hexdigest()[:16]
-        said = {name: value for name, value in asdict(verdict).items() if value is not None and value != ()}
-        items.append(facts | {"index": index, "question": digest} | said)
+        fields = {name: value for name, value in results.to_json(verdict).items() if value is not None and value != ()}
+        items.append(common | {"index": index, "question": digest} | fields)
     return items
 
 
-def report(options: Scoring, found: list[Result], items: list[dict[str, Any]], reference: str) -> None:
+def save_and_print(options: ScoringConfig, found: list[Result], items: list[dict[str, Any]]) -> None:
+    """Save results and items first, then print the tables: a closed terminal loses nothing."""
     saved = results.save(found, options.out)
     if options.items:
         results.save_items(items, options.items)
-    print(f"\n{results.results_table(found)}\n")
-    if pairs := results.comparison_table(items):
-        print(f"{pairs}\n")
+    parts = [results.results_table(found), results.comparison_table(items)]
     if any(result.has_published for result in found):
-        print(f"{reference}\n")
-    if notes := results.footnotes(found):
-        print(f"{notes}\n")
-    print(f"saved {saved}")
-
-
-def data_facts(path: Path | None, hub_name: str) -> tuple[str, str | None]:
-    """How a question set names where it is from: its `data` and `sha256`."""
-    from core.files import sha256
-
-    return (hub_name, None) if path is None else (path.name, sha256(path))
+        parts.append(
+            "Published figures, accuracy % (perplexity). Weights are OpenAI's unless the source says otherwise:"
+        )
+        parts.append(results.published_table(found[0].task, [result.protocol for result in found]))
+    parts += [results.footnotes(found), f"saved {saved}"]
+    print("\n" + "\n\n".join(part for part in parts if part))

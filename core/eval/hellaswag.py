@@ -1,138 +1,149 @@
-"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings follows. Reading it, and each protocol.
+"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): choose which of four endings follows a description.
 
-`harness` is lm-evaluation-harness's `acc`: the activity's name before the context, both without WikiHow's marks, the
-ending of the highest sum of log-probabilities; `harness-norm` its `acc_norm`, that sum a character of the ending.
-`completion` and `completion-norm` are those of build-nanogpt and llm.c: context and ending as they stand, the highest
-sum, and the highest mean a token.
+`harness` is lm-evaluation-harness's `acc`: the activity's name and the context, both without WikiHow's marks; the
+ending with the highest sum of log-probabilities wins. `harness-norm` is its `acc_norm`: the sum per character.
+`completion` and `completion-norm` are those of build-nanogpt and llm.c: the unchanged context and ending, the highest
+sum, and the highest mean per token.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from core import cli
 from core.eval import task
-from core.eval.scoring import NEAR_TIE, Request, Score
-from core.eval.task import Encode, Task, UnscorableError, Verdict, is_text, read_lines
+from core.eval.scoring import Request, Score, highest
+from core.eval.task import Encode, QuestionSet, Task, UnscorableError, Verdict
+from core.files import sha256
 
 PROTOCOLS = ("harness", "harness-norm", "completion", "completion-norm")
 HUB = "Rowan/hellaswag"
 ENDINGS = 4
-FILE, QUESTIONS = "hellaswag_val.jsonl", 10_042  # the authors' own, and how many it holds
+FILE, QUESTIONS = "hellaswag_val.jsonl", 10_042  # the authors' validation file, and its number of questions
 TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 
+@dataclass
+class HellaSwagConfig:
+    """Questions and scoring rules."""
+
+    data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
+    """File of questions, one JSON object per line, in the format of the authors' hellaswag_val.jsonl.
+    Default: the hub's validation split."""
+    protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("harness", "harness-norm")  # type: ignore[valid-type]
+    """Scoring protocols: harness like lm-evaluation-harness, completion like build-nanogpt; -norm divides by length."""
+
+
 @dataclass(frozen=True)
-class Story:
-    """One question, as the data set has it."""
+class Question:
+    """One question, with the field names of the data set."""
 
     activity_label: str
     ctx_a: str
     ctx_b: str
     ctx: str
     endings: list[str]
-    label: int  # of the ending that is right
+    label: int  # the index of the correct ending
 
 
-def read(path: Path) -> list[Story]:
-    """Questions from the authors' file or one like it, a JSON object a line.
+def load(config: HellaSwagConfig) -> list[QuestionSet]:
+    protocols = task.select_protocols(config.protocol, list(PROTOCOLS))
+    if config.data is not None:
+        return [load_file(Path(config.data), protocols)]
+    return [QuestionSet(questions=from_hub(), protocols=protocols, data=HUB, sha256=None)]
 
-    Raises ValueError with file and line where one is no question, or the authors' own file lacks some.
+
+def load_file(path: Path, protocols: list[str]) -> QuestionSet:
+    """The questions of a file. Published figures apply to the authors' validation file only."""
+    return QuestionSet(
+        questions=read(path), protocols=protocols, data=path.name, sha256=sha256(path), has_published=path.name == FILE
+    )
+
+
+def read(path: Path) -> list[Question]:
+    """Questions from the authors' file or one in its format, one JSON object per line.
+
+    Raises ValueError with file and line for a line that is not a question, and for an incomplete file of the authors.
     """
-    stories = []
-    for number, line in enumerate(read_lines(path), 1):
-        place = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: no JSON object ({error})") from None
-        stories.append(checked(fields, place))
-    if not stories:
-        raise ValueError(f"{path} holds no question: it should have a JSON object a line")
-    if path.name == FILE and len(stories) != QUESTIONS:
-        raise ValueError(f"{path} holds {len(stories):,} questions of {QUESTIONS:,}: it was cut short; fetch it again")
-    return stories
+    questions = [parse(fields, place) for place, fields in task.read_json_lines(path)]
+    if not questions:
+        raise ValueError(f"{path} contains no questions. Use a file with one JSON object per line")
+    if path.name == FILE and len(questions) != QUESTIONS:
+        raise ValueError(f"{path} has {len(questions):,} questions, expected {QUESTIONS:,}. Download the file again")
+    return questions
 
 
-def from_hub() -> list[Story]:
-    """The validation split from the Hugging Face hub; the test split's answers are unpublished."""
+def from_hub() -> list[Question]:
+    """The validation split from the Hugging Face hub; the labels of the test split are unpublished."""
     rows = task.hub_rows(HUB, "default", "validation")
-    return [checked(row, f"{HUB}, row {i}") for i, row in enumerate(rows)]
+    return [parse(row, f"{HUB}, row {i}") for i, row in enumerate(rows)]
 
 
-def checked(fields: Any, place: str) -> Story:
-    """A question's fields as a Story. Raises ValueError, with the place, for those that are none."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"{place}: no JSON object")
+def parse(fields: dict[str, Any], place: str) -> Question:
+    """A question from its JSON fields. Raises ValueError with the place for missing or wrong ones."""
     endings, label = fields.get("endings"), fields.get("label")
     texts: dict[str, Any] = {name: fields.get(name) for name in TEXTS}
     if not isinstance(endings, list) or not all(isinstance(text, str) for text in [*texts.values(), *endings]):
-        raise ValueError(f"{place}: a question has {', '.join(TEXTS)} and a list of endings, all of them texts")
-    if not all(map(is_text, [*texts.values(), *endings])):
-        raise ValueError(f"{place} holds half a surrogate pair, which is no text")
+        raise ValueError(f"{place} is not a question: it needs strings {', '.join(TEXTS)} and a list `endings`. Fix it")
     if label is None or label == "":
-        raise ValueError(f"{place}: no label: the test split's answers are unpublished, take the validation split")
+        raise ValueError(f"{place} has no label: the test split's labels are unpublished. Use the validation split")
     if str(label) not in map(str, range(len(endings))):  # a number in the authors' file, a digit on the hub
-        raise ValueError(f"{place}: label {label} is none of the {len(endings)} endings")
-    return Story(endings=endings, label=int(label), **texts)
+        raise ValueError(f"{place} has label {str(label)[:40]}, but {len(endings)} endings. Fix or remove the line")
+    return Question(endings=endings, label=int(label), **texts)
 
 
-def cleaned(text: str) -> str:
-    """Without the marks of WikiHow's articles, as lm-evaluation-harness cleans it."""
+def clean(text: str) -> str:
+    """The text without WikiHow's marks, cleaned as lm-evaluation-harness does."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def context_and_endings(protocol: str, story: Story) -> tuple[str, list[str]]:
+def context_and_endings(protocol: str, question: Question) -> tuple[str, list[str]]:
     if protocol.startswith("completion"):
-        return story.ctx, story.endings
-    context = f"{story.activity_label}: {story.ctx_a} {story.ctx_b.capitalize()}"
-    return cleaned(context), [cleaned(ending) for ending in story.endings]
+        return question.ctx, question.endings
+    context = f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}"
+    return clean(context), [clean(ending) for ending in question.endings]
 
 
-def requests(protocol: str, story: Story, encode: Encode) -> list[Request]:
-    """A request an ending, all after the same context."""
-    if len(story.endings) < 2:
+def requests(protocol: str, question: Question, encode: Encode) -> list[Request]:
+    """One request per ending, all with the same context."""
+    if len(question.endings) < 2:
         raise UnscorableError("fewer than two endings")
-    context, endings = context_and_endings(protocol, story)
-    stem = context.rstrip() if protocol.startswith("harness") else context
-    before = encode(stem)
-    if not before:
+    context, endings = context_and_endings(protocol, question)
+    context_ids = encode(context.rstrip() if protocol.startswith("harness") else context)
+    if not context_ids:
         raise UnscorableError("no context before the endings")
     if protocol.startswith("completion"):
-        return [Request(before, encode(f" {ending}")) for ending in endings]
-    # Encoded together, as the harness does: where the ending begins with spaces its first token differs.
-    wholes = [encode(f"{context} {ending}") for ending in endings]
-    if min(map(len, wholes)) <= len(before):
+        return [Request(context_ids, encode(f" {ending}")) for ending in endings]
+    # Context and ending are encoded together, as the harness does: an ending that starts with spaces differs.
+    sequences = [encode(f"{context} {ending}") for ending in endings]
+    if min(map(len, sequences)) <= len(context_ids):
         raise UnscorableError("an ending that adds no token")
-    return [Request(before, ids[len(before) :]) for ids in wholes]
+    return [Request(context_ids, ids[len(context_ids) :]) for ids in sequences]
 
 
-def judge(protocol: str, story: Story, scores: list[Score]) -> Verdict:
-    """The ending of the highest sum of log-probabilities: as such, a character of it, or a token."""
-    _, endings = context_and_endings(protocol, story)
-    sizes = [1] * len(scores)
+def judge(protocol: str, question: Question, scores: list[Score]) -> Verdict:
+    """The ending with the highest sum of log-probabilities wins: the plain sum, or per character, or per token."""
+    _, endings = context_and_endings(protocol, question)
+    lengths = [1] * len(scores)
     if protocol == "harness-norm":
-        sizes = [len(ending) for ending in endings]
+        lengths = [len(ending) for ending in endings]
     elif protocol == "completion-norm":
-        sizes = [len(score.logprobs) for score in scores]
-    # The harness divides by 0 where cleaning leaves nothing of an ending: -inf, never the best.
-    values = [score.total / size if size else -math.inf for score, size in zip(scores, sizes, strict=True)]
-    best = max(range(len(values)), key=values.__getitem__)
-    second, first = sorted(values)[-2:]
-    odd = {
-        f"not {ENDINGS} endings": len(endings) != ENDINGS,
-        "an empty ending": not all(ending.strip() for ending in endings),
-        "a repeated ending": len(set(endings)) < len(endings),
-    }
-    remarks = tuple(name for name, is_so in odd.items() if is_so)
-    return Verdict(best == story.label, first - second < NEAR_TIE, chosen=endings[best], remarks=remarks)
+        lengths = [len(score.logprobs) for score in scores]
+    # The harness divides by 0 for an ending that is empty after cleaning: -inf, never the best.
+    values = [score.total / length if length else -math.inf for score, length in zip(scores, lengths, strict=True)]
+    best, near_tie = highest(values)
+    warnings = task.candidate_warnings(endings, ENDINGS, "ending")
+    return Verdict(best == question.label, near_tie, chosen=endings[best], warnings=warnings)
 
 
-def text(story: Story) -> str:
+def text(question: Question) -> str:
     """A question as one line of text."""
-    return "\t".join([story.activity_label, story.ctx_a, story.ctx_b, story.ctx, *story.endings, str(story.label)])
+    texts = [question.activity_label, question.ctx_a, question.ctx_b, question.ctx]
+    return "\t".join([*texts, *question.endings, str(question.label)])
 
 
-TASK = Task("hellaswag", "HellaSwag", PROTOCOLS, requests, judge, text)
+TASK = Task(
+    name="hellaswag", title="HellaSwag", protocols=PROTOCOLS, load=load, requests=requests, judge=judge, text=text
+)

@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations: the engine of every evaluate.
+"""Log-probabilities of continuations: the computation behind every evaluation.
 
-Requests of one group that begin alike share the work of their beginning: a row of the batch holds each different
-token once, its sequences branch as a tree does, and a token sees the tokens on its own branch alone. Ten candidates
-after 500 tokens cost 500 tokens and ten endings.
+Requests with the same first tokens share their computation. A row of a batch contains each distinct prefix once; its
+sequences branch like a tree, and a token attends to the tokens of its own branch only. Ten candidates after a context
+of 500 tokens cost 500 tokens and ten endings.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from core import cli
 from core.distributed import Ranks, autocast
 from model import GPT
 
-NEAR_TIE = 1e-5  # log-probabilities closer than this may change places with another batch size or device
-HEAD_ROWS = 2048  # logits at once: 0.4 GB of them for GPT-2's vocabulary
-WIDTH_MULTIPLE = 8  # attention kernels want the rows of a mask aligned
+NEAR_TIE = 1e-5  # the order of log-probabilities closer than this may depend on batch size and device
+LOGIT_ROWS = 2048  # rows of logits per matrix product: 0.4 GB for GPT-2's vocabulary
+WIDTH_MULTIPLE = 8  # attention kernels need aligned rows of the mask
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """What keeps a GPU busy; on a CPU, what stays in its caches (8,192 took 1.4 times as long for GPT-2 124M)."""
+    """Enough to keep a GPU busy; on a CPU what fits its caches (8,192 took 1.4 times as long for GPT-2 124M)."""
     return 1024 if device.type == "cpu" else 32_768
 
 
@@ -34,35 +34,43 @@ class Request:
     continuation: list[int]
 
     def check(self, n_positions: int, vocab_size: int) -> None:
-        """Raise ValueError where a model of this context and vocabulary can't score it."""
+        """Raise ValueError if a model with this context length and vocabulary can't score it."""
         if not self.context or not self.continuation:
-            raise ValueError("a context and each continuation need at least one token")
+            raise ValueError("context and continuation need at least one token each")
         if len(self.continuation) > n_positions:
-            raise ValueError(f"a continuation of {len(self.continuation)} tokens passes the context of {n_positions}")
+            raise ValueError(
+                f"a continuation of {len(self.continuation)} tokens exceeds the model's context of {n_positions}"
+            )
         largest = max(self.context + self.continuation)
         if largest >= vocab_size:
             raise ValueError(
-                f"token id {largest} is outside the model's vocabulary of {vocab_size}: its tokenizer is another one"
+                f"token id {largest} is outside the model's vocabulary of {vocab_size}. Use the model's own tokenizer"
             )
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the model makes of one continuation, token by token."""
+    """The model's scores of one continuation, one value per token."""
 
-    logprobs: list[float]  # of each token, given all before it
-    margins: list[float]  # how far each token's log-probability is above that of any other id; negative: below
-    allowed_margins: list[float]  # the same where banned ids can't be chosen; -inf for a token that is banned
+    logprobs: list[float]  # of the token, given all tokens before it
+    margins: list[float]  # the token's log-probability minus the highest one of any other id
+    allowed_margins: list[float]  # the same without masked ids as alternatives; -inf for a masked token
 
     @property
     def total(self) -> float:
         return sum(self.logprobs)
 
 
-def excess(group: list[Request], n_positions: int) -> int:
-    """How many tokens the contexts of a group lose at their beginning, alike for all, to fit the model's context.
+def highest(values: list[float]) -> tuple[int, bool]:
+    """The index of the highest of at least two values, the first of equals, and whether the second is a near tie."""
+    second, first = sorted(values)[-2:]
+    return values.index(first), first - second < NEAR_TIE
 
-    The last token predicted is no input, so that sequences of n_positions + 1 tokens fit.
+
+def tokens_to_truncate(group: list[Request], n_positions: int) -> int:
+    """The number of tokens to remove from the start of every context of a group, so that its longest request fits.
+
+    The last token of a sequence is predicted but not an input: sequences of n_positions + 1 tokens fit.
     """
     longest = max(len(request.context) + len(request.continuation) for request in group)
     return max(longest - (n_positions + 1), 0)
@@ -76,136 +84,137 @@ def score(
     ranks: Ranks | None = None,
     batch_tokens: int | None = None,
     dtype: str = "float32",
-    share: bool = True,
-    banned: Tensor | None = None,
+    share_prefixes: bool = True,
+    masked_ids: Tensor | None = None,
     label: str = "scoring",
-    quiet: bool = False,
 ) -> list[list[Score]]:
-    """Score every request; all ranks must call it with the same arguments, and get the same scores.
+    """Score every request. All ranks must call it with the same arguments; all get the same scores.
 
-    batch_tokens: tokens a forward, padding included; None: default_batch_tokens. dtype: of the blocks' matrix
-    products, float32 (without TF32) or bfloat16; logits are float32 always. share: False gives every request a row of
-    its own. banned (vocab_size,) bool: ids that `allowed_margins` leave out.
-    Batch size, ranks and sharing change the scores by rounding alone. Raises ValueError, with the group's number, for
-    a request that the model can't score.
+    batch_tokens: tokens per forward pass, padding included; None: default_batch_tokens.
+    dtype: of the matrix products in the blocks, float32 (without TF32) or bfloat16; logits are always float32.
+    share_prefixes: False computes every request in its own row.
+    masked_ids: (vocab_size,) bool, ids to exclude from `allowed_margins`.
+    Batch size, number of ranks and sharing change the scores by rounding only.
+    Raises ValueError with the group's number for a request that the model can't score.
     """
     torch.set_float32_matmul_precision("highest")
     ranks = ranks or Ranks(0, 1, model.device)
-    banned = banned.to(model.device) if banned is not None else None
-    spans = _spans(model, groups)
-    rows = [_row(bundle) for bundle in _bundles(spans, share)]
-    batches = _pack(rows, batch_tokens or default_batch_tokens(model.device))[ranks.rank :: ranks.world_size]
+    masked_ids = masked_ids.to(model.device) if masked_ids is not None else None
+    sequences = _truncate(model, groups)
+    rows = [_build_row(merged) for merged in _merge(sequences, share_prefixes)]
+    # Batches are formed before ranks share them: each batch is the same for any number of ranks.
+    batches = _build_batches(rows, batch_tokens or default_batch_tokens(model.device))[ranks.rank :: ranks.world_size]
     slots, values = [np.empty(0, np.int64)], [torch.empty(0, 3, device=model.device)]
-    hidden = quiet or not ranks.is_main
-    with cli.progress_bar(total=sum(map(len, batches)), desc=label, unit="row", hidden=hidden, leave=False) as bar:
+    count = sum(map(len, batches))
+    with cli.progress_bar(total=count, desc=label, unit="row", hidden=not ranks.is_main, leave=False) as bar:
         for batch in batches:
-            for where, found in _score_batch(model, batch, ranks, dtype, banned):
-                slots.append(where)
-                values.append(found)  # stays on the device, so that the host builds the next batch meanwhile
+            for batch_slots, batch_values in _score_batch(model, batch, ranks, dtype, masked_ids):
+                slots.append(batch_slots)
+                values.append(batch_values)  # stays on the device, so that the host can build the next batch
             bar.update(len(batch))
-        mine = np.concatenate(slots), torch.cat(values).cpu().numpy()
-    table = np.empty((sum(len(span.targets) for group in spans for span in group), 3), np.float32)
-    for where, found in ranks.all_gather(mine):
-        table[where] = found
-    return [[_result(table, span) for span in group] for group in spans]
+        share = np.concatenate(slots), torch.cat(values).cpu().numpy()
+    table = np.empty((sum(len(sequence.targets) for group in sequences for sequence in group), 3), np.float32)
+    for rank_slots, rank_values in ranks.all_gather(share):
+        table[rank_slots] = rank_values
+    return [[_to_score(table, sequence) for sequence in group] for group in sequences]
 
 
 @dataclass
-class _Span:
-    """One request, cut to the model's context."""
+class _Sequence:
+    """One request, truncated to the model's context."""
 
     ids: list[int]
-    begin: int  # of the continuation within ids
+    start: int  # of the continuation in ids
     slot: int  # of its first target in the table of results
 
     @property
     def targets(self) -> list[int]:
-        return self.ids[self.begin :]
+        return self.ids[self.start :]
 
 
 @dataclass
 class _Row:
-    """One row of a batch: the tokens of sequences that branch, each token once."""
+    """One row of a batch: the tokens of sequences that branch, each shared token once."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    branches: list[tuple[np.ndarray, int, int]] = field(default_factory=list)  # stem's places; begin and end of its own
-    reads: list[int] = field(default_factory=list)  # the place where the logits of each target stand
+    branches: list[tuple[np.ndarray, int, int]] = field(default_factory=list)  # prefix indices; own start and end
+    logit_indices: list[int] = field(default_factory=list)  # for each target, the index that predicts it
     targets: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
 
     @property
     def is_chain(self) -> bool:
-        """Whether nothing branches, and plain causal attention does."""
+        """Whether no sequence branches, so that plain causal attention is sufficient."""
         return self.positions[-1] == len(self.tokens) - 1
 
-    def mark_visible(self, seen: np.ndarray) -> None:
-        """Mark which places each place sees in `seen` (T, T), all False."""
-        for stem, begin, end in self.branches:
-            if len(stem) and stem[-1] == len(stem) - 1:  # a slice: 0.4 s instead of 2.0 for 2,000 CBT questions
-                seen[begin:end, : len(stem)] = True
+    def mark_visible(self, mask: np.ndarray) -> None:
+        """Set in `mask` (T, T), all False, which indices each index attends to."""
+        for prefix, start, end in self.branches:
+            if len(prefix) and prefix[-1] == len(prefix) - 1:  # a slice: 0.4 s instead of 2.0 for 2,000 CBT questions
+                mask[start:end, : len(prefix)] = True
             else:
-                seen[begin:end, stem] = True
-            seen[begin:end, begin:end] = np.tri(end - begin, dtype=bool)
-        padding = np.arange(len(self.tokens), len(seen))
-        seen[padding, padding] = True  # itself: a softmax over nothing is NaN
+                mask[start:end, prefix] = True
+            mask[start:end, start:end] = np.tri(end - start, dtype=bool)
+        padding = np.arange(len(self.tokens), len(mask))
+        mask[padding, padding] = True  # itself: a softmax over nothing is NaN
 
 
-def _spans(model: GPT, groups: list[list[Request]]) -> list[list[_Span]]:
-    spans: list[list[_Span]] = []
+def _truncate(model: GPT, groups: list[list[Request]]) -> list[list[_Sequence]]:
+    sequences: list[list[_Sequence]] = []
     slot = 0
     for number, group in enumerate(groups, 1):
-        cut = excess(group, model.config.n_positions)
-        spans.append([])
+        cut = tokens_to_truncate(group, model.config.n_positions)
+        sequences.append([])
         try:
             for request in group:
                 request.check(model.config.n_positions, model.config.vocab_size)
             if min(len(request.context) for request in group) <= cut:
-                raise ValueError(f"a context is shorter than the {cut} tokens that its group has to lose")
+                raise ValueError(f"a context has no more than the {cut} tokens that its group must lose")
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from None
         for request in group:
             ids = request.context[cut:] + request.continuation
-            spans[-1].append(_Span(ids, len(request.context) - cut, slot))
+            sequences[-1].append(_Sequence(ids, len(request.context) - cut, slot))
             slot += len(request.continuation)
-    return spans
+    return sequences
 
 
-def _bundles(spans: list[list[_Span]], share: bool) -> list[list[_Span]]:
-    """What goes into one row: a group, and with it those that ask for parts of the same texts, by another protocol."""
-    if not share:
-        return [[span] for group in spans for span in group]
-    bundles: dict[tuple[tuple[int, ...], ...], list[_Span]] = {}
-    for group in spans:
-        bundles.setdefault(tuple(tuple(span.ids) for span in group), []).extend(group)
-    return list(bundles.values())
+def _merge(sequences: list[list[_Sequence]], share_prefixes: bool) -> list[list[_Sequence]]:
+    """The sequences of each row: a group, and other groups that score parts of the same texts, by another protocol."""
+    if not share_prefixes:
+        return [[sequence] for group in sequences for sequence in group]
+    merged: dict[tuple[tuple[int, ...], ...], list[_Sequence]] = {}
+    for group in sequences:
+        merged.setdefault(tuple(tuple(sequence.ids) for sequence in group), []).extend(group)
+    return list(merged.values())
 
 
-def _row(bundle: list[_Span]) -> _Row:
-    row, path = _Row(), np.empty(0, np.int64)
-    before: list[int] = []
-    for span in sorted(bundle, key=lambda span: span.ids):  # those that share the longest beginnings are neighbours
-        ids = span.ids[:-1]
-        stem, begin = _common(before, ids), len(row.tokens)
-        row.tokens += ids[stem:]
-        row.positions += range(stem, len(ids))
-        row.branches.append((path[:stem], begin, len(row.tokens)))
-        path = np.concatenate([path[:stem], np.arange(begin, len(row.tokens))])  # places of this sequence's tokens
-        row.reads += path[span.begin - 1 :].tolist()
-        row.targets += span.targets
-        row.slots += range(span.slot, span.slot + len(span.targets))
-        before = ids
+def _build_row(sequences: list[_Sequence]) -> _Row:
+    row, path = _Row(), np.empty(0, np.int64)  # path: the indices in the row of the current sequence's tokens
+    previous: list[int] = []
+    for sequence in sorted(sequences, key=lambda sequence: sequence.ids):  # the longest common prefixes are adjacent
+        ids = sequence.ids[:-1]
+        prefix, start = _common_prefix(previous, ids), len(row.tokens)
+        row.tokens += ids[prefix:]
+        row.positions += range(prefix, len(ids))
+        row.branches.append((path[:prefix], start, len(row.tokens)))
+        path = np.concatenate([path[:prefix], np.arange(start, len(row.tokens))])
+        row.logit_indices += path[sequence.start - 1 :].tolist()
+        row.targets += sequence.targets
+        row.slots += range(sequence.slot, sequence.slot + len(sequence.targets))
+        previous = ids
     return row
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """How many tokens two sequences have in common at their beginnings."""
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """The length of the longest common prefix of two sequences."""
     n = min(len(a), len(b))
     return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
-def _pack(rows: list[_Row], batch_tokens: int) -> list[list[_Row]]:
-    """Batches of rows of like lengths, the longest first: memory that doesn't suffice shows at once."""
+def _build_batches(rows: list[_Row], batch_tokens: int) -> list[list[_Row]]:
+    """Batches of rows of similar length, the longest first, so that a lack of memory appears at once."""
     batches: list[list[_Row]] = []
     for row in sorted(rows, key=lambda row: len(row.tokens), reverse=True):
         if not batches or (len(batches[-1]) + 1) * len(batches[-1][0].tokens) > batch_tokens:
@@ -215,62 +224,64 @@ def _pack(rows: list[_Row], batch_tokens: int) -> list[list[_Row]]:
 
 
 def _score_batch(
-    model: GPT, rows: list[_Row], ranks: Ranks, dtype: str, banned: Tensor | None
+    model: GPT, rows: list[_Row], ranks: Ranks, dtype: str, masked_ids: Tensor | None
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Slots of the table (n,) and what belongs there, (n, 3): log-probability, margin, margin among allowed ids."""
+    """Slots of the table (n,) and their values (n, 3): log-probability, margin, margin without masked ids."""
     hidden, width = _hidden(model, rows, ranks, dtype)  # (B * T, C)
-    reads = np.concatenate([b * width + np.array(row.reads) for b, row in enumerate(rows)])  # (n,)
-    order = np.argsort(reads, kind="stable")  # requests that branch at one place read the same logits
-    places, which = np.unique(reads[order], return_inverse=True)  # (u,), (n,)
+    indices = np.concatenate([b * width + np.array(row.logit_indices) for b, row in enumerate(rows)])  # (n,)
+    order = np.argsort(indices, kind="stable")  # targets after the same prefix use the same logits
+    unique, inverse = np.unique(indices[order], return_inverse=True)  # (u,), (n,)
     targets = np.concatenate([row.targets for row in rows])[order]  # (n,)
     slots = np.concatenate([row.slots for row in rows])[order]  # (n,)
-    for first in range(0, len(places), HEAD_ROWS):
-        chunk = slice(*np.searchsorted(which, [first, first + HEAD_ROWS]))
-        at, which_row, target = (
+    for first in range(0, len(unique), LOGIT_ROWS):
+        chunk = slice(*np.searchsorted(inverse, [first, first + LOGIT_ROWS]))
+        chunk_indices, which, chunk_targets = (
             torch.from_numpy(values).to(model.device)
-            for values in (places[first : first + HEAD_ROWS], which[chunk] - first, targets[chunk])
+            for values in (unique[first : first + LOGIT_ROWS], inverse[chunk] - first, targets[chunk])
         )
-        yield slots[chunk], _compare(model.logits(hidden[at]), which_row, target, banned)
+        yield slots[chunk], _logprobs_and_margins(model.logits(hidden[chunk_indices]), which, chunk_targets, masked_ids)
 
 
 def _hidden(model: GPT, rows: list[_Row], ranks: Ranks, dtype: str) -> tuple[Tensor, int]:
+    """The final hidden states of a batch, (B * T, C), and T."""
     width = max(len(row.tokens) for row in rows)
-    branching = not all(row.is_chain for row in rows)
-    if branching:
+    is_tree = not all(row.is_chain for row in rows)
+    if is_tree:
         width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    # Padding stands on the right, where no real token sees it.
+    # Padding is on the right, where no real token attends to it.
     tokens, positions = np.zeros((2, len(rows), width), np.int64)  # (B, T) each
     for b, row in enumerate(rows):
         tokens[b, : len(row.tokens)] = row.tokens
         positions[b, : len(row.tokens)] = row.positions
-    inputs, at, visible = torch.from_numpy(tokens).to(model.device), None, None
-    if branching:
-        seen = np.zeros((len(rows), 1, width, width), bool)  # (B, 1, T, T)
+    inputs, tree_positions, visible = torch.from_numpy(tokens).to(model.device), None, None
+    if is_tree:
+        mask = np.zeros((len(rows), 1, width, width), bool)  # (B, 1, T, T)
         for b, row in enumerate(rows):
-            row.mark_visible(seen[b, 0])
-        at, visible = (torch.from_numpy(values).to(model.device) for values in (positions, seen))
+            row.mark_visible(mask[b, 0])
+        tree_positions, visible = (torch.from_numpy(values).to(model.device) for values in (positions, mask))
     with autocast(ranks, dtype):
-        hidden = model.hidden(inputs, positions=at, visible=visible)  # (B, T, C)
+        hidden = model.hidden(inputs, positions=tree_positions, visible=visible)  # (B, T, C)
     return hidden.flatten(0, 1).float(), width
 
 
-def _compare(logits: Tensor, which: Tensor, targets: Tensor, banned: Tensor | None) -> Tensor:
-    """(u, V) logits; target j, of n, is an id of row which[j]. (n, 3): log-probability and both margins."""
+def _logprobs_and_margins(logits: Tensor, which: Tensor, targets: Tensor, masked_ids: Tensor | None) -> Tensor:
+    """logits (u, V); targets (n,), target j belongs to row which[j]. Returns (n, 3), the columns of `_score_batch`."""
     own = logits[which, targets]  # (n,)
-    found = [own - logits.logsumexp(dim=-1)[which], own - _best_other(logits, which, targets)]
-    if banned is not None:
-        others = _best_other(logits.masked_fill(banned, -torch.inf), which, targets)
-        found.append(torch.where(banned[targets], -torch.inf, own - others))
+    columns = [own - logits.logsumexp(dim=-1)[which], own - _highest_other(logits, which, targets)]
+    if masked_ids is None:
+        columns.append(columns[1])
     else:
-        found.append(found[1])
-    return torch.stack(found, dim=1)
+        others = _highest_other(logits.masked_fill(masked_ids, -torch.inf), which, targets)
+        columns.append(torch.where(masked_ids[targets], -torch.inf, own - others))
+    return torch.stack(columns, dim=1)
 
 
-def _best_other(logits: Tensor, which: Tensor, targets: Tensor) -> Tensor:
-    """The highest logit but the target's own, (n,)."""
+def _highest_other(logits: Tensor, which: Tensor, targets: Tensor) -> Tensor:
+    """The highest logit except the target's own, (n,)."""
     best = logits.topk(2, dim=-1)  # (u, 2) each
     return torch.where(best.indices[which, 0] == targets, best.values[which, 1], best.values[which, 0])
 
 
-def _result(table: np.ndarray, span: _Span) -> Score:
-    return Score(*table[span.slot : span.slot + len(span.targets)].T.tolist())
+def _to_score(table: np.ndarray, sequence: _Sequence) -> Score:
+    logprobs, margins, allowed_margins = table[sequence.slot : sequence.slot + len(sequence.targets)].T.tolist()
+    return Score(logprobs, margins, allowed_margins)

@@ -1,10 +1,15 @@
-"""What an evaluation is made of. A new one is a file here with its TASK, a script with its command line, and a test."""
+"""The parts of an evaluation.
 
+A new evaluation is three files: core/eval/<task>.py with its options, questions, scoring rules and TASK; a script with
+the command line; and a test.
+"""
+
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # report.py shows results without torch
     from core.eval.scoring import Request, Score
@@ -13,93 +18,138 @@ Encode = Callable[[str], list[int]]
 
 
 class UnscorableError(Exception):
-    """A question that no model can be asked. It is counted by this reason, and as wrong."""
+    """No model can be scored on this question. It is counted under this reason, and as wrong."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one question came out."""
+    """The outcome of one question."""
 
     correct: bool
-    near_tie: bool = False  # another batch size or device may turn the answer
-    logprob: float | None = None  # of the one target, where there is one
-    chosen: str | None = None  # of the candidates, where there are some
-    unscored: str | None = None  # why it couldn't be asked, or its answer not be read
-    remarks: tuple[str, ...] = ()  # what was odd about a question that was scored all the same
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kind of question and its protocols. `Any` is the task's own type of question."""
-
-    name: str
-    title: str
-    protocols: tuple[str, ...]
-    requests: Callable[[str, Any, Encode], "list[Request]"]  # by protocol; raises UnscorableError
-    judge: Callable[[str, Any, "list[Score]"], Verdict]  # by protocol; the scores of those requests
-    text: Callable[[Any], str]  # all that makes a question this question and no other
-    perplexity: Callable[[str, list[Verdict]], float | None] = lambda protocol, verdicts: None
-    banned: Callable[[list[str], Any, int], Any] = lambda protocols, encoding, vocab_size: None
-    """Ids that these protocols' allowed_margins leave out, a (vocab_size,) bool tensor, or None."""
+    near_tie: bool = False  # another batch size or device may change `correct`
+    logprob: float | None = None  # of the target, for tasks with one target per question
+    chosen: str | None = None  # the candidate with the highest score, for tasks with candidates
+    unscored: str | None = None  # the reason, where the question has no score
+    warnings: tuple[str, ...] = ()  # irregularities of a question that has a score
 
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions from one place, and the protocols to ask them by."""
+    """Questions from one source, and the protocols to score them by."""
 
     questions: list[Any]
     protocols: list[str]
-    data: str  # how results name the place
-    sha256: str | None  # of the file; None for the hub's
-    subset: str = ""  # such as `NE validation`, as published figures name it
-    has_published: bool = True  # whether published figures speak of these very questions
+    data: str  # the name of the source in results
+    sha256: str | None  # of the file; None for a data set of the hub
+    subset: str = ""  # such as `NE validation`, as in published.json
+    has_published: bool = True  # whether published figures are for exactly these questions
 
 
-LONGEST_LINE = 1 << 20  # bytes; the longest of LAMBADA's and the Children's Book Test's has a few thousand
+class TaskConfig(Protocol):
+    """The options of a task: a dataclass, shown as one group of `--help`."""
+
+    data: Any  # one file, several files, or None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question and its protocols. `Any` is the task's own type of question or options."""
+
+    name: str
+    title: str
+    protocols: tuple[str, ...]
+    load: Callable[[Any], list[QuestionSet]]  # from the task's options; raises ValueError
+    requests: Callable[[str, Any, Encode], "list[Request]"]  # by protocol; raises UnscorableError
+    judge: Callable[[str, Any, "list[Score]"], Verdict]  # by protocol; the scores of those requests
+    text: Callable[[Any], str]  # the complete content of a question; two questions are the same if their texts are
+    perplexity: Callable[[str, list[Verdict]], float | None] = lambda protocol, verdicts: None
+    masked_ids: Callable[[list[str], Any, int], Any] = lambda protocols, encoding, vocab_size: None
+    """From protocols, encoding and vocabulary size: ids to exclude from `Score.allowed_margins`, as a (vocab_size,)
+    bool tensor, or None."""
+
+
+def select_protocols(chosen: tuple[str, ...], allowed: list[str]) -> list[str]:
+    """The protocols of --protocol without repetitions; `all` selects every allowed one."""
+    return list(allowed) if "all" in chosen else list(dict.fromkeys(chosen))
+
+
+def candidate_warnings(candidates: list[str], expected: int, noun: str) -> tuple[str, ...]:
+    """Irregularities of the candidates of a question that don't prevent a score."""
+    conditions = {
+        f"not {expected} {noun}s": len(candidates) != expected,
+        f"an empty {noun}": not all(candidate.strip() for candidate in candidates),
+        f"a repeated {noun}": len(set(candidates)) < len(candidates),
+    }
+    return tuple(name for name, holds in conditions.items() if holds)
+
+
+LONGEST_LINE = 1 << 20  # bytes; the longest lines of LAMBADA and the Children's Book Test have a few thousand
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends. Raises ValueError where one is too long or isn't text."""
+    """The lines of a UTF-8 file without line ends. Raises ValueError for a line that is too long or not text."""
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise ValueError(f"{path}, line {number}: more than {LONGEST_LINE:,} bytes: this is no question file")
+                raise ValueError(
+                    f"{path}, line {number} has more than {LONGEST_LINE:,} bytes: this is not a question file. "
+                    f"Use a file with one question per line"
+                )
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not UTF-8 text: {error}") from None
+                raise ValueError(
+                    f"{path}, line {number} is not UTF-8 text (byte {error.start}). Convert the file to UTF-8"
+                ) from None
             if "\0" in text:
-                raise ValueError(f"{path}, line {number} holds a zero byte: this is no text file")
+                raise ValueError(
+                    f"{path}, line {number} contains a zero byte: this is not a text file. Use a text file"
+                )
             if number == 1:
                 text = text.removeprefix("\ufeff")  # the byte order mark that some editors write
             yield text.removesuffix("\n").removesuffix("\r")
 
 
-def is_text(text: str) -> bool:
-    """Whether it can be encoded: JSON can say half a surrogate pair, which no UTF-8 has."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON object of each line, with its place for error messages. Raises ValueError for any other line."""
+    for number, line in enumerate(read_lines(path), 1):
+        place = f"{path}, line {number}"
+        try:
+            fields = json.loads(line)
+            json.dumps(fields, ensure_ascii=False).encode()  # fails on half of a surrogate pair, which JSON allows
+        except UnicodeEncodeError:
+            raise ValueError(f"{place} contains half of a surrogate pair. Remove the character") from None
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{place} is not a JSON object. Fix or remove the line")
+        yield place, fields
 
 
 def ends_within_a_line(path: Path) -> bool:
-    """Whether a file that isn't empty ends without the end of its last line, as one that was cut short does."""
+    """Whether a non-empty file ends without a line end, as a truncated file does."""
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
 
 
 def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
-    """All rows of a split. Raises ValueError, with what to do, where the hub can't be reached."""
+    """All rows of a split of a hub data set. Raises ValueError if the hub can't be reached."""
     import logging
 
     from datasets import load_dataset
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a hub out of reach is said below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below reports an unreachable hub
     try:
         return list(load_dataset(name, config, split=split))
-    except Exception as error:  # the hub's client raises what its transport raised
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # the client raises errors of several libraries
+        is_network = isinstance(error, (ConnectionError, TimeoutError))
+        if isinstance(error, OSError) and error.errno is not None and not is_network:
+            raise  # of this machine, such as a full disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
-            f"the hub gave no {name} ({reason}): check the network, or give a local file with --data"
+            f"data set {name} can't be loaded from the Hugging Face hub ({reason}). "
+            f"Check the network, or use a local file with --data"
         ) from None

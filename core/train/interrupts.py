@@ -1,4 +1,4 @@
-"""What ends a run before its last step: a signal, after which it saves, or a step that hangs."""
+"""What ends a run before its last step: a signal, after which it saves a checkpoint, or a step that hangs."""
 
 import faulthandler
 import os
@@ -8,48 +8,59 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-# Slurm and clouds send SIGTERM or SIGUSR1 before they take a machine away; SIGHUP is a terminal that closes.
+from core.distributed import Ranks
+
+# Slurm and cloud providers send SIGTERM or SIGUSR1 before they stop a machine; SIGHUP: the terminal was closed.
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 
 
 class Interrupts:
-    """While the context is open, signals ask for a stop in place of killing, and a hang ends the process."""
+    """Within the context, a signal requests a stop instead of killing the process, and a hang ends the process."""
 
-    def __init__(self, hang_timeout: float, speaks: bool) -> None:
-        """`hang_timeout` in seconds; the process that `speaks` says that a signal has come."""
-        self.stop = False
+    def __init__(self, hang_timeout: float, is_main: bool) -> None:
+        """`hang_timeout` in seconds. The main process reports signals."""
+        self.stop_requested = False
         self._hang_timeout = hang_timeout
-        self._speaks = speaks
-        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._is_main = is_main
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    def alive(self) -> None:
-        """Begin the hang's count anew; to be called at least once each `hang_timeout` seconds, or `pause`.
+    def heartbeat(self) -> None:
+        """Restart the hang timer. Call it at least every `hang_timeout` seconds, or call `pause`.
 
-        Where it isn't, the process prints where it stands and ends with status 1. The count runs in a thread of C,
-        so that it also ends a process whose interpreter is stuck in a read or a collective.
+        When the timer expires, the process prints its stack traces and exits with status 1. The timer runs in a C
+        thread, so that it also ends an interpreter that is blocked in a read or in a collective.
         """
         faulthandler.dump_traceback_later(self._hang_timeout, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def pause(self) -> None:
-        """Stop counting: what follows may take long. Collectives keep the process group's own time-out."""
+        """Stop the hang timer before slow work. Collectives keep the timeout of the process group."""
         faulthandler.cancel_dump_traceback_later()
 
-    def _asked(self, number: int, _frame: FrameType | None) -> None:
-        if self.stop and number == signal.SIGINT:
-            raise KeyboardInterrupt  # who presses Ctrl-C again doesn't want to wait
-        if not self.stop and self._speaks:  # os.write, as print may be what the signal interrupted
-            again = "; Ctrl-C again quits without saving" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: finishing the step, then saving{again}\n".encode())
-        self.stop = True
+    def stop_now(self, ranks: Ranks) -> bool:
+        """Whether to stop in the middle of a step; the same on every rank. All ranks must call it.
+
+        Several GPUs complete their step first: agreement would make the host wait for the device.
+        """
+        if ranks.world_size > 1 and ranks.device.type == "cuda":
+            return False
+        return ranks.all_reduce([self.stop_requested])[0] > 0
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C quits at once
+        if not self.stop_requested and self._is_main:  # os.write: the signal may have interrupted print
+            hint = "; press Ctrl-C again to quit without saving" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: stopping, then saving a checkpoint{hint}\n".encode())
+        self.stop_requested = True
 
     def __enter__(self) -> "Interrupts":
         for name in SIGNALS:
             number = getattr(signal, name, None)  # Windows lacks some
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                self._before[number] = signal.signal(number, self._asked)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pause()
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: run.json, metrics.jsonl (the truth), lines on the terminal, and a mirror in wandb."""
+"""The log of a run: run.json, metrics.jsonl (authoritative), lines on the terminal, and a mirror in wandb."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,43 +18,39 @@ from torch import Tensor
 from tqdm import tqdm
 
 from core import cli
-from core.distributed import AgreedError, DeviceClock, Ranks, device_name, peak_flops
+from core.distributed import DeviceClock, Ranks, SynchronizedError, device_name, peak_flops
 from core.files import METRICS, write_json
 
-PACE = 0.1  # a step's part in the mean that the time left is told by
+SMOOTHING = 0.1  # weight of the latest step in the mean time per token, from which the ETA follows
 
 
 class RunLog:
-    """Writes a run's metrics. Only rank 0 makes one. No failure of a disk, a terminal or wandb stops the run."""
+    """Writes the metrics of a run; only rank 0 has one. No failure of a disk, a terminal or wandb stops the run."""
 
-    def __init__(self, run: Path, settings: dict[str, Any], steps: int, done: int, wandb_project: str | None) -> None:
-        """`done` steps lie behind: metrics of later steps, which the checkpoint lacks, are cut off."""
+    def __init__(self, run: Path, settings: dict[str, Any], *, step: int, wandb_project: str | None) -> None:
+        """`step` steps are complete: metrics of later steps, which the checkpoint lacks, are removed."""
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", settings)
-        kept = truncate_metrics(run / METRICS, done if done else -1)  # a run that begins anew says its step 0 again
-        self.told = frozenset(
-            line["split"] for line in kept if line["step"] == done
-        )  # what is known of that step already
+        kept = truncate_metrics(run / METRICS, step if step else -1)  # a run that restarts logs step 0 again
+        self.already_logged = frozenset(line["split"] for line in kept if line["step"] == step)
         self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
-        self._bar = cli.progress_bar(total=steps, initial=done, unit="step", dynamic_ncols=True)
+        self._bar = cli.progress_bar(total=settings["steps"], initial=step, unit="step", dynamic_ncols=True)
         self._wandb: Any = start_wandb(run, settings, wandb_project) if wandb_project else None
         if not cli.terminal.quiet:
-            self.say(announcement(run, settings))
+            self.log(summary(run, settings))
 
     def write(self, **metrics: Any) -> None:
-        """One line of metrics.jsonl; a number that isn't finite becomes null."""
+        """Append a line to metrics.jsonl; a number that isn't finite becomes null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        whole = not self._unwritten
+        was_complete = not self._unwritten
         self._unwritten += json.dumps(finite).encode() + b"\n"
         try:
-            while (
-                self._unwritten
-            ):  # a disk that fills up may take half a line; the other half follows where it left off
+            while self._unwritten:  # a full disk may accept part of a line; the rest follows later
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            if whole:
-                self.say(f"{METRICS} can't be written ({error.strerror}): its lines wait in memory")
+            if was_complete:
+                self.log(f"warning: {METRICS} can't be written ({error.strerror}); its lines are kept in memory")
         if self._wandb is not None:
             self._mirror(finite)
 
@@ -64,15 +61,15 @@ class RunLog:
             self._wandb.log({k: v for k, v in named.items() if not k.endswith(("/step", "/split"))}, step=step)
         except Exception as error:
             self._wandb = None
-            self.say(f"wandb failed and is left out from here on, {METRICS} goes on: {error}")
+            self.log(f"warning: wandb failed and is disabled ({error}); {METRICS} continues")
 
     def advance(self) -> None:
         with contextlib.suppress(OSError):
             self._bar.update()
 
-    def say(self, text: str) -> None:
-        """A line for the person who watches; above the progress bar on a terminal, plain in a log file."""
-        with contextlib.suppress(OSError):  # a terminal that was closed, a log file on a full disk
+    def log(self, text: str) -> None:
+        """A line on the terminal, above the progress bar, or in a log file."""
+        with contextlib.suppress(OSError):  # a closed terminal, or a log file on a full disk
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
@@ -87,16 +84,32 @@ class RunLog:
             try:
                 self._wandb.finish()
             except Exception as error:
-                self.say(f"wandb could not finish: {error}")
+                self.log(f"warning: wandb could not finish: {error}")
 
 
-class StepReports:
-    """Reports each step after the next one is launched, so that reading its loss never makes the device wait."""
+@dataclass
+class PendingStep:
+    """A step that was launched and may still run on the device."""
+
+    step: int
+    tokens: int  # after the step
+    step_tokens: int
+    flops_per_token: float
+    lr: float
+    names: list[str]  # of the metrics
+    values: Tensor  # (len(names),) on the host, complete once the device has reached `end`
+    start: Any
+    end: Any
+
+
+class StepLogger:
+    """Logs each step after the next one was launched, so that reading its loss never makes the device wait."""
 
     def __init__(
         self,
         log: RunLog | None,
         ranks: Ranks,
+        *,
         steps: int,
         tokens: int,
         log_every: int,
@@ -104,102 +117,122 @@ class StepReports:
         bad_steps: int,
         max_bad_steps: int,
     ) -> None:
-        """Of a run of so many `steps` and `tokens`; `seconds` of training and `bad_steps` lie behind. Every
-        `log_every`-th step is said on the terminal."""
+        """For a run of `steps` and `tokens`, with `seconds` of training and `bad_steps` so far. Every `log_every`-th
+        step is a line on the terminal."""
         self._log, self._steps, self._tokens, self._log_every, self._seconds = log, steps, tokens, log_every, seconds
         self.bad_steps, self._max_bad_steps = bad_steps, max_bad_steps
-        self.stop = False  # whether any rank was asked to stop, known to all of them after the same step
+        self.stop = False  # whether any rank was asked to stop; all ranks know it after the same step
         self._clock = DeviceClock(ranks.device)
         self._peak = (peak_flops(ranks.device) or 0) * ranks.world_size
-        self._pending: tuple[dict[str, Any], int, float, Tensor, Any, Any] | None = None
-        self._pace, self._steps_here = 0.0, 0  # seconds a token, of late; this process's steps
+        self._pending: PendingStep | None = None
+        self._seconds_per_token, self._steps_here = 0.0, 0  # smoothed; steps of this process
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What came before, such as a validation, is no part of the next step's time."""
-        self._begin = self._clock.mark()
+        """Exclude what happened since the last step, such as a validation, from the time of the next step."""
+        self._start = self._clock.mark()
 
-    def launched(
-        self, step: int, tokens: int, step_tokens: int, flops_per_token: float, lr: float, stats: Tensor
+    def record(
+        self, *, step: int, tokens: int, step_tokens: int, flops_per_token: float, lr: float, metrics: dict[str, Tensor]
     ) -> None:
-        """Note the step just launched, with what `train_step` gave (3,) on the device; report the one before."""
-        stats = stats.to("cpu", non_blocking=stats.is_cuda)  # read once the mark after it is reached
+        """Record the step just launched, and log the one before.
+
+        `metrics` are scalars on the device: `loss`, `grad_norm`, `stop_requested`, and any others; each except
+        `stop_requested` is written to metrics.jsonl by its name.
+        """
+        values = torch.stack(list(metrics.values()))
+        values = values.to("cpu", non_blocking=values.is_cuda)  # one copy; complete once `end` is reached
         end = self._clock.mark()
         self.flush()
-        facts = {"step": step, "tokens": tokens, "split": "train", "lr": lr}
-        self._pending = (facts, step_tokens, flops_per_token, stats, self._begin, end)
-        self._begin = end
+        names = list(metrics)
+        self._pending = PendingStep(step, tokens, step_tokens, flops_per_token, lr, names, values, self._start, end)
+        self._start = end
 
     def flush(self) -> tuple[float, int]:
-        """Report the step that is pending; return the seconds of training and the bad steps so far.
+        """Log the pending step; return the seconds of training and the number of bad steps so far.
 
-        Raises AgreedError after more than `max_bad_steps` steps without a finite loss and gradient.
+        Raises SynchronizedError after more than `max_bad_steps` steps without a finite loss and gradient.
         """
         if self._pending is None:
             return self._seconds, self.bad_steps
-        facts, step_tokens, flops_per_token, stats, begin, end = self._pending
-        self._pending = None
-        seconds = self._clock.seconds(begin, end)
-        loss, norm, asked_to_stop = stats.tolist()
-        self.stop |= asked_to_stop > 0
-        rate = step_tokens / seconds
+        pending, self._pending = self._pending, None
+        seconds = self._clock.seconds(pending.start, pending.end)
+        values = dict(zip(pending.names, pending.values.tolist(), strict=True))
+        self.stop |= values.pop("stop_requested") > 0
+        throughput = pending.step_tokens / seconds
         self._steps_here += 1
-        weight = PACE if self._steps_here > 2 else 1.0  # a process's first step is slow, and forgotten with the second
-        self._pace += weight * (seconds / step_tokens - self._pace)
+        weight = SMOOTHING if self._steps_here > 2 else 1.0  # the first step is slow; the second replaces it
+        self._seconds_per_token += weight * (seconds / pending.step_tokens - self._seconds_per_token)
         self._seconds += seconds
-        facts |= {"loss": loss, "grad_norm": norm, "tokens_per_second": rate, "seconds": self._seconds}
-        facts["mfu"] = rate * flops_per_token / self._peak if self._peak else None
-        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        bad = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
         self.bad_steps += bad
+        metrics = {"step": pending.step, "tokens": pending.tokens, "split": "train", "lr": pending.lr, **values}
+        metrics |= {"tokens_per_second": throughput, "seconds": self._seconds}
+        metrics["mfu"] = throughput * pending.flops_per_token / self._peak if self._peak else None
         if self._log is not None:
-            self._log.write(**facts, **({"skipped": True} if bad else {}))
+            self._log.write(**metrics, **({"skipped": True} if bad else {}))
             self._log.advance()
-            if bad or (
-                not cli.terminal.quiet and (facts["step"] % self._log_every == 0 or facts["step"] in (1, self._steps))
-            ):
-                skipped = f"  SKIPPED, {self.bad_steps} so far" if bad else ""
-                self._log.say(self._line(facts) + skipped)
+            is_logged = pending.step % self._log_every == 0 or pending.step in (1, self._steps)
+            if bad or (is_logged and not cli.terminal.quiet):
+                self._log.log(self._line(metrics) + (f" | SKIPPED ({self.bad_steps} so far)" if bad else ""))
         if self.bad_steps > self._max_bad_steps:
-            raise AgreedError(
-                f"step {facts['step']}: loss {loss}, gradient norm {norm}; {self.bad_steps} steps were skipped, more "
-                f"than --max-bad-steps {self._max_bad_steps}. Another --run with a lower --lr or --grad-clip, or with "
-                f"longer --warmup-steps, usually helps; --init-from gives it the weights of a good checkpoint"
+            raise SynchronizedError(
+                f"step {pending.step}: loss {values['loss']}, gradient norm {values['grad_norm']}. {self.bad_steps} "
+                f"steps were skipped, more than --max-bad-steps {self._max_bad_steps}. Start another --run with a "
+                f"lower --lr or --grad-clip, or longer --warmup-steps"
             )
         return self._seconds, self.bad_steps
 
-    def _line(self, facts: dict[str, Any]) -> str:
-        left = self._tokens - facts["tokens"]  # not steps, which may grow
-        mfu = f"  mfu {facts['mfu']:.1%}" if facts["mfu"] else ""
-        return (
-            f"step {facts['step']:>6,}/{self._steps:,}  loss {facts['loss']:.4f}  lr {facts['lr']:.2e}  "
-            f"norm {facts['grad_norm']:.2f}  {facts['tokens_per_second'] / 1e3:,.1f} ktok/s{mfu}"
-            f"{f'  {format_duration(left * self._pace)} left' if left else ''}"
-        )
+    def _line(self, metrics: dict[str, Any]) -> str:
+        tokens_left = self._tokens - metrics["tokens"]  # not steps, whose size may grow
+        parts = [
+            f"step {metrics['step']}/{self._steps}",
+            f"loss {metrics['loss']:.4f}",
+            f"lr {metrics['lr']:.1e}",
+            f"grad_norm {metrics['grad_norm']:.2f}",
+            f"{format_count(metrics['tokens_per_second'])} tok/s",
+        ]
+        if metrics["mfu"]:
+            parts.append(f"mfu {metrics['mfu']:.1%}")
+        if tokens_left:
+            parts.append(f"eta {format_duration(tokens_left * self._seconds_per_token)}")
+        return " | ".join(parts)
 
 
-def announcement(run: Path, settings: dict[str, Any]) -> str:
-    """What is about to be done, in a line."""
-    cards, ranks, tokens = settings["versions"]["device"], settings["world_size"], settings["tokens"]
-    amount = f"{tokens / 1e9:.2f}B" if tokens >= 1e9 else f"{tokens / 1e6:.2f}M"
-    # Muennighoff et al. 2023, arXiv:2305.16264: up to four passes are nearly worth new data.
-    warning = " (after four, more passes over the same data gain little)" if settings["epochs"] > 4 else ""
-    return (
-        f"{run}: {settings['preset']}, {settings['parameters']:,} parameters, on {f'{ranks} x ' if ranks > 1 else ''}"
-        f"{cards}; {settings['steps']:,} steps, {amount} tokens, {settings['epochs']:.3g} epochs of {settings['data']}"
-        f"{warning}"
-    )
+def summary(run: Path, settings: dict[str, Any]) -> str:
+    """A line on what the run will do."""
+    ranks, device = settings["world_size"], settings["versions"]["device"]
+    # Muennighoff et al. 2023, arXiv:2305.16264: up to four epochs are almost as good as new data.
+    warning = " (more than 4 epochs gain little)" if settings["epochs"] > 4 else ""
+    parts = [
+        str(run),
+        f"{settings['preset']}, {settings['parameters']:,} parameters",
+        f"{ranks} x {device}" if ranks > 1 else device,
+        f"{settings['steps']} steps",
+        f"{format_count(settings['tokens'])} tokens",
+        f"{settings['epochs']:.3g} epochs of {settings['data']}{warning}",
+    ]
+    return " | ".join(parts)
+
+
+def format_count(number: float) -> str:
+    """950, 12.3k, 1.06M, 10.00B."""
+    for suffix, size, digits in (("B", 1e9, 2), ("M", 1e6, 2), ("k", 1e3, 1)):
+        if number >= size:
+            return f"{number / size:.{digits}f}{suffix}"
+    return f"{number:.0f}"
 
 
 def format_duration(seconds: float) -> str:
-    """For a person: 48 s, 12.3 min, 4.6 h, 2.1 days."""
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+    """48s, 38m, 4.6h, 2.1d."""
+    for unit, size, digits in (("d", 86_400, 1), ("h", 3600, 1), ("m", 60, 0)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+            return f"{seconds / size:.{digits}f}{unit}"
+    return f"{seconds:.0f}s"
 
 
 def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:
-    """A wandb run that mirrors metrics.jsonl, offline where there is no login; None where wandb fails."""
+    """A wandb run that mirrors metrics.jsonl, offline without a login; None where wandb fails."""
     try:
         import wandb
 
@@ -207,12 +240,12 @@ def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:
         name = f"{run.name}-{settings['manifest_hash'][:8]}"
         return wandb.init(project=project, name=run.name, id=name, dir=run, config=settings, resume="allow", mode=mode)
     except Exception as error:
-        print(f"wandb is left out, metrics.jsonl goes on: {error}", file=sys.stderr)
+        print(f"warning: wandb is disabled ({error}); metrics.jsonl continues", file=sys.stderr)
         return None
 
 
 def logged_in() -> bool:
-    """Whether wandb will find a key; it would ask for one on a terminal, and nobody may be there to answer."""
+    """Whether wandb will find a key. Without one it would wait for input on a terminal."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -223,9 +256,9 @@ def logged_in() -> bool:
 
 
 def versions(device: torch.device) -> dict[str, str | None]:
-    """What produced a result: interpreter, torch, device, and the git revision with a + where files were changed."""
-    here = {"python": platform.python_version(), "torch": torch.__version__}
-    return here | {"device": device_name(device), "git": git_revision()}
+    """What produced a result: Python, torch, device, and the git revision, with a + where files were changed."""
+    packages = {"python": platform.python_version(), "torch": torch.__version__}
+    return packages | {"device": device_name(device), "git": git_revision()}
 
 
 def git_revision() -> str | None:
@@ -241,18 +274,18 @@ def git_revision() -> str | None:
 
 
 def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what metrics.jsonl says of steps after `step`, and a last line that a kill cut short; return the rest."""
+    """Remove lines of metrics.jsonl of steps after `step`, and an incomplete last line; return the rest."""
     kept: list[dict[str, Any]] = []
     if not path.is_file():
         return kept
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             metrics = json.loads(line)
         except ValueError:
             break
         if metrics["step"] <= step:
             kept.append(metrics)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
-    os.replace(unfinished, path)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
+    os.replace(temporary, path)
     return kept

@@ -1,4 +1,4 @@
-"""How many sequences fit on the device at once."""
+"""The micro-batch that fits into device memory."""
 
 from collections.abc import Callable
 
@@ -7,48 +7,48 @@ from torch import Tensor
 
 from core.distributed import Ranks
 
-MARGIN = 0.1  # of the memory that is free: for fragments, the compiler's buffers, and measures taken on the way
-MOST_TOKENS = 65_536  # what the speed was measured with; more was not tried
-ON_HOST = 8  # sequences, where memory isn't counted: small products stay in a CPU's caches
+MARGIN = 0.1  # fraction of free memory kept for fragmentation, compiler buffers and evaluation during training
+MAX_TOKENS = 65_536  # the largest micro-batch that was measured
+CPU_SEQUENCES = 8  # where memory isn't measured: small products stay in the caches of a CPU
 
 
 def largest_micro_batch(
-    loss: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, bytes_to_come: int, ranks: Ranks
+    loss_fn: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, reserved_bytes: int, ranks: Ranks
 ) -> int:
     """The largest divisor of `sequences`, a rank's share of a step, that fits on every rank. All ranks must call it.
 
-    `loss` of one, two and three sequences, with its gradients, tells what each more takes; where these don't fit the
-    answer is one. `bytes_to_come` are yet to be allocated.
+    Runs `loss_fn` and its backward on one, two and three sequences and extrapolates; 1 where these don't fit.
+    `reserved_bytes` are yet to be allocated.
     """
-    most = ON_HOST
+    limit = CPU_SEQUENCES
     if ranks.device.type == "cuda":
         device = ranks.device
         try:
-            _, two, three = (peak_bytes(loss, n, seq_len, device) for n in (1, 2, 3))  # the first sets up libraries
+            _, two, three = (peak_bytes(loss_fn, n, seq_len, device) for n in (1, 2, 3))  # the first loads libraries
         except torch.OutOfMemoryError:
-            most = 1
+            limit = 1
         else:
             free, _ = torch.cuda.mem_get_info(device)
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            most = min(fitting(free - bytes_to_come, two, three), MOST_TOKENS // seq_len)
-    return min(ranks.all_gather(largest_divisor(sequences, most)))  # no rank may leave before this
+            limit = min(fitting_sequences(free - reserved_bytes, two, three), MAX_TOKENS // seq_len)
+    return min(ranks.all_gather(largest_divisor(sequences, limit)))  # also a barrier
 
 
-def fitting(free: int, two: int, three: int) -> int:
-    """How many sequences fit into `free` bytes but for a margin, if two and three take that much."""
+def fitting_sequences(free: int, two: int, three: int) -> int:
+    """How many sequences fit into `free` bytes minus a margin, if two and three take that many bytes."""
     each = max(three - two, 1)
     return int((free * (1 - MARGIN) - (two - 2 * each)) / each)
 
 
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a number that isn't above `most`; 1 where that is less."""
-    return max(n for n in range(1, max(min(most, number), 1) + 1) if number % n == 0)
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`; 1 where `limit` is below 1."""
+    return max(n for n in range(1, max(min(limit, number), 1) + 1) if number % n == 0)
 
 
-def peak_bytes(loss: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, device: torch.device) -> int:
-    """The most memory that a loss and its gradients take beyond what is allocated now."""
+def peak_bytes(loss_fn: Callable[[Tensor, Tensor], Tensor], sequences: int, seq_len: int, device: torch.device) -> int:
+    """Peak memory of a loss and its backward, above what is allocated now."""
     tokens = torch.zeros(sequences, seq_len, dtype=torch.long, device=device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    loss(tokens, tokens).backward()
+    loss_fn(tokens, tokens).backward()
     return torch.cuda.max_memory_allocated(device) - before

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md, which the Hugging Face hub shows, from what the run knows of itself."""
+"""The model card of a checkpoint: README.md, as the Hugging Face hub shows it."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from core.files import read_metrics
 from core.train.recipe import SETTINGS
 
-# Nothing here depends on when or how often the run was interrupted: the same run has the same card.
+# Nothing here depends on interruptions of the run: an uninterrupted run has the same card.
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -17,7 +17,7 @@ tags:
 
 # {title}
 
-A GPT-2 of {parameters:,} parameters, {begun}, after step {step:,} of {steps:,}.
+A GPT-2 of {parameters:,} parameters, {start}, after step {step:,} of {steps:,}.
 
 | | |
 |---|---|
@@ -30,13 +30,13 @@ model = AutoModelForCausalLM.from_pretrained({folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```
 
-It continues text, as its training data do. It was not tuned to follow instructions or to be safe.
+This is a base model: it continues text. It was not tuned to follow instructions or to be safe.
 """
 
 
 def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
-    """The card of `run`'s checkpoint after `step`, with the measures that were taken at that step or last before."""
-    facts = json.loads((run / "run.json").read_text())
+    """The card of the checkpoint after `step`, with the latest evaluations up to that step."""
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     measured = {line["split"]: line for line in read_metrics(run) if line["step"] <= step}  # the last of each
     seen = measured["train"]["tokens"] if "train" in measured else 0
     split = {name: sum(s["tokens"] for s in manifest["shards"] if s["split"] == name) for name in ("train", "val")}
@@ -46,7 +46,7 @@ def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
         "data": f"{manifest['source']['name']}{revision_of(manifest)}: {split['train']:,} training tokens",
         "encoding": manifest["encoding"],
         "manifest": f"sha256 {facts['manifest_hash']}",
-        "tokens seen": f"{seen:,}, {seen / split['train']:.2f} times the training tokens",
+        "tokens seen": f"{seen:,}, {seen / split['train']:.2f} epochs",
         "recipe": f"{facts['recipe']}: " + ", ".join(f"{name} {facts[name]}" for name in SETTINGS),
         "seed": str(facts["seed"]),
         "computed with": f"torch {versions['torch']}, Python {versions['python']}, {facts['dtype']}, "
@@ -55,7 +55,7 @@ def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
     if "val" in measured and measured["val"]["loss"] is not None:
         val = measured["val"]
         bits = f", {val['bits_per_byte']:.4f} bits per byte" if val["bits_per_byte"] else ""
-        rows["validation loss"] = f"{val['loss']:.4f} nats a token{bits} (step {val['step']:,})"
+        rows["validation loss"] = f"{val['loss']:.4f} nats per token{bits} (step {val['step']:,})"
     if "lambada" in measured:
         score = measured["lambada"]
         counts = f"{score['correct']:,} of {score['total']:,}"
@@ -66,7 +66,7 @@ def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
     return CARD.format(
         title=f"{run.name}, step {step:,}",
         parameters=facts["parameters"],
-        begun=f"begun from {facts['init_from']}" if facts["init_from"] else "trained from scratch",
+        start=f"initialized from {facts['init_from']}" if facts["init_from"] else "trained from scratch",
         step=step,
         steps=facts["steps"],
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),

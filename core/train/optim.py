@@ -1,6 +1,7 @@
-"""The optimizers: AdamW, and Muon for the blocks' matrices, its work shared among the ranks."""
+"""The optimizers: AdamW, and Muon for the matrices of the blocks, its work shared among the ranks."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,117 +16,166 @@ from model import GPT
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
-class Optimizers:
-    """The optimizers of a model's weights, as one. Each parameter group has its `peak` learning rate."""
+class OptimizerGroup:
+    """The optimizers of a model as one. Each parameter group has an `initial_lr`, the peak of its learning rate."""
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
+    def __init__(self, *members: torch.optim.Optimizer) -> None:
+        """Raises ValueError for a member that can't skip a step whose gradient isn't finite."""
+        for member in members:
+            # The contract of torch's fused optimizers: `step` changes nothing where `found_inf` is 1.
+            if not getattr(member, "_step_supports_amp_scaling", False):
+                raise ValueError(
+                    f"{type(member).__name__} can't skip a step: it must support `found_inf`. Use fused=True, or make "
+                    f"`step` return unchanged weights where `found_inf` is 1 and set `_step_supports_amp_scaling`"
+                )
+        self.members = members
 
-    def set_rate(self, share: float) -> None:
-        """The learning rate of the next step, as a part of its peak."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = share * group["peak"]
+    def set_lr(self, scale: float) -> None:
+        """Set the learning rates of the next step, as a fraction of their peaks."""
+        for member in self.members:
+            for group in member.param_groups:
+                group["lr"] = scale * group["initial_lr"]
 
     def step(self, skip: Tensor) -> None:
-        """Update all weights. Where `skip` (on the device) is 1, weights and moments stay, and nobody waits to know."""
-        for part in self.parts:
-            part.found_inf = skip  # type: ignore[attr-defined]  # what torch's fused optimizers look for
-            part.step()
+        """Update all weights. Where `skip`, a scalar on the device, is 1, weights and moments stay; no host sync."""
+        for member in self.members:
+            member.found_inf = skip  # type: ignore[attr-defined]
+            member.step()
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
 
     @property
-    def begun(self) -> bool:
-        """Whether they hold moments already."""
-        return any(part.state for part in self.parts)
+    def has_state(self) -> bool:
+        """Whether the moments are allocated."""
+        return any(member.state for member in self.members)
 
     def state_dict(self) -> dict[str, Any]:
-        return {type(part).__name__: part.state_dict() for part in self.parts}
+        return {type(member).__name__: member.state_dict() for member in self.members}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for part in self.parts:
-            part.load_state_dict(state[type(part).__name__])
+        """Load the moments; hyperparameters stay those of the recipe, which a resumed run must not change."""
+        for member in self.members:
+            own = member.state_dict()
+            member.load_state_dict(own | {"state": state[type(member).__name__]["state"]})
 
 
-def optimizers(model: GPT, recipe: Recipe, ranks: Ranks) -> Optimizers:
-    """What a resolved recipe trains a model with. Biases and LayerNorm gains don't decay."""
-    blocks = dict(model.transformer.h.named_parameters())
-    matrices = {name: p for name, p in blocks.items() if p.dim() == 2}
-    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+def build_optimizer(model: GPT, recipe: Recipe, ranks: Ranks) -> OptimizerGroup:
+    """The optimizers of a resolved recipe.
+
+    Raises ValueError for an unknown name, and where a trainable parameter is in no parameter group or in several.
+    """
+    if recipe.optimizer not in OPTIMIZERS:
+        raise ValueError(f"--optimizer {recipe.optimizer} is unknown. Choose from {', '.join(OPTIMIZERS)}")
+    group = OptimizerGroup(*OPTIMIZERS[recipe.optimizer](model, recipe, ranks))
+    check_coverage(model, group)
+    return group
+
+
+def check_coverage(model: torch.nn.Module, optimizer: OptimizerGroup) -> None:
+    """Raise ValueError, naming the parameter, unless each trainable one is in exactly one parameter group."""
+    in_groups = [id(p) for member in optimizer.members for group in member.param_groups for p in group["params"]]
+    for name, p in model.named_parameters():
+        count = in_groups.count(id(p))
+        if p.requires_grad and count != 1:
+            where = "no parameter group" if count == 0 else f"{count} parameter groups"
+            raise ValueError(f"parameter {name} {tuple(p.shape)} is in {where}. Put it into one in core/train/optim.py")
+
+
+def adamw(recipe: Recipe, model: GPT, matrices: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
+    """AdamW for `matrices`, embeddings, and vectors (biases and LayerNorm gains), which don't decay."""
+    in_blocks = {id(p) for p in model.transformer.h.parameters()}
+    embeddings = [p for p in model.parameters() if p.dim() == 2 and id(p) not in in_blocks]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [
-        {"params": embeddings, "peak": recipe.embed_lr, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "peak": recipe.embed_lr, "weight_decay": 0.0},
+        {"params": embeddings, "initial_lr": recipe.embed_lr, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "initial_lr": recipe.embed_lr, "weight_decay": 0.0},
     ]
-    if recipe.optimizer == "adamw":
-        groups.append({"params": list(matrices.values()), "peak": recipe.lr, "weight_decay": recipe.weight_decay})
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), eps=1e-8, fused=True)
-    if recipe.optimizer == "adamw":
-        return Optimizers(adamw)
-    # Queries, keys and values are matrices of their own: as one, Muon ended 0.05 higher (LOG.md).
-    kinds = {"attn.c_attn.weight": 3, "attn.c_proj.weight": 1, "mlp.c_fc.weight": 1, "mlp.c_proj.weight": 1}
-    stacks = [
-        {"params": [p for name, p in matrices.items() if name.endswith(kind)], "pieces": pieces, "peak": recipe.lr}
-        for kind, pieces in kinds.items()
+    if matrices := list(matrices):
+        groups.append({"params": matrices, "initial_lr": recipe.lr, "weight_decay": recipe.weight_decay})
+    return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), eps=1e-8, fused=True)
+
+
+def build_adamw(model: GPT, recipe: Recipe, _ranks: Ranks) -> list[torch.optim.Optimizer]:
+    return [adamw(recipe, model, [p for p in model.transformer.h.parameters() if p.dim() == 2])]
+
+
+def build_muon(model: GPT, recipe: Recipe, ranks: Ranks) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the rest."""
+    stacks: dict[tuple[str, torch.Size], list[Tensor]] = {}  # by name within the block, and by shape
+    for name, p in model.transformer.h.named_parameters():
+        if p.dim() == 2:
+            stacks.setdefault((name.partition(".")[2], p.shape), []).append(p)
+    # Queries, keys and values are three matrices: as one, the final loss was 0.05 higher (LOG.md).
+    groups = [
+        {"params": params, "splits": 3 if name == "attn.c_attn.weight" else 1, "initial_lr": recipe.lr}
+        for (name, _), params in stacks.items()
     ]
-    return Optimizers(adamw, Muon(stacks, recipe.momentum, recipe.weight_decay, ranks))
+    muon = Muon(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay, ranks=ranks)
+    return [adamw(recipe, model), muon]
+
+
+# The choices of --optimizer. Each also needs a learning rate in core/train/recipe.py.
+OPTIMIZERS: dict[str, Callable[[GPT, Recipe, Ranks], list[torch.optim.Optimizer]]] = {
+    "adamw": build_adamw,
+    "muon": build_muon,
+}
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal: all its singular values become about 1 (Jordan et al. 2024).
+    """Nesterov momentum with an orthogonalized update, whose singular values are about 1 (Jordan et al. 2024).
 
-    torch.optim.Muon does the same one matrix after the other and on every rank; here the matrices of a group, which
-    have one shape, are multiplied together, each rank orthogonalises its share, and `step` heeds `found_inf`.
+    torch.optim.Muon computes the same one matrix at a time and on every rank. Here the matrices of a group, which have
+    one shape, are multiplied as a batch, each rank orthogonalizes its share, and `step` supports `found_inf`.
     """
 
-    found_inf: Tensor  # `Optimizers.step` sets it
+    found_inf: Tensor  # set by OptimizerGroup.step: 1 where the step is to be skipped
+    _step_supports_amp_scaling = True
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, weight_decay: float, ranks: Ranks) -> None:
-        """`groups` of weights of one shape, each of which is so many `pieces`, matrices above one another."""
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, weight_decay: float, ranks: Ranks) -> None:
+        """`groups` hold weights of one shape (out, in), each of which is `splits` matrices stacked along `out`."""
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
         self._ranks = ranks
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the gradients are there
-        taken = 1 - self.found_inf
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the gradients exist
+        keep = 1 - self.found_inf  # 0 where the step is to be skipped
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
             grads = torch.stack([p.grad for p in params])  # (L, out, in)
-            grads = grads.where(taken > 0, 0)  # NaN times 0 would be NaN
-            state = self.state[params[0]]  # the group's moments lie together
+            grads = grads.where(keep > 0, 0)  # NaN times 0 is NaN
+            state = self.state[params[0]]  # one tensor for all matrices of the group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
-            momentum = state["momentum"].lerp_(grads, taken * (1 - group["momentum"]))
-            direction = grads.lerp_(momentum, group["momentum"])  # Nesterov's
-            pieces = direction.view(-1, direction.size(1) // group["pieces"], direction.size(2))
-            update = self._orthogonalized(pieces).to(direction.dtype).view_as(direction)
-            scale = math.sqrt(max(1, pieces.size(1) / pieces.size(2)))  # the same spectral norm for any shape
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * taken)
-            torch._foreach_add_(params, list((update * (-lr * scale * taken)).unbind(0)))
+            momentum = state["momentum"].lerp_(grads, keep * (1 - group["momentum"]))
+            direction = grads.lerp_(momentum, group["momentum"])  # Nesterov
+            matrices = direction.view(-1, direction.size(1) // group["splits"], direction.size(2))  # (N, m, n)
+            update = self._orthogonalized(matrices).to(direction.dtype).view_as(direction)
+            scale = math.sqrt(max(1, matrices.size(1) / matrices.size(2)))  # equal spectral norm for all shapes
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * keep)
+            torch._foreach_add_(params, list((update * (-lr * scale * keep)).unbind(0)))
 
     def _orthogonalized(self, matrices: Tensor) -> Tensor:
-        """Each of the matrices (N, m, n) made orthogonal, every rank doing its share of them."""
+        """Orthogonalize each of the matrices (N, m, n); each rank computes its share."""
         count, world_size = len(matrices), self._ranks.world_size
         if world_size == 1:
             return orthogonalize(matrices)
         share = math.ceil(count / world_size)
-        mine = matrices[self._ranks.rank * share :][:share]
-        padding = mine.new_zeros(share - len(mine), *mine.shape[1:])
-        mine = orthogonalize(torch.cat([mine, padding])).contiguous()  # NCCL takes no transposed view
-        everyones = mine.new_empty(share * world_size, *mine.shape[1:])
-        dist.all_gather(list(everyones.chunk(world_size)), mine)
-        return everyones[:count]
+        own = matrices[self._ranks.rank * share :][:share]
+        padding = own.new_zeros(share - len(own), *own.shape[1:])
+        own = orthogonalize(torch.cat([own, padding])).contiguous()  # NCCL doesn't accept a transposed view
+        gathered = own.new_empty(share * world_size, *own.shape[1:])
+        dist.all_gather(list(gathered.chunk(world_size)), own)
+        return gathered[:count]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T of (N, m, n), its singular values 0.7 to 1.2; in bfloat16 on GPUs."""
+    """U V^T of each matrix U S V^T in (N, m, n), with singular values of 0.7 to 1.2; in bfloat16 on GPUs."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if tall else matrices  # the smaller of both products
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # singular values are at most 1 from here
+    x = matrices.mT if tall else matrices  # the Gram matrix is the smaller of the two
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # singular values at most 1
     x = x.bfloat16() if x.is_cuda else x
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -1,4 +1,4 @@
-"""Checkpoints off the critical path: a snapshot in host memory, which a thread writes while training goes on."""
+"""Asynchronous checkpoints: a snapshot in host memory, written by a thread while training continues."""
 
 import os
 import shutil
@@ -13,107 +13,131 @@ from torch import Tensor
 
 from core import checkpoint
 from core.data.shards import Dataset
-from core.distributed import AgreedError, DeviceClock, Ranks
+from core.distributed import DeviceClock, Ranks, SynchronizedError
 from core.train.model_card import model_card
 from model import GPT
 
 
 class Saver:
-    """Writes a run's checkpoints and deletes those that needn't be kept. All ranks make one; rank 0's has the work."""
+    """Writes the checkpoints of a run and deletes old ones. Every rank has one; rank 0 does the work."""
 
     def __init__(
-        self, run: Path, dataset: Dataset, ranks: Ranks, keep: int, spacing: int, say: Callable[[str], None]
+        self,
+        run: Path,
+        dataset: Dataset,
+        ranks: Ranks,
+        *,
+        keep: int,
+        keep_multiple: int,
+        step: int,
+        log: Callable[[str], None],
     ) -> None:
-        """Keep the `keep` newest, and for good those whose step is a multiple of `spacing` (0: none)."""
-        self._run, self._dataset, self._ranks, self._say = run, dataset, ranks, say
-        self._keep, self._spacing = keep, spacing
+        """Keep the `keep` newest checkpoints, and permanently those whose step is a multiple of `keep_multiple`.
+
+        `keep_multiple` 0: no others. `step`: the run starts there, and needs no checkpoint of it.
+        """
+        self._run, self._dataset, self._ranks, self._log = run, dataset, ranks, log
+        self._keep, self._keep_multiple = keep, keep_multiple
+        self.saved_step = step  # of the newest checkpoint
+        self.blocked_seconds: list[float] = []  # training waited this long for each snapshot
+        self.write_seconds: list[float] = []
         self._clock = DeviceClock(ranks.device)
-        self._twin: GPT | None = None  # the snapshot's weights
-        self._state: dict[str, Any] | None = None  # and the rest of it
+        self._model_copy: GPT | None = None
+        self._state_copy: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         if ranks.is_main:
             for remains in (run / "checkpoints").glob(".step_*"):  # of a process that was killed
                 shutil.rmtree(remains, ignore_errors=True)
 
-    def reserve(self, model: GPT, state: dict[str, Any]) -> None:
-        """Set aside the host memory that snapshots need: page-locked for a GPU, it takes too long for a first save."""
+    def preallocate(self, model: GPT, state: dict[str, Any]) -> None:
+        """Allocate the host memory of snapshots: page-locked memory would delay the first save."""
         if self._ranks.is_main:
             self._snapshot(model, state)
 
     @torch.no_grad()
     def save(self, model: GPT, state: dict[str, Any]) -> None:
-        """Take a snapshot and begin to write it; waits for the one before where that is still being written.
+        """Take a snapshot and start to write it, after waiting for the previous write.
 
-        Raises AgreedError where the last update made a weight infinite: its loss was still finite.
+        Raises SynchronizedError where a weight isn't finite: the last update can overflow after a finite loss.
         """
         if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
-            raise AgreedError(f"step {state['step']} made weights that aren't finite; no checkpoint has them")
+            raise SynchronizedError(
+                f"step {state['step']} produced weights that aren't finite; no checkpoint contains them. "
+                f"Start another --run with a lower --lr"
+            )
+        self.saved_step = state["step"]
         if not self._ranks.is_main:
             return
-        begin = self._clock.mark()
+        start = self._clock.mark()
         self.wait()
         self._snapshot(model, state)
-        self._thread = threading.Thread(target=self._write, args=(begin, self._clock.mark()))
+        self._thread = threading.Thread(target=self._write, args=(start, self._clock.mark()))
         self._thread.start()
 
     @torch.no_grad()
     def _snapshot(self, model: GPT, state: dict[str, Any]) -> None:
-        if self._twin is None:
-            self._twin = GPT(model.config, seed=None)
-            for p in self._twin.parameters():
+        if self._model_copy is None:
+            self._model_copy = GPT(model.config, seed=None)
+            for p in self._model_copy.parameters():
                 p.data = p.data.pin_memory() if self._ranks.device.type == "cuda" else p.data
-        to_host(dict(model.named_parameters()), dict(self._twin.named_parameters()))
-        self._state = to_host(state, self._state)
+        copy_to_host(dict(model.named_parameters()), dict(self._model_copy.named_parameters()))
+        self._state_copy = copy_to_host(state, self._state_copy)
 
-    def _write(self, begin: Any, end: Any) -> None:
-        assert self._twin is not None and self._state is not None
-        stall = self._clock.seconds(begin, end)  # waits until the snapshot is there
-        started = time.perf_counter()
+    def _write(self, start: Any, end: Any) -> None:
+        assert self._model_copy is not None and self._state_copy is not None
+        self.blocked_seconds.append(self._clock.seconds(start, end))  # waits until the copy is complete
+        begin, step = time.perf_counter(), self._state_copy["step"]
         try:
-            manifest, step = self._dataset.manifest, self._state["step"]
-            written_from = (manifest["end_of_text_id"], self._dataset.folder, self._card(step))
-            folder = checkpoint.save(self._run, self._twin, self._state, *written_from)
+            folder = checkpoint.save(
+                self._run,
+                self._model_copy,
+                self._state_copy,
+                end_of_text_id=self._dataset.manifest["end_of_text_id"],
+                tokenizer_from=self._dataset.folder,
+                card=self._card(step),
+            )
             self._delete_old(step)
-        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by who writes
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
             gigabytes = shutil.disk_usage(self._run).free / 1e9
             reason = f"{' '.join(str(error).split())} ({gigabytes:.2f} GB free)"
-            self._failure = f"the checkpoint of step {self._state['step']} could not be written: {reason}"
-            self._say(f"{self._failure}; earlier checkpoints are whole")
+            self._failure = f"the checkpoint of step {step} could not be written: {reason}"
+            self._log(f"warning: {self._failure}; earlier checkpoints are intact")
         else:
             self._failure = None
-            written = time.perf_counter() - started
-            self._say(f"saved {folder}: training stood still for {stall * 1000:.0f} ms, written in {written:.1f} s")
+            self.write_seconds.append(time.perf_counter() - begin)
+            blocked = 1000 * self.blocked_seconds[-1]
+            self._log(f"saved {folder} | blocked training {blocked:.0f} ms | written in {self.write_seconds[-1]:.1f} s")
 
     def _card(self, step: int) -> str | None:
         try:
             return model_card(self._run, self._dataset.manifest, step)
-        except Exception as error:  # no checkpoint is lost for its card
-            self._say(f"the checkpoint of step {step} has no model card: {error!r}")
+        except Exception as error:  # a checkpoint without a model card is better than none
+            self._log(f"warning: the checkpoint of step {step} has no model card ({type(error).__name__}: {error})")
             return None
 
     def _delete_old(self, step: int) -> None:
-        """Later ones than `step` are damaged ones that the resume passed over; they are written anew in their turn."""
-        folders = [f for f in checkpoint.listed(self._run) if checkpoint.step_of(f) <= step]
+        """Delete all but those to keep. Checkpoints after `step` are damaged ones, to be overwritten later."""
+        folders = [f for f in checkpoint.list_checkpoints(self._run) if checkpoint.step_of(f) <= step]
         for folder in folders[: -self._keep]:
-            if self._spacing and checkpoint.step_of(folder) % self._spacing == 0:
+            if self._keep_multiple and checkpoint.step_of(folder) % self._keep_multiple == 0:
                 continue
-            doomed = folder.with_name(f".{folder.name}.old")  # so that no half-deleted one ever shows
+            doomed = folder.with_name(f".{folder.name}.old")  # renamed first: a partly deleted one never shows
             os.replace(folder, doomed)
             shutil.rmtree(doomed)
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there, or has failed."""
+        """Wait until the checkpoint in progress is written, or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for the last checkpoint. Raises AgreedError where it could not be written."""
+        """Wait for the last checkpoint. Raises SynchronizedError where it could not be written."""
         self.wait()
         failure = self._ranks.broadcast(self._failure)
         if failure:
-            raise AgreedError(f"{failure}; see to it, and the same command goes on from the checkpoint before it")
+            raise SynchronizedError(f"{failure}. Fix this and rerun the same command to resume from the one before")
 
     def __enter__(self) -> "Saver":
         return self
@@ -121,19 +145,25 @@ class Saver:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.wait()
         if error is not None and self._ranks.is_main:
-            good = checkpoint.listed(self._run)
-            self._say(f"the run ends early; its last good checkpoint: {good[-1] if good else 'none yet'}")
-        if error is not None and issubclass(error, AgreedError):
-            self._ranks.all_gather(None)  # once a rank has ended, torchrun kills the others: also one that still writes
+            good = checkpoint.list_checkpoints(self._run)
+            self._log(f"the run ends early | last good checkpoint: {good[-1] if good else 'none'}")
+        if error is not None and issubclass(error, SynchronizedError):
+            self._ranks.all_gather(None)  # torchrun kills the other ranks, one that writes too, when a rank ends
 
 
-def to_host(value: Any, memory: Any = None) -> Any:
-    """`value` with its tensors copied to the host, into `memory`'s where it has them; a GPU copies while we go on."""
+def copy_to_host(value: Any, memory: Any = None) -> Any:
+    """`value` with its tensors copied to host memory, into those of `memory`; asynchronous from a GPU.
+
+    Dictionaries, lists and tuples are copied with all that they contain.
+    """
     if isinstance(value, Tensor):
         if memory is None:
             memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
         return memory.copy_(value.detach(), non_blocking=value.is_cuda)
     if isinstance(value, dict):
         memory = memory or {}
-        return {key: to_host(inner, memory.get(key)) for key, inner in value.items()}
+        return {key: copy_to_host(inner, memory.get(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        memory = memory or [None] * len(value)
+        return type(value)(copy_to_host(inner, old) for inner, old in zip(value, memory, strict=True))
     return value

@@ -1,186 +1,168 @@
-"""One optimizer step: the micro-batches it reads, the loss it follows, and the update, on any number of ranks."""
+"""Everything around the training loop: settings, model and optimizer at their start, data loader, DDP, compilation."""
 
 import contextlib
 import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from core.data.shards import TokenOrder, Windows, prefetched
+from core import checkpoint, cli
+from core.data.shards import Dataset, TokenOrder, Windows, prefetched
 from core.distributed import Ranks, autocast, runs_triton
 from core.files import LOCK, FileLocks
-from core.train.interrupts import Interrupts
+from core.train.config import Config, SystemConfig
 from core.train.memory import largest_divisor, largest_micro_batch
-from core.train.optim import Optimizers
-from core.train.recipe import Recipe, Schedule
-from model import GPT
+from core.train.optim import OptimizerGroup, build_optimizer
+from core.train.profiling import PROFILED_STEPS
+from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, Schedule, resolve_recipe
+from model import GPT, describe
 
-Settings = TypeVar("Settings", bound="StepConfig")
-READ_AHEAD = 4  # micro-batches in host memory before they are needed
+PREFETCH = 4  # micro-batches prepared in host memory ahead of their use
 
 
-@dataclass
-class Computation:
-    """How a step is computed: speed and memory; results change by rounding."""
+@dataclass(frozen=True)
+class System:
+    """Resolved system options."""
 
-    micro_batch: int | Literal["auto"] = "auto"
-    """Sequences a rank computes at once; changes the result by rounding. auto: what fits, to 65,536 tokens (CPU: 8)."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the matrix products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float32 elsewhere."""
-    activation_checkpointing: bool = False
-    """Compute each block again for its gradient: gpt2-xl (--fused off) takes half the memory and 1.2 times the time."""
-    deterministic: bool = False
-    """Bit for bit the same result from as many ranks on GPUs too, also after a resume; 12 % slower on an H200."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the training step. auto: on CUDA."""
-    fused: Literal["auto", "on", "off"] = "auto"
-    """The step by core/ops.py's kernels, for bfloat16 on NVIDIA's Hopper GPUs and B200. auto: where they run."""
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
-    profile: bool = False
-    """Record three early steps: the ten costliest kernels on the terminal, and logs/RUN/trace.json.gz."""
+    dtype: str  # bfloat16 or float32
+    compile: bool
+    fused: bool
+    activation_checkpointing: bool
+    micro_batch: int | None  # None: to be chosen by memory
+
+    def settings(self) -> dict[str, Any]:
+        """As run.json records them."""
+        names = ("compile", "fused")
+        return {"dtype": self.dtype} | {name: "on" if getattr(self, name) else "off" for name in names}
 
 
 @dataclass
-class StepConfig(Recipe, Computation):
-    """All that a step follows, as `resolve` left it: nothing "auto" and nothing None any more."""
+class Run:
+    """A training run: its settings, what it trains, and its progress."""
+
+    config: Config
+    recipe: Recipe
+    system: System
+    ranks: Ranks
+    dataset: Dataset
+    folder: Path
+    model: GPT  # the raw module, which is saved and evaluated
+    optimizer: OptimizerGroup
+    micro_batch: int = 1
+    step: int = 0  # completed steps
+    tokens: int = 0
+    seconds: float = 0.0  # of training steps, without compilation, validation and checkpoints
+    bad_steps: int = 0  # steps skipped because their loss or gradient wasn't finite
+    val_loss: float = float("nan")  # the latest
+
+    def is_due(self, *intervals: int) -> bool:
+        """Whether something done every N steps (0: never) is due after the current step; it is after the last one."""
+        return any(n > 0 and (self.step % n == 0 or self.step == self.recipe.steps) for n in intervals)
+
+    def training_state(self) -> dict[str, Any]:
+        """What a resume needs besides the weights, as plain values and tensors."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "bad_steps": self.bad_steps,
+            "rng": torch.get_rng_state(),
+            "settings": fixed_settings(self.config, self.recipe, self.dataset),
+            "micro_batch": self.micro_batch,
+            "world_size": self.ranks.world_size,
+            "optimizer": self.optimizer.state_dict(),
+        }
 
 
-def resolve_computation(config: Settings, ranks: Ranks) -> Settings:
-    """Fill in what "auto" is on this device. Raises ValueError for kernels that it can't run."""
+def run_folder(config: Config) -> Path:
+    name = config.run.name or config.run.preset
+    if Path(name).name != name:
+        raise ValueError(f"--run {name} must be a name, not a path. The folder of the run is logs/RUN")
+    return Path("logs") / name
+
+
+def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, System]:
+    """Check every option before the first step, and fill in those that follow from others."""
+    micro_batch = 1 if config.system.micro_batch == "auto" else config.system.micro_batch
+    evaluation, checkpoints = config.evaluation, config.checkpoints
+    cli.check_positive(
+        micro_batch=micro_batch,
+        val_tokens=evaluation.val_tokens,
+        val_every=evaluation.val_every,
+        eval_every=evaluation.eval_every,
+        log_every=evaluation.log_every,
+        save_every=checkpoints.save_every,
+        keep=checkpoints.keep,
+        hang_timeout=checkpoints.hang_timeout,
+    )
+    recipe = resolve_recipe(
+        config.recipe.name,
+        config.shape,
+        tokens=config.recipe.tokens,
+        seq_len=config.recipe.seq_len,
+        steps=config.recipe.steps,
+        overrides=config.recipe.overrides,
+        micro_batch=micro_batch,
+        world_size=ranks.world_size,
+    )
+    if config.system.profile and recipe.steps < PROFILED_STEPS:
+        raise ValueError(f"--profile needs --steps {PROFILED_STEPS} or more, --steps is {recipe.steps}")
+    cli.check_between(
+        0,
+        2**63 - 1,
+        seed=config.run.seed,
+        sample_every=evaluation.sample_every,
+        keep_every=checkpoints.keep_every,
+        max_bad_steps=checkpoints.max_bad_steps,
+    )
+    cli.check_between(0, 10**9, hang_timeout=checkpoints.hang_timeout)  # seconds; the limit of system timers
+    if evaluation.sample_every and not (dataset.folder / "tokenizer.json").is_file():
+        raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
+    for split in ("train", "val"):
+        Windows(dataset, split, recipe.seq_len)
+    return recipe, resolve_system(config.system, ranks)
+
+
+def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
+    """Replace "auto" by the value for this device. Raises ValueError for kernels that it doesn't support."""
     on_cuda = ranks.device.type == "cuda"
     dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
-    compiled = ("on" if on_cuda else "off") if config.compile == "auto" else config.compile
-    can_fuse = dtype == "bfloat16" and runs_triton(ranks.device)
-    if config.fused == "on" and not can_fuse:
-        raise ValueError("--fused on takes --dtype bfloat16, and an NVIDIA Hopper or B200 GPU with Triton: take auto")
-    fused: Literal["on", "off"] = "on" if can_fuse and config.fused != "off" else "off"
-    return replace(config, dtype=dtype, compile=compiled, fused=fused)
+    supported = dtype == "bfloat16" and runs_triton(ranks.device)
+    if config.fused == "on" and not supported:
+        raise ValueError(
+            "--fused on needs --dtype bfloat16 and an NVIDIA Hopper or B200 GPU with Triton. Use --fused auto"
+        )
+    return System(
+        dtype=dtype,
+        compile=on_cuda if config.compile == "auto" else config.compile == "on",
+        fused=supported and config.fused != "off",
+        activation_checkpointing=config.activation_checkpointing,
+        micro_batch=None if config.micro_batch == "auto" else config.micro_batch,
+    )
 
 
-def at_once(config: StepConfig, ranks: Ranks, sequences: int) -> int:
-    """How many of a step's sequences a rank computes at once: the micro-batch, or less where the step has less."""
-    assert config.micro_batch != "auto"
-    return largest_divisor(sequences // ranks.world_size, config.micro_batch)
-
-
-def micro_batches(
-    config: StepConfig, schedule: Schedule, ranks: Ranks, windows: Windows, order: TokenOrder, step: int
-) -> Iterator[list[Tensor]]:
-    """This rank's share of a step's sequences, cut to the step's pieces: inputs and targets (B, T) on the host."""
-    sequences, piece = schedule.sequences(step), schedule.piece(step)
-    size = at_once(config, ranks, len(sequences))
-    for first in range(sequences.start + ranks.rank * size, sequences.stop, size * ranks.world_size):
-        batch = windows.batch(order[range(first, first + size)])
-        yield ranks.pinned(*(tokens.view(-1, piece) for tokens in batch))
-
-
-def open_loader(
-    config: StepConfig, schedule: Schedule, ranks: Ranks, windows: Windows, order: TokenOrder, steps: range
-) -> Generator[list[Tensor], None, None]:
-    """This rank's micro-batches of those steps, read ahead by a thread."""
-    batches = (batch for step in steps for batch in micro_batches(config, schedule, ranks, windows, order, step))
-    return prefetched(batches, READ_AHEAD, ranks.set_thread_device)
-
-
-def loss_model(model: GPT, config: StepConfig, compiled: bool) -> Any:
-    """The function of inputs and targets (B, T) whose gradient a step takes; its weights are the raw model's own."""
-    if config.fused == "on":
-        from core.ops import FusedLoss  # needs Triton, which torch brings along for CUDA alone
-
-        return FusedLoss(model, compiled, config.activation_checkpointing)
-    model.activation_checkpointing = config.activation_checkpointing
-    return torch.compile(model, dynamic=False) if compiled else model
-
-
-def parallel(loss: Any, ranks: Ranks) -> Any:
-    """The same function on every rank, with gradients that are averaged."""
-    if ranks.world_size == 1:
-        return loss
-    # A step's last micro-batch moves the gradients into the buckets; while they accumulate they lie beside them.
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True)
-
-
-def fitting_micro_batch(model: GPT, optimizer: Optimizers, config: StepConfig, ranks: Ranks) -> int:
-    """As many sequences at once as the memory of every rank has room for, beside what else a step will hold."""
-    loss = loss_model(model, config, compiled=False)
-    moments = 0 if optimizer.begun else 8 * model.num_parameters()
-    buckets = 4 * model.num_parameters() if ranks.world_size > 1 else 0
-    sequences = config.batch_tokens // config.seq_len // ranks.world_size
-    with autocast(ranks, config.dtype):
-        fitting = largest_micro_batch(loss, sequences, config.seq_len, moments + buckets, ranks)
-    optimizer.zero_grad()
-    return fitting
-
-
-def train_step(
-    model: Any,
-    optimizer: Optimizers,
-    batches: Iterator[list[Tensor]],
-    sequences: int,
-    config: StepConfig,
-    ranks: Ranks,
-    interrupts: Interrupts,
-) -> Tensor:
-    """One optimizer step on so many sequences, this rank's among the `batches`.
-
-    Still on the device, (3,): mean loss over all ranks, gradient norm, ranks asked to stop.
-    """
-    accumulation = sequences // ranks.world_size // at_once(config, ranks, sequences)
-    loss_sum = torch.zeros((), device=ranks.device)
-    for i in range(accumulation):
-        interrupts.alive()
-        inputs, targets = ranks.to_device(*next(batches))
-        last = i == accumulation - 1
-        with nullcontext() if last or ranks.world_size == 1 else model.no_sync():  # reduce gradients once a step
-            with autocast(ranks, config.dtype):
-                loss = model(inputs, targets) / accumulation
-            loss.backward()
-        loss_sum += loss.detach()
-    sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop)])
-    if ranks.world_size > 1:
-        dist.all_reduce(sums)
-    loss, stop = sums[0] / ranks.world_size, sums[1]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-    optimizer.step(skip=1 - (loss.isfinite() & norm.isfinite()).float())
-    optimizer.zero_grad()
-    return torch.stack([loss, norm, stop])
-
-
-def warm_up(model: Any, config: StepConfig, schedule: Schedule, ranks: Ranks, step: int) -> None:
-    """Compile for every shape of the steps to come, so that no step's time holds the compiler's."""
-    begin = time.perf_counter()
-    shapes = dict.fromkeys((at_once(config, ranks, sequences), piece) for sequences, piece in schedule.shapes(step))
-    # With more graphs than its limit, 8, torch.compile leaves a function uncompiled; validation needs one as well.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(shapes) + 8)
-    for size, piece in shapes:
-        tokens = torch.zeros(size * config.seq_len // piece, piece, dtype=torch.long, device=ranks.device)
-        with autocast(ranks, config.dtype):
-            loss = model(tokens, tokens.clone())  # one tensor as both would compile a graph for that alone
-        loss.backward()
-        loss.item()  # waits for the device
-    for p in model.parameters():
-        p.grad = None
-    ranks.log(f"compiled in {time.perf_counter() - begin:.0f} s")
+def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """What a resumed run may not change: its steps would not be those of an uninterrupted run."""
+    settings = {name: getattr(recipe, name) for name in ("seq_len", *SETTINGS)}
+    settings |= {"preset": config.run.preset, "seed": config.run.seed, "init_from": config.run.init_from}
+    return settings | {"val_tokens": config.evaluation.val_tokens, "manifest_hash": dataset.manifest_hash}
 
 
 @contextlib.contextmanager
-def lock_run(folder: Path, ranks: "Ranks") -> Iterator[None]:
-    """Keep other processes off a run's folder. Raises ValueError, on every rank, where one is training the run."""
+def lock_run(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Lock a run's folder. Raises ValueError, on every rank, where another process is training the run."""
     lock, problem = None, None
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLocks(folder, "--run")
         try:
-            lock.take(0)
+            lock.acquire(0)
         except ValueError as error:
             problem = str(error)
     if problem := ranks.broadcast(problem):
@@ -188,5 +170,140 @@ def lock_run(folder: Path, ranks: "Ranks") -> Iterator[None]:
     try:
         yield
     finally:
-        if lock is not None and [path.name for path in folder.iterdir()] == [LOCK]:  # it came to no run
+        if lock is not None and [path.name for path in folder.iterdir()] == [LOCK]:  # the run never started
             shutil.rmtree(folder)
+
+
+def restore_or_init(
+    config: Config, recipe: Recipe, system: System, dataset: Dataset, ranks: Ranks, folder: Path
+) -> Run:
+    """The run at its newest valid checkpoint; without one, at step 0 with the weights of --init-from or random ones."""
+    found = checkpoint.find(folder, ranks, restart=config.checkpoints.resume == "never")
+    fixed = fixed_settings(config, recipe, dataset)
+    state = checkpoint.load_training_state(found, fixed) if found else None
+    source = found or (checkpoint.resolve_init(config.run.init_from, ranks) if config.run.init_from else None)
+    model = load_model(config, recipe, dataset, source).to(ranks.device)
+    optimizer = build_optimizer(model, recipe, ranks)
+    run = Run(config, recipe, system, ranks, dataset, folder, model, optimizer)
+    micro_batch = system.micro_batch
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        run.step, run.tokens = state["step"], state["tokens"]
+        run.seconds, run.bad_steps = state["seconds"], state["bad_steps"]
+        if config.system.deterministic and state.get("world_size") == ranks.world_size:
+            micro_batch = micro_batch or state["micro_batch"]  # another size would round differently
+        ranks.log(f"resuming from {found} | step {run.step}/{recipe.steps} | {run.tokens:,} tokens seen")
+    if micro_batch is None and run.step < recipe.steps:
+        micro_batch = fit_micro_batch(model, optimizer, recipe, system, ranks)
+        ranks.log(f"using --micro-batch {micro_batch}")
+    run.micro_batch = micro_batch or 1
+    return run
+
+
+def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | str | None) -> GPT:
+    """The model at its start. Raises ValueError where the weights don't fit the preset or the shards."""
+    shape = replace(config.shape, vocab_size=dataset.vocab_size)
+    if source is None:
+        model = GPT(shape, seed=config.run.seed)
+        INITIALIZERS[recipe.init](model)
+        return model
+    model = checkpoint.load_model(str(source))
+    if model.config != shape:
+        preset = config.run.preset
+        raise ValueError(
+            f"{source} is {describe(model.config)} with {model.config.vocab_size:,} token ids, but --preset {preset} "
+            f"and {dataset.folder} need {preset} with {shape.vocab_size:,}. Use the --preset of these weights, and "
+            f"shards of their vocabulary"
+        )
+    return model
+
+
+def build_loss(model: GPT, system: System, compiled: bool | None = None) -> Any:
+    """The function of inputs and targets (B, T) that training minimizes. Its weights are those of `model`.
+
+    `compiled` replaces the system's choice.
+    """
+    compiled = system.compile if compiled is None else compiled
+    if system.fused:
+        from core.ops import FusedLoss  # needs Triton, which is a dependency of torch for CUDA only
+
+        return FusedLoss(model, compiled, system.activation_checkpointing)
+    model.activation_checkpointing = system.activation_checkpointing
+    return torch.compile(model, dynamic=False) if compiled else model
+
+
+def wrap_ddp(loss_fn: Any, ranks: Ranks) -> Any:
+    """The same function with gradients averaged over the ranks."""
+    if ranks.world_size == 1:
+        return loss_fn
+    # The last micro-batch of a step moves the gradients into the buckets; accumulated gradients are separate tensors.
+    return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True)
+
+
+def fit_micro_batch(model: GPT, optimizer: OptimizerGroup, recipe: Recipe, system: System, ranks: Ranks) -> int:
+    """The largest micro-batch that fits on every rank, next to the moments and DDP buckets to be allocated."""
+    loss_fn = build_loss(model, system, compiled=False)
+    moments = 0 if optimizer.has_state else 8 * model.num_parameters()
+    buckets = 4 * model.num_parameters() if ranks.world_size > 1 else 0
+    sequences = recipe.batch_tokens // recipe.seq_len // ranks.world_size
+    with autocast(ranks, system.dtype):
+        micro_batch = largest_micro_batch(loss_fn, sequences, recipe.seq_len, moments + buckets, ranks)
+    optimizer.zero_grad()
+    return micro_batch
+
+
+def micro_batch_size(sequences: int, micro_batch: int, ranks: Ranks) -> int:
+    """Sequences of one forward pass in a step of `sequences`: the micro-batch, or less in a smaller step."""
+    return largest_divisor(sequences // ranks.world_size, micro_batch)
+
+
+def micro_batches(
+    schedule: Schedule, micro_batch: int, ranks: Ranks, windows: Windows, order: TokenOrder, step: int
+) -> Iterator[list[Tensor]]:
+    """This rank's share of a step: inputs and targets (B, T) in host memory, T = schedule.seq_len(step)."""
+    sequences, seq_len = schedule.sequences(step), schedule.seq_len(step)
+    size = micro_batch_size(len(sequences), micro_batch, ranks)
+    for first in range(sequences.start + ranks.rank * size, sequences.stop, size * ranks.world_size):
+        batch = windows.batch(order[range(first, first + size)])
+        yield ranks.pinned(*(tokens.view(-1, seq_len) for tokens in batch))
+
+
+def open_loader(
+    dataset: Dataset, recipe: Recipe, *, seed: int, micro_batch: int, ranks: Ranks, steps: range
+) -> Generator[list[Tensor], None, None]:
+    """This rank's micro-batches of those steps, prefetched by a thread."""
+    schedule, windows = Schedule(recipe), Windows(dataset, "train", recipe.seq_len)
+    order = TokenOrder(dataset.manifest_hash, seed, recipe.seq_len, len(windows))
+    batches = (batch for step in steps for batch in micro_batches(schedule, micro_batch, ranks, windows, order, step))
+    return prefetched(batches, PREFETCH, ranks.set_thread_device)
+
+
+def compile_shapes(loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int) -> None:
+    """Compile for every shape of the steps from `step` on, so that no step's time includes compilation.
+
+    Where nothing is compiled, one micro-batch is timed instead, to log how long a slow step will take.
+    """
+    start = time.perf_counter()
+    compiled = system.compile or system.fused
+    shapes = Schedule(recipe).shapes(step)
+    sizes = list(
+        dict.fromkeys((micro_batch_size(sequences, micro_batch, ranks), seq_len) for sequences, seq_len in shapes)
+    )
+    if compiled:  # beyond its limit of 8 graphs, torch.compile leaves a function uncompiled; validation needs one too
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(sizes) + 8)
+    for size, seq_len in sizes if compiled else sizes[:1]:
+        tokens = torch.zeros(size * recipe.seq_len // seq_len, seq_len, dtype=torch.long, device=ranks.device)
+        with autocast(ranks, system.dtype):
+            loss = loss_fn(tokens, tokens.clone())  # one tensor for both would compile a graph of its own
+        loss.backward()
+        loss.item()  # waits for the device
+    for p in loss_fn.parameters():
+        p.grad = None
+    seconds = time.perf_counter() - start
+    if compiled:
+        return ranks.log(f"compiled in {seconds:.0f} s")
+    (sequences, _), (size, _) = shapes[0], sizes[0]
+    count = sequences // ranks.world_size // size
+    if seconds * count > 1:
+        ranks.log(f"expected time per step: {seconds * count:.0f} s ({count} micro-batches of {size} sequences)")

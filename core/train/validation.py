@@ -1,153 +1,209 @@
-"""What is measured while a run goes on, the work shared among the ranks: the validation loss, and LAMBADA."""
+"""Evaluation during training, shared among the ranks: validation loss and LAMBADA; and `train.py --eval-only`."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from core import checkpoint, cli
+from core import checkpoint, cli, generation
 from core.data import tokenizer
 from core.data.shards import Dataset, Windows, verify
 from core.distributed import Ranks, autocast
-from core.eval import evaluate as evaluation
-from core.eval import lambada
-from core.eval.task import QuestionSet
-from core.train.setup import resolve_computation
+from core.eval import evaluate, lambada
+from core.train.config import Config
+from core.train.setup import resolve_system
 from model import GPT
 
-VAL_BATCH = 16  # windows a forward at most, as logits are large
+VAL_BATCH = 16  # maximum windows per forward pass, as logits are large
 
 
-@dataclass
-class Measurement:
-    """What is measured on the way; each at step 0 and after the last step too."""
+class Evaluation(Protocol):
+    """An evaluation that runs every `every` steps; a line of metrics.jsonl has its name as `split`."""
 
-    val_every: int = 250
-    """Steps between validations."""
-    val_tokens: int = 10_485_760
-    """Validation tokens at most, always the same ones."""
-    eval_lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """File of LAMBADA passages to score while the run goes on: the accuracy's curve beside the loss's."""
-    eval_every: int = 250
-    """Steps between those scores."""
-    sample_every: int = 0
-    """Steps between text samples; 0: none."""
-    log_every: int = 10
-    """Steps between lines on the terminal; metrics.jsonl has every step."""
-    wandb_project: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """Mirror the metrics to this wandb project, offline where there is no login."""
-    eval_only: bool = False
-    """Print the validation loss, perplexity and bits per byte of --init-from or the run, and stop."""
+    split: str
+    data: str
+    every: int
+
+    def run(self, model: GPT, stop: Callable[[], bool] = ...) -> dict[str, Any] | None:
+        """Its metrics by name; None where `stop` ended it. All ranks must call it."""
+
+    def describe(self, result: dict[str, Any]) -> str: ...
 
 
 class Validation:
-    split = "val"  # in metrics.jsonl
+    split = "val"
 
     def __init__(
         self,
         dataset: Dataset,
         ranks: Ranks,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        *,
         seq_len: int,
         max_tokens: int,
         batch_size: int,
         dtype: str,
+        every: int = 0,
     ) -> None:
-        """The first `max_tokens` of the split, by a model's `loss` on `batch_size` windows of `seq_len` at once."""
+        """The loss on the first `max_tokens` of the split, by `loss_fn` on batches of `batch_size` windows."""
+        self.every = every
         self._windows = Windows(dataset, "val", seq_len)
-        self._ranks, self._loss, self._dtype, self._batch_size = ranks, loss, dtype, batch_size
+        self._ranks, self._loss_fn, self._dtype, self._batch_size = ranks, loss_fn, dtype, batch_size
         self._count = min(max(max_tokens // seq_len, 1), len(self._windows))
         has_tokenizer = (dataset.folder / "tokenizer.json").is_file()
         self._token_bytes = tokenizer.token_bytes(dataset.folder) if has_tokenizer else None
-        self.tokens = self._count * seq_len
+        self.data = f"{self._count * seq_len:,} validation tokens of {dataset.folder}"
 
     @torch.no_grad()
-    def run(self, model: GPT) -> dict[str, float | None]:
-        """`loss` in nats a token and `bits_per_byte` of text (None without a tokenizer). All ranks must call it."""
+    def run(self, model: GPT, stop: Callable[[], bool] = lambda: False) -> dict[str, float | None] | None:
+        """`loss` in nats per token and `bits_per_byte` of text (None without a tokenizer); None where stopped."""
         losses, sizes, text_bytes = [], [], 0
         ranks, size = self._ranks, self._batch_size
-        firsts = range(ranks.rank * size, self._count, ranks.world_size * size)
-        for first in cli.progress_bar(firsts, "validation", leave=False, delay=1, hidden=not ranks.is_main):
+        batches = range(0, self._count, ranks.world_size * size)  # of all ranks, so that they stop together
+        for start in cli.progress_bar(batches, "validation", leave=False, delay=1, hidden=not ranks.is_main):
+            if stop():
+                return None
+            first = start + ranks.rank * size
+            if first >= self._count:
+                continue
             inputs, targets = self._windows.batch(range(first, min(first + size, self._count)))  # (B, T)
             if self._token_bytes is not None:
                 text_bytes += int(self._token_bytes[targets.numpy()].sum())
-            loss = self._loss if len(inputs) == size else model  # the last few would be compiled for themselves
+            loss_fn = self._loss_fn if len(inputs) == size else model  # a smaller batch would be compiled separately
             with autocast(ranks, self._dtype):
-                losses.append(loss(*ranks.to_device(inputs, targets)))
+                losses.append(loss_fn(*ranks.to_device(inputs, targets)))
             sizes.append(targets.numel())
-        means = torch.stack(losses).tolist() if losses else []  # one wait for the device, at the end
+        means = torch.stack(losses).tolist() if losses else []  # the only synchronization with the device
         nats = math.fsum(mean * n for mean, n in zip(means, sizes, strict=True))
-        nats, tokens, all_bytes = ranks.all_reduce([nats, sum(sizes), text_bytes])
-        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / all_bytes if all_bytes else None}
+        nats, tokens, total_bytes = ranks.all_reduce([nats, sum(sizes), text_bytes])
+        return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / total_bytes if total_bytes else None}
 
     def describe(self, result: dict[str, Any]) -> str:
-        bits = f", {result['bits_per_byte']:.4f} bits per byte" if result["bits_per_byte"] else ""
-        return f"validation loss {result['loss']:.4f} nats a token{bits}"
+        bits = f" | bits_per_byte {result['bits_per_byte']:.4f}" if result["bits_per_byte"] else ""
+        return f"val_loss {result['loss']:.4f}{bits}"
 
 
-class LambadaCurve:
-    """LAMBADA by the rule that the file's text allows: `standard` for the tokenised one, `openai` for all others."""
+class LambadaDuringTraining:
+    """LAMBADA by the protocol that the text allows: `standard` for the tokenized one, `openai` for all others."""
 
     split = "lambada"
 
-    def __init__(self, file: str, dataset: Dataset, ranks: Ranks, n_positions: int, dtype: str) -> None:
-        """Read and encode the passages once. Raises ValueError for a broken file, or shards without a tokenizer."""
+    def __init__(
+        self, file: str, dataset: Dataset, ranks: Ranks, *, n_positions: int, dtype: str, every: int = 0
+    ) -> None:
+        """Read and encode the passages. Raises ValueError for a damaged file, or shards without a tokenizer."""
         if not (dataset.folder / "tokenizer.json").is_file():
-            raise ValueError(f"--eval-lambada needs {dataset.folder / 'tokenizer.json'}, which is missing")
-        self.protocol = lambada.allowed(lambada.text_of(Path(file)) or "other")[0]
-        questions = QuestionSet(lambada.read(Path(file)), [self.protocol], Path(file).name, None)
+            raise ValueError(
+                f"--eval-lambada needs {dataset.folder / 'tokenizer.json'}, which is missing. Omit --eval-lambada, or "
+                f"copy the tokenizer's files there"
+            )
+        self.every, self.data = every, file
+        self._ranks, self._dtype = ranks, dtype
+        questions = lambada.load_file(Path(file))
+        self.protocol = questions.protocols[0]
         encode = tokenizer.load(dataset.folder).encode_ordinary
-        self._asked = evaluation.ask(lambada.TASK, questions, encode, n_positions)
-        self._how = {"ranks": ranks, "dtype": dtype, "label": "LAMBADA"}
+        self._instances = evaluate.build_requests(lambada.TASK, questions, encode, n_positions)
 
-    def run(self, model: GPT) -> dict[str, Any]:
-        """Accuracy, counts, and perplexity a word. All ranks must call it."""
-        verdicts = evaluation.answer(lambada.TASK, model, self._asked, **self._how)
+    def run(self, model: GPT, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+        """Accuracy, counts, and perplexity per word; None where stopped before it started."""
+        if stop():
+            return None
+        verdicts = evaluate.score_requests(
+            lambada.TASK, model, self._instances, ranks=self._ranks, dtype=self._dtype, label="LAMBADA"
+        )
         correct = sum(verdict.correct for verdict in verdicts)
         facts = {"protocol": self.protocol, "accuracy": correct / len(verdicts), "correct": correct}
         return facts | {"total": len(verdicts), "perplexity": lambada.perplexity(self.protocol, verdicts)}
 
     def describe(self, result: dict[str, Any]) -> str:
-        perplexity = f", perplexity {result['perplexity']:,.2f}" if result["perplexity"] else ""
+        perplexity = f" | perplexity {result['perplexity']:,.2f}" if result["perplexity"] else ""
         counts = f"{result['correct']:,} of {result['total']:,}"
-        return f"LAMBADA {result['protocol']} {result['accuracy']:.2%}, {counts}{perplexity}"
+        return f"LAMBADA {result['protocol']} {result['accuracy']:.2%} ({counts}){perplexity}"
 
 
-def open_measures(config: Any, dataset: Dataset, ranks: Ranks, loss: Any, n_positions: int) -> list[tuple[int, Any]]:
-    """What train.py's settings ask to measure, each with the steps between; validation, by `loss`, first."""
-    batch = VAL_BATCH if config.micro_batch == "auto" else min(config.micro_batch, VAL_BATCH)
-    validation = Validation(dataset, ranks, loss, config.seq_len, config.val_tokens, batch, config.dtype)
-    if config.eval_lambada is None:
-        return [(config.val_every, validation)]
-    curve = LambadaCurve(config.eval_lambada, dataset, ranks, n_positions, config.dtype)
-    return [(config.val_every, validation), (config.eval_every, curve)]
+def build_evaluations(
+    config: Config,
+    dataset: Dataset,
+    ranks: Ranks,
+    loss_fn: Any,
+    *,
+    seq_len: int,
+    n_positions: int,
+    dtype: str,
+    micro_batch: int = VAL_BATCH,
+) -> list[Evaluation]:
+    """The evaluations of the options; validation, by `loss_fn`, is the first."""
+    options = config.evaluation
+    validation = Validation(
+        dataset,
+        ranks,
+        loss_fn,
+        seq_len=seq_len,
+        max_tokens=options.val_tokens,
+        batch_size=min(micro_batch, VAL_BATCH),
+        dtype=dtype,
+        every=options.val_every,
+    )
+    if options.eval_lambada is None:
+        return [validation]
+    every = options.eval_every
+    return [
+        validation,
+        LambadaDuringTraining(options.eval_lambada, dataset, ranks, n_positions=n_positions, dtype=dtype, every=every),
+    ]
 
 
-def evaluate(source: str, config: Any, dataset: Dataset, ranks: Ranks) -> None:
-    """Say what the weights of `source` come to, whatever their size. All ranks must call it.
+def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Path) -> None:
+    """Print the evaluations of --init-from, else of the newest checkpoint of the run. All ranks must call it.
 
-    Raises ValueError where they don't know the shards' vocabulary, or --seq-len passes their context.
+    Raises ValueError where the weights have another vocabulary than the shards, or --seq-len exceeds their context.
     """
+    if config.run.init_from:
+        source = checkpoint.resolve_init(config.run.init_from, ranks)
+    else:
+        found = checkpoint.find(run_folder, ranks, restart=False)
+        if found is None:
+            raise ValueError(f"{run_folder} has no checkpoint to evaluate. Name weights with --init-from")
+        source = str(found)
     model = checkpoint.load_model(source).to(ranks.device)
     shape = model.config
     if shape.vocab_size != dataset.vocab_size:
         raise ValueError(
-            f"{source} knows {shape.vocab_size:,} token ids, {dataset.folder} has {dataset.vocab_size:,}: name shards "
-            f"of its encoding with --data"
+            f"{source} has {shape.vocab_size:,} token ids, {dataset.folder} has {dataset.vocab_size:,}. "
+            f"Name shards of its encoding with --data"
         )
-    config = resolve_computation(replace(config, seq_len=config.seq_len or shape.n_positions), ranks)
-    micro_batch = 1 if config.micro_batch == "auto" else config.micro_batch
-    cli.check_between(1, shape.n_positions, seq_len=config.seq_len)
-    cli.check_positive(val_tokens=config.val_tokens, micro_batch=micro_batch)
-    if config.verify:
+    dtype = resolve_system(config.system, ranks).dtype
+    seq_len = config.recipe.seq_len or shape.n_positions
+    micro_batch = VAL_BATCH if config.system.micro_batch == "auto" else config.system.micro_batch
+    cli.check_between(1, shape.n_positions, seq_len=seq_len)
+    cli.check_positive(val_tokens=config.evaluation.val_tokens, micro_batch=micro_batch)
+    if not config.run.no_verify:
         verify(dataset, ranks)
-    (_, validation), *others = open_measures(config, dataset, ranks, model, shape.n_positions)
-    result = validation.run(model)
-    ranks.log(f"{source} on {validation.tokens:,} validation tokens of {dataset.folder}, in {config.dtype}:")
-    ranks.log(f"{validation.describe(result)}, perplexity {math.exp(result['loss']):.2f}")
-    for _, other in others:
-        ranks.log(other.describe(other.run(model)))
+    evaluations = build_evaluations(
+        config,
+        dataset,
+        ranks,
+        model,
+        seq_len=seq_len,
+        n_positions=shape.n_positions,
+        dtype=dtype,
+        micro_batch=micro_batch,
+    )
+    for evaluation in evaluations:
+        result = evaluation.run(model)
+        assert result is not None  # nothing stops it
+        perplexity = f" | perplexity {math.exp(result['loss']):.2f}" if evaluation.split == "val" else ""
+        ranks.log(f"{source} on {evaluation.data}, {dtype} | {evaluation.describe(result)}{perplexity}")
+
+
+def sample_line(model: GPT, folder: Path, seed: int) -> str:
+    """A log line with a short text from the model."""
+    length = min(64, model.config.n_positions - 1)
+    texts = generation.sample_text(model, tokenizer.load(folder), "", length, top_k=50, seed=seed)
+    try:
+        return f"sample: {next(texts)}"
+    except ValueError as error:
+        return f"no sample: {error}"

@@ -1,0 +1,153 @@
+"""Hugging Face's GPT-2 format, read and written: config.json, generation_config.json and model.safetensors."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import GPT, LAYER_NORM_EPSILON, GPTConfig
+
+HF_CONSTANTS = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": LAYER_NORM_EPSILON,
+    "initializer_range": 0.02,
+    "n_inner": None,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+# Keys of config.json that determine the logits; an absent key has the value of HF_CONSTANTS.
+ARCHITECTURE_KEYS = (
+    "model_type",
+    "activation_function",
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings",
+)
+
+
+def load_pretrained(name_or_folder: str | Path) -> GPT:
+    """A Hugging Face GPT-2 from a folder or, by name, from the hub.
+
+    Raises ValueError where it isn't a GPT-2, or a tensor is missing, unknown or of another shape.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        folder = download(str(name_or_folder))
+    model = GPT(read_config(folder / "config.json"), seed=None)
+    load_hf_state(model, read_weights(folder))
+    return model
+
+
+def save_pretrained(model: GPT, folder: str | Path, end_of_text_id: int | None = None) -> None:
+    """Write a folder that transformers.GPT2LMHeadModel.from_pretrained reads."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    special = {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id}
+    config = HF_CONSTANTS | asdict(model.config) | special
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    save_file(hf_state(model), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_config(path: Path) -> GPTConfig:
+    """The shape in a Hugging Face config.json. Raises ValueError where it isn't a plain GPT-2."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. A model folder contains config.json and model.safetensors")
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+        config = GPTConfig(**{name: int(hf[name]) for name in GPTConfig.__dataclass_fields__})
+    except KeyError as error:
+        raise ValueError(f"{path} is not the config.json of a GPT-2: it lacks {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not the config.json of a GPT-2: it isn't UTF-8 text") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the config.json of a GPT-2: {error}") from None
+    for key in ARCHITECTURE_KEYS:
+        if hf.get(key, HF_CONSTANTS[key]) != HF_CONSTANTS[key]:
+            raise ValueError(f"{path}: {key} is {hf[key]!r}, but GPT-2 has {HF_CONSTANTS[key]!r}")
+    if hf.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, but GPT-2 has {4 * config.n_embd}")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, or of an older pytorch_model.bin without executing its pickle."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    if weights.is_file():
+        try:
+            return load_file(weights)
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is truncated or damaged: {error}") from None
+    if pickled.is_file():
+        try:
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+            return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        except OSError:
+            raise
+        except Exception as error:  # a malicious pickle can make the reader raise anything
+            raise ValueError(f"{pickled} is damaged or contains more than tensors ({type(error).__name__})") from None
+    raise ValueError(f"{folder} contains neither model.safetensors nor pytorch_model.bin")
+
+
+def download(name: str) -> Path:
+    """Download a GPT-2 from the Hugging Face hub, or find it in the cache of the hub; return its folder."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    files = ["config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*files, "tokenizer*.json"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name!r} is not a folder, and the Hugging Face hub has no model of that name or is unreachable: {reason}"
+        ) from None
+
+
+@torch.no_grad()
+def hf_state(model: GPT) -> dict[str, Tensor]:
+    """The weights on the CPU under Hugging Face's names and in its shapes, without padding."""
+    return {name: hf_view(model, name, p).cpu().contiguous() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_hf_state(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Copy weights with Hugging Face's names and shapes into a model. Raises ValueError on any mismatch."""
+    # OpenAI's upload has no "transformer." prefix and contains the causal masks; the head is tied to wte.
+    given = {n if n.startswith("transformer.") else f"transformer.{n}": w for n, w in weights.items()}
+    ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+    given = {n: w for n, w in given.items() if not n.endswith(ignored)}
+    expected = dict(model.named_parameters())
+    for problem, names in (("lacks", expected.keys() - given.keys()), ("also has", given.keys() - expected.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise ValueError(f"the weights file {problem} {len(names)} tensors, such as {shown}: not this GPT-2")
+    for name, p in expected.items():
+        target = hf_view(model, name, p)
+        if given[name].shape != target.shape:
+            raise ValueError(f"{name} has shape {tuple(given[name].shape)}, but config.json says {tuple(target.shape)}")
+        target.copy_(given[name])
+    model.transformer.wte.weight[model.config.vocab_size :] = 0.0
+
+
+def hf_view(model: GPT, name: str, p: Tensor) -> Tensor:
+    """A view of a parameter in Hugging Face's shape."""
+    if name == "transformer.wte.weight":
+        return p[: model.config.vocab_size]
+    is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+    return p.T if is_linear else p  # Hugging Face's Conv1D stores (in, out)

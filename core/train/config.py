@@ -1,0 +1,199 @@
+"""All options of train.py: one dataclass per group of `--help`."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from core import cli
+from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS
+from core.train.optim import OPTIMIZERS
+from core.train.recipe import FIRST_PHASE_STEPS, INITIALIZERS, LR_SCHEDULES, RECIPES, Recipe, RecipeValues
+from model import PRESETS, GPTConfig
+
+
+@dataclass
+class RunConfig:
+    """Model, data and name of the run."""
+
+    data: str = DEFAULT_DATA
+    """Folder of token shards that fineweb.py wrote."""
+    name: Annotated[str | None, cli.DEFAULT_IN_HELP, tyro.conf.arg(name="run", aliases=["--run-name"])] = None
+    """Name of the run; its folder is logs/RUN. Default: the name of the preset. Under torchrun, which has a --run-path,
+    write --run-name."""
+    preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
+    """Model size: 124M, 355M, 774M, 1558M parameters, and two small ones for the demo and for tests."""
+    seed: int = 1337
+    """Random seed of the initial weights and of the data order."""
+    init_from: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
+    """Initial weights: a run, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2.
+    Default: random weights."""
+    no_verify: bool = False
+    """Skip the sha256 check of the shards at the start. Its result is cached: only the first start takes the time."""
+
+
+def recipe_option(name: str, description: str) -> Any:
+    """The help of an option that the recipe sets, with its value in each recipe."""
+    values = ", ".join(f"{recipe}: {getattr(values, name)}" for recipe, values in RECIPES.items())
+    return tyro.conf.arg(help=description, help_behavior_hint=f"({values})")
+
+
+@dataclass
+class RecipeConfig:
+    """Values that determine the trained weights. Defaults shown are for GPT-2 124M and ten billion tokens."""
+
+    name: Annotated[Literal[tuple(RECIPES)], tyro.conf.arg(name="recipe")] = "original"  # type: ignore[valid-type]
+    """Default values of the options below, except --tokens, --seq-len and --steps."""
+    tokens: int = 10_000_000_000
+    """Training tokens, rounded down to complete steps."""
+    seq_len: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
+    """Tokens per sequence. Default: the context length of the preset, which is the maximum."""
+    steps: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
+    """Optimizer steps; replaces --tokens. Default: as many as --tokens allows."""
+    optimizer: Annotated[
+        Literal[tuple(OPTIMIZERS)] | None,  # type: ignore[valid-type]
+        recipe_option("optimizer", "Optimizer of the block matrices. AdamW updates all other weights."),
+    ] = None
+    lr: Annotated[float | None, recipe_option("lr", "Peak learning rate of the block matrices.")] = None
+    embed_lr: Annotated[
+        float | None,
+        recipe_option(
+            "embed_lr", "Peak learning rate of embeddings, biases and LayerNorms. speedrun scales it to the width."
+        ),
+    ] = None
+    beta1: Annotated[float | None, recipe_option("beta1", "AdamW decay rate of the first moment.")] = None
+    beta2: Annotated[float | None, recipe_option("beta2", "AdamW decay rate of the second moment.")] = None
+    momentum: Annotated[float | None, recipe_option("momentum", "Muon momentum.")] = None
+    weight_decay: Annotated[
+        float | None, recipe_option("weight_decay", "Decoupled weight decay of matrices; vectors don't decay.")
+    ] = None
+    grad_clip: Annotated[float | None, recipe_option("grad_clip", "Maximum norm of the gradient.")] = None
+    lr_schedule: Annotated[
+        Literal[tuple(LR_SCHEDULES)] | None,  # type: ignore[valid-type]
+        recipe_option("lr_schedule", "Schedule after the warm-up: cosine, or constant with linear decay (wsd)."),
+    ] = None
+    warmup_steps: Annotated[
+        int | None,
+        recipe_option("warmup_steps", "Steps of linear warm-up. original scales them with the number of steps."),
+    ] = None
+    decay_fraction: Annotated[
+        float | None, recipe_option("decay_fraction", "Fraction of the tokens in the decay of wsd.")
+    ] = None
+    final_lr_fraction: Annotated[
+        float | None, recipe_option("final_lr_fraction", "Final learning rate as a fraction of its peak.")
+    ] = None
+    batch_tokens: Annotated[
+        int | None,
+        recipe_option("batch_tokens", "Maximum tokens per optimizer step, over all ranks; demo and tiny: 8192."),
+    ] = None
+    first_batch_tokens: Annotated[
+        int | None,
+        recipe_option(
+            "first_batch_tokens",
+            f"Tokens per step in the first {FIRST_PHASE_STEPS} steps. The batch doubles each time the tokens seen "
+            f"quadruple.",
+        ),
+    ] = None
+    short_tokens: Annotated[
+        int | None,
+        recipe_option(
+            "short_tokens",
+            "Tokens at the start of training in sequences of --short-seq-len. speedrun limits them to 0.4 of all.",
+        ),
+    ] = None
+    short_seq_len: Annotated[int | None, recipe_option("short_seq_len", "Tokens per short sequence.")] = None
+    init: Annotated[
+        Literal[tuple(INITIALIZERS)] | None,  # type: ignore[valid-type]
+        recipe_option("init", "Initial weights. aligned: the keys of each head start equal to its queries."),
+    ] = None
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The values given on the command line in place of the recipe's."""
+        names = [field.name for field in fields(RecipeValues)]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass
+class SystemConfig:
+    """Speed and memory. These options change results by rounding only."""
+
+    micro_batch: int | Literal["auto"] = "auto"
+    """Sequences per forward pass on each rank. auto: the largest that fits, up to 65,536 tokens (on a CPU: 8)."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the matrix products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float32 elsewhere."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass. gpt2-xl with --fused off: half the memory, 1.2 times the time."""
+    deterministic: bool = False
+    """Bit-identical results on GPUs for a fixed number of ranks, also after a resume; 12 % slower on an H200."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the training step. auto: on with CUDA."""
+    fused: Literal["auto", "on", "off"] = "auto"
+    """Triton kernels of core/ops, for bfloat16 on NVIDIA Hopper and B200 GPUs. auto: on where supported."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+    profile: bool = False
+    """Record three early steps: prints the ten slowest kernels and writes logs/RUN/trace.json.gz."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation and logging during training. Evaluations also run at step 0 and after the last step."""
+
+    val_every: int = 250
+    """Steps between validations."""
+    val_tokens: int = DEFAULT_VAL_TOKENS
+    """Maximum validation tokens; always the first ones of the split."""
+    eval_lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
+    """File of LAMBADA passages to score during training. Default: no LAMBADA."""
+    eval_every: int = 250
+    """Steps between LAMBADA scores."""
+    sample_every: int = 0
+    """Steps between text samples; 0: no samples."""
+    log_every: int = 10
+    """Steps between log lines; metrics.jsonl has every step."""
+    wandb_project: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
+    """wandb project that mirrors the metrics, offline without a login. Default: no wandb."""
+    eval_only: bool = False
+    """Print validation loss, perplexity and bits per byte of --init-from or of the run, and exit."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpointing and fault tolerance."""
+
+    save_every: int = 1000
+    """Steps between checkpoints; the last step always saves one."""
+    keep: int = 3
+    """Number of newest checkpoints on disk (124M: 1.5 GB each, 12 bytes per parameter)."""
+    keep_every: int = 5
+    """Keep every Nth checkpoint permanently; 0: none."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: resume from the newest valid checkpoint. never: refuse an existing run; restarts by torchrun resume."""
+    max_bad_steps: int = 10
+    """Maximum number of skipped steps. A step whose loss or gradient isn't finite is skipped: it changes no weight."""
+    hang_timeout: float = 600
+    """Seconds without a finished micro-batch, or waiting for another rank, after which the run ends with an error."""
+
+
+@dataclass
+class Config:
+    """The command line of train.py, and what run.json records."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    terminal: cli.Terminal = field(default_factory=cli.Terminal)
+
+    @property
+    def shape(self) -> GPTConfig:
+        return PRESETS[self.run.preset]
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """All options by name, with the values of the resolved recipe: the settings of run.json."""
+        groups = (self.run, self.system, self.evaluation, self.checkpoints)
+        settings = asdict(recipe) | {key: value for group in groups for key, value in asdict(group).items()}
+        del settings["name"]
+        return {"run": self.run.name, "recipe": recipe.name} | settings
