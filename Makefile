@@ -1,4 +1,4 @@
-# make demo, make test, make lint, make soak: each installs what it needs into .venv first.
+# Targets: demo, test, lint, soak. Each installs the requirements into .venv first.
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -18,7 +18,7 @@ demo: setup
 	rm -rf logs/demo
 	python -m demo.stories --out data/stories
 	python fineweb.py --source data/stories/stories.jsonl --encoding data/stories --out data/demo --val-tokens 100000 --overwrite
-	python train.py --data data/demo --run demo --preset demo --device cpu --recipe speedrun --tokens 2_000_000 --first-batch-tokens 2048 --batch-tokens 8192 --val-every 80 --save-every 240 --log-every 40 --eval-lambada data/stories/lambada.txt --eval-every 80
+	python train.py --data data/demo --run demo --preset demo --device cpu --recipe speedrun --tokens 2_000_000 --val-every 80 --save-every 240 --log-every 40 --eval-lambada data/stories/lambada.txt --eval-every 80
 	python eval_lambada.py --ckpt logs/demo --data data/stories/lambada.txt --text other --device cpu
 	python eval_cbt.py --ckpt logs/demo --data data/stories/stories_NE_valid.txt data/stories/stories_CN_valid.txt --device cpu
 	python sample.py --ckpt logs/demo --device cpu
@@ -29,7 +29,7 @@ test: setup
 
 soak: setup
 	SOAK_KILLS=25 python -m pytest -q tests/test_kills.py
-	SOAK_KILLS=30 python -m pytest -q tests/test_preparation.py -k killed_again
+	SOAK_KILLS=30 python -m pytest -q tests/test_preparation.py -k killed_repeatedly
 
 lint: setup
 	ruff check .

@@ -1,8 +1,8 @@
-"""The demo's world: a seeded story generator, its encoding, and LAMBADA- and CBT-format questions on new stories.
+"""Generate the demo's data: short stories, their tokenizer, and questions about new stories as in LAMBADA and CBT.
 
-A story has a hero, a place and a thing, which its sentences come back to, and strangers and trifles, which are drawn
-anew each time. The generator knows the probability of each choice it makes, so each story comes with the nats that it
-takes to write it down: the least loss that any model can reach on it.
+A story has a hero, a place and a thing, which its sentences repeat; other names and objects are drawn for each
+sentence. The generator knows the probability of each of its choices. Each story therefore comes with its negative
+log-probability in nats: no model can have a lower expected loss.
 
     python -m demo.stories --out data/stories
 """
@@ -10,7 +10,8 @@ takes to write it down: the least loss that any model can reach on it.
 import json
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ WORDS = {
 }
 CHOICES = {kind: words.split() for kind, words in WORDS.items()}
 
-# {hero}, {place} and {thing} are the story's own; {name}, {object} and the rest are drawn anew for each sentence.
+# {hero}, {place} and {thing} are drawn once per story; {name}, {object} and the other slots once per sentence.
 OPENING = "Once there was a {trait} {job} named {hero} ."
 MIDDLE = (
     "{hero} lived near the {place} and had a {look} {thing} .",
@@ -49,15 +50,15 @@ MIDDLE = (
     "A {mood} {job} named {name} had a {object} .",
 )
 ENDING = "So the {thing} went home with {hero} ."
-MIN_SENTENCES, MAX_SENTENCES = 8, 22  # of a whole story, each length as likely
-OWN = {"hero": "name", "place": "place", "thing": "thing"}
-FRESH = {"object": "thing"}  # every other slot draws from the list of its own name
+MIN_SENTENCES, MAX_SENTENCES = 8, 22  # per story, uniformly distributed
+ENTITIES = ("hero", "place", "thing")
+WORD_LISTS = {"hero": "name", "object": "thing"}  # every other slot is filled from the list of its own name
 
 
 @dataclass
 class Story:
-    sentences: list[str]  # tokenised, as in the Children's Book Test: "Now Ana was sad ."
-    own: dict[str, str]  # the story's hero, place and thing
+    sentences: list[str]  # tokenized, as in the Children's Book Test: "Now Ana was sad ."
+    entities: dict[str, str]  # the story's hero, place and thing
     nats: float  # -log of the probability that the generator writes this story
 
     @property
@@ -65,73 +66,74 @@ class Story:
         return " ".join(self.sentences).replace(" .", ".")
 
 
-def tell(rng: random.Random, length: int | None = None) -> Story:
-    """One story, of `length` sentences or of a random length."""
-    nats = 0.0
+def words_for(slot: str) -> list[str]:
+    """The words that can fill a slot of a template."""
+    return CHOICES[WORD_LISTS.get(slot, slot)]
 
-    def draw(options: list[str] | tuple[str, ...]) -> str:
+
+def generate_story(rng: random.Random, length: int | None = None) -> Story:
+    """A story of `length` sentences; None: of a random length."""
+    nats = 0.0
+    entities: dict[str, str] = {}
+
+    def draw(options: Sequence[str]) -> str:
         nonlocal nats
         nats += math.log(len(options))
         return rng.choice(options)
 
-    own: dict[str, str] = {}
-
     def fill(slot: str) -> str:
-        if slot not in OWN:
-            return draw(CHOICES[FRESH.get(slot, slot)])
-        if slot not in own:  # drawn when first told: a place that no sentence names would cost the reader nothing
-            own[slot] = draw(CHOICES[OWN[slot]])
-        return own[slot]
+        if slot not in ENTITIES:
+            return draw(words_for(slot))
+        if slot not in entities:  # drawn at its first use: the text doesn't reveal an entity that no sentence contains
+            entities[slot] = draw(words_for(slot))
+        return entities[slot]
 
     if length is None:
         length = int(draw([str(n) for n in range(MIN_SENTENCES, MAX_SENTENCES + 1)]))
     templates = [OPENING, *(draw(MIDDLE) for _ in range(length - 2)), ENDING]
-    words = [
-        [fill(word[1:-1]) if word.startswith("{") else word for word in template.split()] for template in templates
-    ]
-    sentences = [" ".join(sentence) for sentence in words]
-    return Story(sentences, own, nats)
+    words = [[fill(word[1:-1]) if word[0] == "{" else word for word in template.split()] for template in templates]
+    return Story([" ".join(sentence) for sentence in words], entities, nats)
 
 
 @dataclass
 class Config:
     out: str = "data/stories"
-    """Folder for the corpus, its encoding and the questions."""
+    """Folder for the stories, their tokenizer and the questions."""
     stories: int = 36_000
-    """Stories in the corpus, about 124 tokens each."""
+    """Number of stories, about 124 tokens each."""
     questions: int = 500
-    """Questions of each kind, on stories that the corpus doesn't hold."""
+    """Number of questions of each kind, about other stories."""
     seed: int = 1
-    """Draws everything."""
+    """Random seed."""
+    terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
 def main(config: Config) -> None:
-    if config.stories < 1 or config.questions < 1:
-        raise ValueError(f"--stories {config.stories} and --questions {config.questions} must be above 0")
+    cli.check_positive(stories=config.stories, questions=config.questions)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(encoding(), out)
     rng = random.Random(f"corpus {config.seed}")
-    corpus = [tell(rng) for _ in range(config.stories)]
-    lines = (json.dumps({"text": story.text, "nats": story.nats}) for story in corpus)
-    (out / "stories.jsonl").write_text("\n".join(lines) + "\n")
+    stories = [generate_story(rng) for _ in range(config.stories)]
+    lines = "".join(json.dumps({"text": story.text, "nats": story.nats}) + "\n" for story in stories)
+    (out / "stories.jsonl").write_text(lines, encoding="utf-8")
     rng = random.Random(f"questions {config.seed}")
     heroes = write_passages(out / "lambada.txt", rng, config.questions)
     write_cloze(out / "stories_NE_valid.txt", rng, config.questions, "hero")
     write_cloze(out / "stories_CN_valid.txt", rng, config.questions, "thing")
-    commonest = max(heroes.count(name) for name in heroes) / len(heroes)
-    print(f"{out}: {config.stories:,} stories, {config.questions:,} questions of each kind")
-    print(f"lambada.txt: naming the most frequent hero each time would be right in {commonest:.1%}")
+    most_frequent = max(heroes.count(name) for name in heroes) / len(heroes)
+    print(f"wrote {out}: {config.stories:,} stories, {config.questions:,} questions of each kind")
+    print(f"lambada.txt: the most frequent hero is the answer to {most_frequent:.1%} of the questions")
 
 
 def encoding() -> Any:
-    """A byte-level BPE that makes each word of the stories one token; it can write any other text too."""
+    """A byte-level BPE in which each word of the stories is one token. It can encode any other text."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
     templates = " ".join((OPENING, *MIDDLE, ENDING)).split()
     words = {f" {word}" for word in (*templates, *" ".join(WORDS.values()).split()) if word.isalpha()}
-    words.add(OPENING.split(maxsplit=1)[0])  # a document's first word has no space before it
+    words.add(OPENING.split(maxsplit=1)[0])  # the first word of a document has no space before it
     prefixes = {word[:end].encode() for word in words for end in range(2, len(word) + 1)}
     tokens = [*(bytes([byte]) for byte in range(256)), *sorted(prefixes, key=lambda token: (len(token), token))]
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -140,45 +142,54 @@ def encoding() -> Any:
 
 
 def write_passages(path: Path, rng: random.Random, count: int) -> list[str]:
-    """Stories up to their last word, the hero, one a line as in LAMBADA's files; return the heroes."""
-    stories = [tell(rng) for _ in range(count)]
-    path.write_text("".join(story.text.removesuffix(".") + "\n" for story in stories))
-    return [story.own["hero"] for story in stories]
+    """Write stories without the final period, one per line as in LAMBADA's files. Returns their last words, heroes."""
+    stories = [generate_story(rng) for _ in range(count)]
+    path.write_text("".join(story.text.removesuffix(".") + "\n" for story in stories), encoding="utf-8")
+    return [story.entities["hero"] for story in stories]
 
 
 def write_cloze(path: Path, rng: random.Random, count: int, slot: str) -> None:
-    """Questions in the Children's Book Test's format: 20 sentences, and a 21st that lacks the hero or the thing."""
+    """Write questions in the Children's Book Test's format: 20 sentences, then one with a blank for the entity `slot`.
+
+    The other nine candidates are from the same word list; those that occur in the 20 sentences are preferred.
+    """
     questions: list[str] = []
     while len(questions) < count:
-        story = tell(rng, MAX_SENTENCES)
+        story = generate_story(rng, MAX_SENTENCES)
         context, question = story.sentences[:20], story.sentences[20].split()
-        answer = story.own.get(slot)
+        answer = story.entities.get(slot)
         if answer is None or question.count(answer) != 1:
             continue
-        kind = CHOICES[OWN[slot]]
-        told = {word for sentence in context for word in sentence.split() if word in kind} - {answer}
-        others = rng.sample(sorted(told), min(len(told), 9))
-        untold = [word for word in kind if word != answer and word not in others]
-        options = sorted([answer, *others, *rng.sample(untold, 9 - len(others))])
+        words = words_for(slot)
+        mentioned = {word for sentence in context for word in sentence.split() if word in words} - {answer}
+        others = rng.sample(sorted(mentioned), min(len(mentioned), 9))
+        remaining = [word for word in words if word != answer and word not in others]
+        options = sorted([answer, *others, *rng.sample(remaining, 9 - len(others))])
         blank = " ".join("XXXXX" if word == answer else word for word in question)
         lines = [*context, f"{blank}\t{answer}\t\t{'|'.join(options)}"]
         questions.append("".join(f"{i} {line}\n" for i, line in enumerate(lines, 1)))
-    path.write_text("\n".join(questions))
+    path.write_text("\n".join(questions), encoding="utf-8")
 
 
-def floor(stories: Path, val_documents: int, val_tokens: int) -> float:
-    """The generator's own loss on the validation stories, which are the corpus's first: nats a token.
+def entropy(stories: Path, val_documents: int, val_tokens: int) -> float:
+    """The generator's own loss on the validation split, the first `val_documents` stories, in nats per token.
 
-    Raises ValueError where the file isn't the corpus that the stories' generator wrote.
+    Raises ValueError if the file isn't the stories.jsonl that contains them.
     """
     try:
-        with open(stories) as file:
+        with open(stories, encoding="utf-8") as file:
             nats = [json.loads(line)["nats"] for line in islice(file, val_documents)]
+        total = math.fsum(nats)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--floor {stories} is not the stories.jsonl of core/stories.py ({error!r})") from None
+        raise ValueError(
+            f"--floor {stories} was not written by demo/stories.py ({type(error).__name__}). Use its stories.jsonl"
+        ) from None
     if len(nats) < val_documents:
-        raise ValueError(f"--floor {stories} holds {len(nats)} stories, the run's validation {val_documents}")
-    return math.fsum(nats) / val_tokens
+        raise ValueError(
+            f"--floor {stories} contains {len(nats)} stories, but the validation split {val_documents}. Use the "
+            f"stories.jsonl that the shards were made from"
+        )
+    return total / val_tokens
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Children's Book Test by both protocols' exact rules, from a file's lines to the counts in results.json."""
+"""The Children's Book Test: both protocols' exact rules, from the lines of a file to the counts in results.json."""
 
 import hashlib
 import json
@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_cbt
-from core.eval import cbt
-from core.eval.cbt import BLANK, Cloze, detokenize
+from core.eval import cbt, evaluate
+from core.eval.cbt import BLANK, CBTConfig, Cloze, detokenize
 from core.eval.results import wilson
 from core.eval.scoring import Score, score
 from core.eval.task import UnscorableError, Verdict
@@ -59,24 +59,26 @@ def test_tokens_are_joined_as_in_ordinary_text(tokens, text):
     assert detokenize(tokens.split()) == text
 
 
-MARKS = [*cbt.PTB, *cbt.OPENING, *".,!?;:%)]}", "'", "...", "?!"]
+MARKS = [*cbt.PTB, *cbt.NO_SPACE_AFTER, *".,!?;:%)]}", "'", "...", "?!"]
 ENDINGS = ["n't", "N'T", *(f"'{end}" for end in ("s", "m", "d", "re", "ve", "ll", "S", "M", "D", "RE", "VE", "LL"))]
-WORDS = st.text("Aalz'-.\u2019\u00e9", min_size=1, max_size=4).filter(lambda word: not cbt.CLOSING.fullmatch(word))
+WORDS = st.text("Aalz'-.\u2019\u00e9", min_size=1, max_size=4).filter(
+    lambda word: not cbt.NO_SPACE_BEFORE.fullmatch(word)
+)
 TOKENS = st.one_of(WORDS, st.sampled_from(sorted({*MARKS, *ENDINGS, "--"})))
 
 
 @DRAWN
 @given(st.lists(TOKENS, max_size=15))
-def test_the_text_of_a_lists_beginning_is_the_beginning_of_its_text(tokens):
+def test_the_text_of_the_first_tokens_is_a_prefix_of_the_text(tokens):
     whole = detokenize(tokens)
     assert all(whole.startswith(detokenize(tokens[:k])) for k in range(len(tokens) + 1))
 
 
 @DRAWN
 @given(st.lists(TOKENS, max_size=15))
-def test_no_character_but_spaces_and_treebank_marks_is_changed(tokens):
-    written = "".join(cbt.PTB.get(token, token) for token in tokens)
-    assert detokenize(tokens).replace(" ", "") == written
+def test_only_spaces_and_treebank_marks_change(tokens):
+    expected = "".join(cbt.PTB.get(token, token) for token in tokens)
+    assert detokenize(tokens).replace(" ", "") == expected
 
 
 @DRAWN
@@ -85,7 +87,7 @@ def test_words_are_joined_by_single_spaces(words):
     assert detokenize(words) == " ".join(words)
 
 
-# A quotation may begin with s, as in: the word 'string'.
+# A quotation can start with s, as in: the word 'string'.
 TREEBANK = re.compile(r"-[LR][RSC]B-|`|''| n't| N'T| '(?:s|m|d|re|ve|ll)(?!\w)| [.,;:?!%)\]}]|[(\[{$#] ", re.IGNORECASE)
 PLAIN_WORDS = st.text("Aalz\u00e9", min_size=1, max_size=4)
 
@@ -137,7 +139,7 @@ def folder(tmp_path_factory):
 
 @settings(DRAWN, max_examples=60)
 @given(clozes=st.lists(CLOZES, min_size=1, max_size=2), ending=st.sampled_from(["\n", "\r\n"]))
-def test_questions_that_were_written_are_read_as_they_are(folder, clozes, ending):
+def test_questions_are_read_unchanged(folder, clozes, ending):
     blocks = []
     for cloze in clozes:
         last = f"{cloze.question}\t{cloze.answer}\t\t{'|'.join(cloze.candidates)}"
@@ -147,7 +149,7 @@ def test_questions_that_were_written_are_read_as_they_are(folder, clozes, ending
 
 
 @pytest.mark.parametrize(
-    ("candidates", "options", "remarks"),
+    ("candidates", "options", "warnings"),
     [
         (TEN, TEN, ()),
         (TEN[:-5], TEN[:-5], ("not 10 candidates",)),
@@ -161,11 +163,13 @@ def test_questions_that_were_written_are_read_as_they_are(folder, clozes, ending
         ),
     ],
 )
-def test_odd_candidates_are_kept_in_mind_and_empty_and_repeated_ones_not_asked(tmp_path, candidates, options, remarks):
+def test_irregular_candidates_give_warnings_and_empty_and_repeated_ones_no_requests(
+    tmp_path, candidates, options, warnings
+):
     cloze, _ = read(tmp_path, write_lines(options=candidates), write_lines())
     assert cloze.candidates == candidates.split("|")
     assert cloze.options == options.split("|")
-    assert cloze.remarks == remarks
+    assert cloze.warnings == warnings
     assert len(cbt.requests("paper", cloze, ENCODING.encode_ordinary)) == len(cloze.options)
     assert len(cbt.requests("sentence", cloze, ENCODING.encode_ordinary)) == len(cloze.options)
 
@@ -180,7 +184,7 @@ def test_odd_candidates_are_kept_in_mind_and_empty_and_repeated_ones_not_asked(t
         ("lamp", [""], "the answer is not among the candidates"),
     ],
 )
-def test_what_no_model_can_be_asked_says_why(protocol, answer, candidates, reason):
+def test_an_unscorable_question_has_a_reason(protocol, answer, candidates, reason):
     cloze = Cloze(["Ana ."], "Ana took the XXXXX .", answer, candidates)
     with pytest.raises(UnscorableError, match=reason):
         cbt.requests(protocol, cloze, ENCODING.encode_ordinary)
@@ -190,7 +194,7 @@ def test_what_no_model_can_be_asked_says_why(protocol, answer, candidates, reaso
     ("protocol", "sentences", "reason"),
     [("paper", ["", " "], "no context before the blank"), ("sentence", ["Ana ."], "a question of one token")],
 )
-def test_a_blank_that_nothing_precedes_is_unscorable(protocol, sentences, reason):
+def test_a_blank_without_context_is_unscorable(protocol, sentences, reason):
     with pytest.raises(UnscorableError, match=reason):
         cbt.requests(protocol, Cloze(sentences, BLANK, "a", ["a", "b"]), ENCODING.encode_ordinary)
 
@@ -198,19 +202,19 @@ def test_a_blank_that_nothing_precedes_is_unscorable(protocol, sentences, reason
 @pytest.mark.parametrize(
     ("block", "problem"),
     [
-        (write_lines()[:9], "9 lines and 1 fields: the file was cut short"),
-        (write_lines()[:20], "20 lines and 1 fields: the file was cut short"),
-        ([*write_lines()[:20], "21 Ana took the XXXXX .\tla"], "21 lines and 2 fields: the file was cut short"),
+        (write_lines()[:9], "9 lines and 1 fields. Download the file again"),
+        (write_lines()[:20], "20 lines and 1 fields. Download the file again"),
+        ([*write_lines()[:20], "21 Ana took the XXXXX .\tla"], "21 lines and 2 fields. Download the file again"),
         (write_lines(19), "20 lines and 4 fields"),
-        (write_lines(21), "line 22 of the question should begin with its number, up to 21"),
-        (write_lines()[1:], "line 1 of the question should begin with its number, up to 21: '2 Sentence"),
-        (["Ana took the lamp ."], "line 1 of the question should begin with its number"),
-        (write_lines(question="Ana took the lamp ."), "the question holds XXXXX 0 times, not once"),
-        (write_lines(question="XXXXX took XXXXX ."), "the question holds XXXXX 2 times, not once"),
+        (write_lines(21), "line 22 of the question does not start with its number (1 to 21)"),
+        (write_lines()[1:], "line 1 of the question does not start with its number (1 to 21): '2 Sentence"),
+        (["Ana took the lamp ."], "line 1 of the question does not start with its number"),
+        (write_lines(question="Ana took the lamp ."), "the question has 0 blanks (XXXXX), expected 1"),
+        (write_lines(question="XXXXX took XXXXX ."), "the question has 2 blanks (XXXXX), expected 1"),
     ],
 )
 @pytest.mark.parametrize("after", [[], [write_lines()]])
-def test_what_is_no_question_is_refused_by_file_and_line(tmp_path, block, problem, after):
+def test_a_malformed_question_is_refused_by_file_and_line(tmp_path, block, problem, after):
     with pytest.raises(ValueError, match=f"{tmp_path}/questions.txt, line 23: ") as caught:
         read(tmp_path, write_lines(), block, *after)
     assert problem in str(caught.value)
@@ -219,12 +223,14 @@ def test_what_is_no_question_is_refused_by_file_and_line(tmp_path, block, proble
 @pytest.mark.parametrize("kept", range(1, 10))
 def test_a_file_cut_within_the_last_candidates_is_refused(tmp_path, kept):
     cut = "|".join(TEN.split("|")[:kept])
-    with pytest.raises(ValueError, match=rf"{tmp_path}/questions.txt, line 43: .* {kept} of 10 .*cut short"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/questions.txt, line 43: the file ends after {kept} of 10 candidates"
+    ):
         read(tmp_path, write_lines(), write_lines(options=cut), ending="")
 
 
 def test_a_file_cut_before_the_last_candidate_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=rf"{tmp_path}/questions.txt, line 43: .*cut short"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/questions.txt, line 43: the file ends after 9 of 10 candidates"):
         read(tmp_path, write_lines(), write_lines(options=TEN.removesuffix("sack")), ending="")
 
 
@@ -242,20 +248,20 @@ def test_a_file_without_blank_lines_is_not_read_into_memory(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n\n", b" \n\t\n"])
 def test_a_file_without_questions_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(ValueError, match=f"{tmp_path}/a.txt holds no question"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/a.txt contains no questions"):
         cbt.read(tmp_path / "a.txt")
 
 
-def asked(protocol, cloze):
+def decoded(protocol, cloze):
     """Context and continuation of each candidate, as text."""
     found = cbt.requests(protocol, cloze, ENCODING.encode_ordinary)
     return [(ENCODING.decode(request.context), ENCODING.decode(request.continuation)) for request in found]
 
 
-def test_paper_puts_the_sentences_before_and_scores_candidate_and_rest():
+def test_paper_scores_candidate_and_rest_after_the_sentences():
     cloze = Cloze(["`` Ana !", "It 's he . ''"], "She did n't take the XXXXX , Ben .", "lamp", ["lamp", "hat", "'s"])
     context = "\"Ana! It's he.\" She didn't take the"
-    assert asked("paper", cloze) == [(context, end) for end in (" lamp, Ben.", " hat, Ben.", "'s, Ben.")]
+    assert decoded("paper", cloze) == [(context, end) for end in (" lamp, Ben.", " hat, Ben.", "'s, Ben.")]
     first, *_ = cbt.requests("paper", cloze, ENCODING.encode_ordinary)
     assert first.context == ENCODING.encode_ordinary(context)
     assert first.continuation == ENCODING.encode_ordinary(" lamp, Ben.")
@@ -273,7 +279,7 @@ def test_paper_puts_the_sentences_before_and_scores_candidate_and_rest():
     ],
 )
 def test_paper_splits_before_the_word_of_the_blank(blank, context, continuation):
-    assert asked("paper", Cloze(["Ana ."], blank, "Ben", ["Ben", "Ana"]))[0] == (context, continuation)
+    assert decoded("paper", Cloze(["Ana ."], blank, "Ben", ["Ben", "Ana"]))[0] == (context, continuation)
 
 
 LINES = st.lists(TOKENS, max_size=8).map(" ".join)
@@ -286,7 +292,7 @@ LINES = st.lists(TOKENS, max_size=8).map(" ".join)
     glue=st.sampled_from([" ", "", "-"]),
     options=st.lists(st.lists(TOKENS, min_size=1, max_size=2).map(" ".join), min_size=2, max_size=4, unique=True),
 )
-def test_paper_asks_for_the_whole_texts_cut_in_two_at_one_place(sentences, ends, glue, options):
+def test_paper_splits_every_text_at_the_same_place(sentences, ends, glue, options):
     question = glue.join([ends[0], BLANK, ends[1]])
     cloze = Cloze(["Then", *sentences], question, options[0], options)
     found = cbt.requests("paper", cloze, ENCODING.encode_ordinary)
@@ -296,9 +302,9 @@ def test_paper_asks_for_the_whole_texts_cut_in_two_at_one_place(sentences, ends,
         assert ENCODING.decode(request.context + request.continuation) == detokenize(whole.split())
 
 
-def test_sentence_scores_the_question_alone_as_it_is_written():
+def test_sentence_scores_the_unchanged_question_alone():
     cloze = Cloze(["Ana ."], "He did n't take the XXXXX .", "lamp", ["lamp", "hat"])
-    found = asked("sentence", cloze)
+    found = decoded("sentence", cloze)
     assert [context + rest for context, rest in found] == ["He did n't take the lamp .", "He did n't take the hat ."]
     assert [len(request.context) for request in cbt.requests("sentence", cloze, ENCODING.encode_ordinary)] == [1, 1]
 
@@ -307,38 +313,38 @@ def scored(*logprobs):
     return [Score(list(tokens), [0.0] * len(tokens), [0.0] * len(tokens)) for tokens in logprobs]
 
 
-def test_paper_takes_the_highest_sum_and_sentence_the_highest_mean():
+def test_paper_chooses_the_highest_sum_and_sentence_the_highest_mean():
     cloze = Cloze([], "XXXXX", "long", ["long", "short", "bad"])
     scores = scored([-1.0, -1.0, -1.0], [-1.5], [-9.0])
-    odd = {"remarks": ("not 10 candidates",)}
+    odd = {"warnings": ("not 10 candidates",)}
     assert cbt.judge("paper", cloze, scores) == Verdict(False, chosen="short", **odd)
     assert cbt.judge("sentence", cloze, scores) == Verdict(True, chosen="long", **odd)
 
 
-def test_scores_belong_to_the_candidates_that_were_asked():
+def test_scores_belong_to_the_distinct_candidates():
     cloze = Cloze([], "XXXXX", "two", ["", "one", "one", "two", "three"])
     assert cbt.judge("paper", cloze, scored([-2.0], [-1.0], [-3.0])).chosen == "two"
 
 
 @pytest.mark.parametrize("protocol", cbt.PROTOCOLS)
-@pytest.mark.parametrize(("gap", "near"), [(0.0, True), (9e-6, True), (2e-5, False)])
-def test_two_best_candidates_that_lie_close_are_counted(protocol, gap, near):
+@pytest.mark.parametrize(("gap", "near_tie"), [(0.0, True), (9e-6, True), (2e-5, False)])
+def test_two_close_best_candidates_are_a_near_tie(protocol, gap, near_tie):
     cloze = Cloze([], "XXXXX", "one", ["one", "two", "three"])
-    assert cbt.judge(protocol, cloze, scored([-1.0], [-1.0 - gap], [-1.00001 - gap])).near_tie == near
-    assert cbt.judge(protocol, cloze, scored([-2.0], [-1.0 - gap], [-1.0])).near_tie == near
+    assert cbt.judge(protocol, cloze, scored([-1.0], [-1.0 - gap], [-1.00001 - gap])).near_tie == near_tie
+    assert cbt.judge(protocol, cloze, scored([-2.0], [-1.0 - gap], [-1.0])).near_tie == near_tie
     assert not cbt.judge(protocol, cloze, scored([-1.0], [-3.0], [-3.0 - gap])).near_tie
 
 
 @torch.no_grad()
 def values_by_hand(model, protocol, cloze):
-    """Each candidate's sum or mean of log-probabilities, one sequence at a time; the stories' only mark is the full
-    stop."""
+    """Each candidate's sum or mean of log-probabilities, one sequence at a time. The stories' only punctuation is the
+    full stop."""
     before, after = cloze.question.split(BLANK)
     if protocol == "paper":
-        told = " ".join([*cloze.sentences, before]).split()
-        context = ENCODING.encode_ordinary(" ".join(told).replace(" .", "."))
+        words = " ".join([*cloze.sentences, before]).split()
+        context = ENCODING.encode_ordinary(" ".join(words).replace(" .", "."))
         ends = [ENCODING.encode_ordinary(" " + option + after.replace(" .", ".")) for option in cloze.options]
-        context = context[-(POSITIONS + 1 - max(map(len, ends))) :]  # alike for all; the last token is no input
+        context = context[-(POSITIONS + 1 - max(map(len, ends))) :]  # the same for all; the last token is not an input
         halves = [(context, end) for end in ends]
     else:
         wholes = [ENCODING.encode_ordinary(before + option + after) for option in cloze.options]
@@ -362,7 +368,7 @@ def models(world):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 10**4])
-def test_a_context_too_long_is_cut_from_the_left_alike_for_all_candidates(models, batch_tokens):
+def test_a_long_context_is_truncated_from_the_left_equally_for_all_candidates(models, batch_tokens):
     model, names = models["models/one"], ["Ana", "Anastasia", "Bartholomew", "Ben"]
     clozes = [Cloze(["Ana met Ben ."] * n, "Then XXXXX met Ana .", "Ana", names) for n in range(6, 30)]
     groups = [cbt.requests("paper", cloze, ENCODING.encode_ordinary) for cloze in clozes]
@@ -375,7 +381,7 @@ def test_a_context_too_long_is_cut_from_the_left_alike_for_all_candidates(models
         assert [each.total for each in found] == pytest.approx(values_by_hand(model, "paper", cloze), abs=1e-4)
 
 
-def test_the_command_line_writes_what_a_plain_computation_finds(world, models):
+def test_the_results_equal_a_plain_computation(world, models):
     files = [world / f"data/stories/stories_{kind}_valid.txt" for kind in ("NE", "CN")]
     places = ("--out", "cbt/results.json", "--items", "cbt/items.jsonl")
     result = run(
@@ -403,17 +409,18 @@ def test_the_command_line_writes_what_a_plain_computation_finds(world, models):
         assert row["interval"] == pytest.approx(wilson(correct, total))
         assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert (row["perplexity"], row["near_ties"], row["has_published"]) == (None, 0, False)
-        was_cut = sum(CUT in item.get("remarks", []) for item in chosen)
-        assert row["remarks"].get(CUT, 0) == was_cut
-        assert (was_cut > 0) == (row["protocol"] == "paper")
+        truncated = sum(CUT in item.get("remarks", []) for item in chosen)
+        assert row["remarks"].get(CUT, 0) == truncated
+        assert (truncated > 0) == (row["protocol"] == "paper")
     assert len(items) == sum(row["total"] for row in rows)
     assert 0 < sum(row["correct"] for row in rows) < len(items)
     assert sum(line.startswith("| models/") for line in result.stdout.splitlines()) == len(rows)
 
 
-def test_results_go_to_the_folder_where_the_report_looks(world, models, monkeypatch):
+def test_results_go_to_the_folder_that_the_report_reads(world, models, monkeypatch):
     monkeypatch.chdir(world)
-    eval_cbt.main(eval_cbt.Config(ckpt=("models/one",), data=("data/stories/stories_NE_valid.txt",)))
+    questions = CBTConfig(data=("data/stories/stories_NE_valid.txt",))
+    eval_cbt.main(eval_cbt.Config(questions, evaluate.ScoringConfig(ckpt=("models/one",))))
     (path,) = world.glob("logs/results/cbt-paper-models-one-stories_NE_valid.txt-*.json")
     (row,) = json.loads(path.read_text())
     assert (row["protocol"], row["total"]) == ("paper", 40)
@@ -430,10 +437,10 @@ def write(path, clozes):
 NAMES = ["Ana", "Ben", "Anna", "Bell", "Carl", "Dora", "Emil", "Fay", "Gus", "Hanna"]
 SHORT = ["Ana .", *[""] * 19]
 LONG = ["Ana met Ben and Ben met Ana ."] * 20
-LONG_QUESTION = f"{'Ana met Ben and ' * 20}XXXXX ."  # after which there is little to score
+LONG_QUESTION = f"{'Ana met Ben and ' * 20}XXXXX ."  # too long to score, but not as a context
 LONG_REST = f"XXXXX met Ben {'and Ben met Ana ' * 20}."
 UNSCORED = {"answer": "the answer is not among the candidates", "few": "fewer than two candidates"}
-ODD = [  # sentences, question, answer, candidates; by protocol, why it isn't scored; what is remarked
+ODD = [  # sentences, question, answer, candidates; by protocol, the reason for no score; warnings
     (SHORT, "Ben met XXXXX .", "Ana", NAMES, {}, ()),
     (SHORT, "Ben met XXXXX .", "Ana", NAMES[:9], {}, ("not 10 candidates",)),
     (SHORT, "Ben met XXXXX .", "Ana", [*NAMES[:8], "Ben", ""], {}, ("an empty candidate", "a repeated candidate")),
@@ -442,27 +449,27 @@ ODD = [  # sentences, question, answer, candidates; by protocol, why it isn't sc
     (LONG, "Ben met XXXXX .", "Ana", NAMES, {}, ()),
     (SHORT, LONG_QUESTION, "Ana", NAMES, {"sentence": TOO_LONG}, ()),
     (SHORT, LONG_REST, "Ana", NAMES, dict.fromkeys(cbt.PROTOCOLS, TOO_LONG), ()),
-    (SHORT, "Ben met XXXXX .", "Ana", NAMES, {}, ()),  # so that the file does not end in odd candidates
+    (SHORT, "Ben met XXXXX .", "Ana", NAMES, {}, ()),  # so that the file ends with a regular question
 ]
-WAS_CUT = {"paper": [5, 6], "sentence": []}
+TRUNCATED = {"paper": [5, 6], "sentence": []}
 
 
-def test_every_question_is_counted_and_each_odd_one_named(world, models, monkeypatch, capsys):
+def test_every_question_counts_and_irregular_ones_are_reported(world, models, monkeypatch, capsys):
     monkeypatch.chdir(world)
     clozes = [Cloze(*parts) for *parts, _, _ in ODD]
     write(world / "odd.txt", clozes)
     assert cbt.read(world / "odd.txt") == clozes
-    config = {"ckpt": ("models/one",), "data": ("odd.txt",), "protocol": ("all",), "items": "odd.jsonl"}
-    eval_cbt.main(eval_cbt.Config(**config, out="odd.json"))
+    scoring = evaluate.ScoringConfig(ckpt=("models/one",), items="odd.jsonl", out="odd.json")
+    eval_cbt.main(eval_cbt.Config(CBTConfig(data=("odd.txt",), protocol=("all",)), scoring))
     printed = capsys.readouterr().out
     items = [json.loads(line) for line in (world / "odd.jsonl").read_text().splitlines()]
     rows = json.loads((world / "odd.json").read_text())
     assert [row["protocol"] for row in rows] == ["paper", "sentence"]
     for row in rows:
-        protocol, unscored, remarked = row["protocol"], {}, {}
+        protocol, unscored, counts = row["protocol"], {}, {}
         chosen = [item for item in items if item["protocol"] == protocol]
-        for i, (item, (*_, reasons, remarks)) in enumerate(zip(chosen, ODD, strict=True)):
-            expected = [*remarks, *[CUT] * (i in WAS_CUT[protocol])]
+        for i, (item, (*_, reasons, warnings)) in enumerate(zip(chosen, ODD, strict=True)):
+            expected = [*warnings, *[CUT] * (i in TRUNCATED[protocol])]
             assert item.get("unscored") == reasons.get(protocol)
             assert item.get("remarks", []) == expected
             if reason := reasons.get(protocol):
@@ -472,15 +479,15 @@ def test_every_question_is_counted_and_each_odd_one_named(world, models, monkeyp
             else:
                 assert item["chosen"] == plain(models["models/one"], protocol, clozes[i])
                 assert item["correct"] == (item["chosen"] == clozes[i].answer)
-            remarked |= {remark: remarked.get(remark, 0) + 1 for remark in expected}
-        assert (row["unscored"], row["remarks"]) == (unscored, remarked)
+            counts |= {warning: counts.get(warning, 0) + 1 for warning in expected}
+        assert (row["unscored"], row["remarks"]) == (unscored, counts)
         assert row["total"] == len(ODD) == sum(unscored.values()) + sum("chosen" in item for item in chosen)
         assert row["correct"] == sum(item["correct"] for item in chosen)
         assert f" {row['correct']} of {len(ODD)} " in printed
         for reason, n in unscored.items():
             assert f"models/one, odd.txt, {protocol}: {n} not scored, counted as wrong: {reason}\n" in printed
-        for remark, n in remarked.items():
-            assert f"models/one, odd.txt, {protocol}: {n} scored all the same: {remark}\n" in printed
+        for warning, n in counts.items():
+            assert f"models/one, odd.txt, {protocol}: {n} scored with a warning: {warning}\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -491,46 +498,46 @@ def test_every_question_is_counted_and_each_odd_one_named(world, models, monkeyp
         ("my_cbtest_NE_valid_2000ex.txt", 2000, "my_cbtest_NE_valid_2000ex", False),
     ],
 )
-def test_published_figures_speak_of_the_data_sets_own_files(tmp_path, name, count, subset, has_published):
+def test_published_figures_apply_to_the_data_sets_own_files(tmp_path, name, count, subset, has_published):
     write(tmp_path / name, [Cloze(SHORT, "Ben met XXXXX .", "Ana", NAMES)] * count)
-    (questions,) = eval_cbt.load_questions(eval_cbt.Config(data=(str(tmp_path / name),)), ["paper"])
+    (questions,) = cbt.load(CBTConfig(data=(str(tmp_path / name),)))
     found = (len(questions.questions), questions.data, questions.subset, questions.has_published)
     assert found == (count, name, subset, has_published)
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "whole"),
+    ("name", "count", "complete"),
     [("cbtest_NE_valid_2000ex.txt", 1999, "2,000"), ("cbtest_V_test_2500ex.txt", 2000, "2,500")],
 )
-def test_one_of_the_data_sets_own_files_that_lacks_questions_is_refused(tmp_path, name, count, whole):
+def test_an_incomplete_file_of_the_data_set_is_refused(tmp_path, name, count, complete):
     write(tmp_path / name, [Cloze(SHORT, "Ben met XXXXX .", "Ana", NAMES)] * count)
-    with pytest.raises(ValueError, match=rf"{name} holds {count:,} questions of {whole}: it was cut short"):
-        eval_cbt.load_questions(eval_cbt.Config(data=(str(tmp_path / name),)), ["paper"])
+    with pytest.raises(ValueError, match=rf"{name} has {count:,} questions, expected {complete}"):
+        cbt.load_file(tmp_path / name, ["paper"])
 
 
-def test_a_last_question_of_nine_candidates_in_a_whole_file_is_the_data_sets_fault(tmp_path):
+def test_a_last_question_of_nine_candidates_in_a_complete_file_is_accepted(tmp_path):
     (cloze,) = read(tmp_path, write_lines(options=TEN.removesuffix("|sack")), ending="\n")
-    assert cloze.remarks == ("not 10 candidates",)
+    assert cloze.warnings == ("not 10 candidates",)
 
 
-def test_the_hubs_questions_are_taken_by_type_and_split(monkeypatch):
+def test_the_hubs_questions_are_loaded_by_type_and_split(monkeypatch):
     row = {"sentences": LONG, "question": "Ben met XXXXX .", "answer": "Ana", "options": NAMES}
-    monkeypatch.setattr(cbt.hub, "rows", lambda *where: [row | {"answer": "/".join(where)}])
-    sets = eval_cbt.load_questions(eval_cbt.Config(types=("V", "NE", "V"), split="test"), ["paper"])
+    monkeypatch.setattr(cbt.task, "hub_rows", lambda *where: [row | {"answer": "/".join(where)}])
+    sets = cbt.load(CBTConfig(types=("V", "NE", "V"), split="test"))
     assert [(each.data, each.subset, each.has_published) for each in sets] == [
         ("cam-cst/cbt V test", "V test", True),
         ("cam-cst/cbt NE test", "NE test", True),
     ]
     assert sets[1].questions == [Cloze(LONG, "Ben met XXXXX .", "cam-cst/cbt/NE/test", NAMES)]
-    monkeypatch.setattr(cbt.hub, "rows", lambda *where: [row, row | {"question": "Ben met Ana ."}])
-    with pytest.raises(ValueError, match="cam-cst/cbt NE validation, row 1: the question holds XXXXX 0 times"):
-        eval_cbt.load_questions(eval_cbt.Config(), ["paper"])
+    monkeypatch.setattr(cbt.task, "hub_rows", lambda *where: [row, row | {"question": "Ben met Ana ."}])
+    with pytest.raises(ValueError, match="cam-cst/cbt NE validation, row 1: the question has 0 blanks"):
+        cbt.load(CBTConfig())
 
 
 def test_no_treebank_token_is_left_in_the_data_sets_own_files():
     folder = os.environ.get("GPT2_TEST_EVAL")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("GPT2_TEST_EVAL names no folder of Children's Book Test files")
+        pytest.skip("GPT2_TEST_EVAL is not a folder of Children's Book Test files")
     files = [path for kind in ("cbt_format", "cbt_like") for path in sorted(Path(folder).glob(f"{kind}/*.txt"))]
     assert files
     for path in files:
@@ -545,6 +552,8 @@ def test_no_treebank_token_is_left_in_the_data_sets_own_files():
 
 
 @pytest.mark.parametrize("chosen", [{"types": ("V",)}, {"split": "test"}])
-def test_what_chooses_among_the_hubs_questions_is_refused_beside_a_file(chosen):
-    with pytest.raises(ValueError, match="--types and --split choose among the hub's questions"):
-        eval_cbt.load_questions(eval_cbt.Config(data=("questions.txt",), **chosen), ["paper"])
+def test_options_of_the_hubs_questions_are_refused_with_a_file(chosen):
+    with pytest.raises(
+        ValueError, match="--types and --split select questions of the hub and have no effect on --data"
+    ):
+        cbt.load(CBTConfig(data=("questions.txt",), **chosen))

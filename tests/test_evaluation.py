@@ -1,12 +1,11 @@
-"""What the two evaluations share: files that are no questions, tables beside published figures, McNemar's test of two
-models, and calls that can't be meant."""
+"""Parts that all evaluations share: damaged files, tables with published figures, McNemar's test, and wrong options."""
 
 import contextlib
 import json
 import math
 import re
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from conftest import ENCODING, refused, run, save_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import eval_cbt
 import eval_hellaswag
@@ -21,6 +21,8 @@ import eval_lambada
 from core import cli
 from core.distributed import Ranks
 from core.eval import cbt, evaluate, lambada, results
+from core.eval.cbt import CBTConfig
+from core.eval.evaluate import ScoringConfig
 from core.eval.results import Result
 from core.eval.task import LONGEST_LINE, QuestionSet, UnscorableError, Verdict
 from model import GPT, PRESETS
@@ -28,7 +30,7 @@ from model import GPT, PRESETS
 TEN = "bell|boat|book|drum|flute|kite|lamp|ring|rope|sack"
 CLOZE = "".join(f"{i} `` Ana 's caf\u00e9 , '' said Ben .\n" for i in range(1, 21)) + f"21 A XXXXX !\tlamp\t\t{TEN}\n"
 PASSAGES = ["So the lamp\u2019s light went home with Ana", "`` No , '' said caf\u00e9 owners"]
-FORMATS = {  # by file name: the task, its reader, and a file that holds questions
+FORMATS = {  # by file name: the task, its reader, and a file with questions
     "a.txt": (lambada.TASK, lambada.read, "\n".join(PASSAGES) + "\n"),
     "a.jsonl": (
         lambada.TASK,
@@ -44,8 +46,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("drawn")
 
 
-def reads_or_is_refused(folder, name, content):
-    """Whatever the bytes: questions that can be asked, or a ValueError that names the file."""
+def read_or_refused(folder, name, content):
+    """For any bytes: questions with valid requests, or a ValueError that names the file."""
     task, read, _ = FORMATS[name]
     (folder / name).write_bytes(content)
     try:
@@ -65,7 +67,7 @@ def reads_or_is_refused(folder, name, content):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_files_here_are_read_whole(folder, name):
+def test_the_example_files_are_read(folder, name):
     _, read, content = FORMATS[name]
     (folder / name).write_text(content, encoding="utf-8")
     assert len(read(folder / name)) == 2
@@ -79,7 +81,7 @@ def test_the_files_here_are_read_whole(folder, name):
 @example(content=b"\xef\xbb\xbf")
 @example(content=b"1 \n" * 50)
 def test_any_bytes_are_questions_or_refused_by_name(folder, name, content):
-    reads_or_is_refused(folder, name, content)
+    read_or_refused(folder, name, content)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -94,26 +96,29 @@ def test_a_damaged_file_is_questions_or_refused_by_name(folder, name, place, cha
         "drop": content[:i] + content[i + byte :],
         "insert": content[:i] + bytes([byte, 255 - byte]) + content[i:],
     }
-    reads_or_is_refused(folder, name, damaged[change])
+    read_or_refused(folder, name, damaged[change])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text.encode().replace("\u00e9".encode(), b"\0"), "holds a zero byte: this is no text file"),
+        (lambda text: text.encode().replace("\u00e9".encode(), b"\0"), "contains a zero byte: this is not a text file"),
         (lambda text: text.replace("\u2019", "'").encode("latin-1"), "is not UTF-8 text"),
         (lambda text: text.encode("utf-16"), "is not UTF-8 text"),
-        (lambda text: text.replace("\u2019", "'").encode("utf-16-le"), "(holds a zero byte|is not UTF-8 text)"),
-        (lambda text: text.encode() + b"x" * (LONGEST_LINE + 1), "more than 1,048,576 bytes: this is no question file"),
+        (lambda text: text.replace("\u2019", "'").encode("utf-16-le"), "(contains a zero byte|is not UTF-8 text)"),
+        (
+            lambda text: text.encode() + b"x" * (LONGEST_LINE + 1),
+            "has more than 1,048,576 bytes: this is not a question file",
+        ),
     ],
 )
-def test_what_is_no_text_is_refused_by_file_and_line(tmp_path, name, damage, message):
+def test_a_line_that_is_not_text_is_refused_by_file_and_line(tmp_path, name, damage, message):
     _, read, content = FORMATS[name]
     damaged = damage(content)
     (tmp_path / name).write_bytes(damaged)
     bad = next(i for i, line in enumerate(damaged.split(b"\n"), 1) if is_bad(line))
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}, line {bad}:? {message}"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))}, line {bad} {message}"):
         read(tmp_path / name)
 
 
@@ -125,12 +130,12 @@ def is_bad(line):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_line_without_end_is_not_read_into_memory(tmp_path, name):
+def test_an_endless_line_is_not_read_into_memory(tmp_path, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(1 << 30)  # takes no space on the disk
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=f"{tmp_path / name}, line 1: more than 1,048,576 bytes"):
+        with pytest.raises(ValueError, match=f"{tmp_path / name}, line 1 has more than 1,048,576 bytes"):
             FORMATS[name][1](tmp_path / name)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
@@ -138,28 +143,28 @@ def test_a_line_without_end_is_not_read_into_memory(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_folder_is_no_file_of_questions(tmp_path, name):
+def test_a_folder_is_not_a_question_file(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(OSError, match=f"'{tmp_path / name}'"):
         FORMATS[name][1](tmp_path / name)
 
 
 def make_result(**changes):
-    """OpenAI's smallest on the hub's LAMBADA."""
+    """The result of OpenAI's smallest model on the hub's LAMBADA."""
     facts = {"task": "lambada", "protocol": "openai", "model": "gpt2", "size": "gpt2", "dtype": "float32"}
     facts |= {"data": "EleutherAI/lambada_openai", "sha256": None, "subset": "", "correct": 1690, "total": 5153}
-    facts |= {"unscored": {}, "remarks": {}, "perplexity": 40.0, "seconds": 1.0, "has_published": True, "near_ties": 0}
+    facts |= {"unscored": {}, "warnings": {}, "perplexity": 40.0, "seconds": 1.0, "has_published": True, "near_ties": 0}
     return Result(**facts | changes)
 
 
-def test_what_an_accuracy_does_not_say_stands_below_the_table():
+def test_footnotes_report_unscored_and_irregular_questions_and_near_ties():
     assert results.footnotes([make_result()]) == ""
-    said = results.footnotes(
-        [make_result(near_ties=2), make_result(near_ties=1, unscored={"no context": 4}, remarks={"cut": 5})]
+    notes = results.footnotes(
+        [make_result(near_ties=2), make_result(near_ties=1, unscored={"no context": 4}, warnings={"cut": 5})]
     )
-    assert "4 not scored, counted as wrong: no context" in said
-    assert "5 scored all the same: cut" in said
-    assert said.endswith("near ties, whose answer another batch size or device may turn: 3")
+    assert "4 not scored, counted as wrong: no context" in notes
+    assert "5 scored with a warning: cut" in notes
+    assert notes.endswith("near ties, whose outcome can depend on batch size or device: 3")
 
 
 def tables(text):
@@ -179,13 +184,20 @@ def subset_of(figure):
     return f"{figure['type']} {figure['split']}" if "type" in figure else ""
 
 
+def test_the_published_sizes_are_presets_and_their_labels_the_numbers_of_parameters():
+    for size, label in results.published_sizes().items():
+        with torch.device("meta"):
+            model = GPT2LMHeadModel(GPT2Config(**asdict(PRESETS[size])))
+        assert label == f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M"
+
+
 @pytest.mark.parametrize("task", ["lambada", "cbt", "hellaswag"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_figure_belongs_to_its_protocol_and_questions_and_size_and_to_openais_weights(monkeypatch, task, reverse):
+def test_a_published_figure_applies_only_to_its_protocol_questions_size_and_openais_weights(monkeypatch, task, reverse):
     figures = results.published(task)
     monkeypatch.setattr(results, "published", lambda name: figures[::-1] if reverse else figures)
     for figure in filter(is_openais, figures):
-        for size in results.SIZES:
+        for size in results.published_sizes():
             result = make_result(task=task, protocol=figure["protocol"], subset=subset_of(figure), size=size)
             assert results.published_figure(result) == figure.get(size)
             assert results.published_figure(replace(result, has_published=False)) is None
@@ -194,13 +206,13 @@ def test_a_figure_belongs_to_its_protocol_and_questions_and_size_and_to_openais_
             assert results.published_figure(replace(result, subset="V test")) is None
 
 
-def test_others_weights_are_never_the_measure():
+def test_figures_of_other_weights_are_never_compared_with():
     others = [figure for figure in results.published("cbt") if not is_openais(figure)]
     assert {subset_of(figure) for figure in others} >= {"CN test"}
     assert results.published_figure(make_result(task="cbt", protocol="sentence", subset="CN test")) is None
 
 
-def test_each_protocol_stands_in_a_row_of_its_own_beside_its_own_figure():
+def test_each_protocol_has_its_own_row_with_its_own_figure():
     rows = [make_result(protocol=protocol) for protocol in lambada.PROTOCOLS]
     (table,) = tables(results.results_table(rows))
     assert [row["protocol"] for row in table] == list(lambada.PROTOCOLS)
@@ -211,7 +223,7 @@ def test_each_protocol_stands_in_a_row_of_its_own_beside_its_own_figure():
     assert [row["difference"] for row in table] == differences
 
 
-def test_what_nobody_published_has_no_difference():
+def test_a_result_without_a_published_figure_has_no_difference():
     same = make_result()
     others = [make_result(size=None, model="tiny"), make_result(has_published=False), make_result(subset="V test")]
     (table,) = tables(results.results_table([others[0], same, *others[1:]]))
@@ -225,7 +237,7 @@ def test_what_nobody_published_has_no_difference():
 
 
 @pytest.mark.parametrize("task", ["lambada", "cbt", "hellaswag"])
-def test_the_published_table_has_a_row_a_figure_and_no_row_of_two(task):
+def test_the_published_table_has_one_row_per_figure(task):
     figures = results.published(task)
     for protocol in {figure["protocol"] for figure in figures}:
         (table,) = tables(results.published_table(task, [protocol]))
@@ -236,19 +248,19 @@ def test_the_published_table_has_a_row_a_figure_and_no_row_of_two(task):
             assert name == f"{subset_of(figure)} `{protocol}`".strip()
             assert source == figure["source"]
             assert [cell.split(" ")[0] for cell in cells] == [
-                f"{figure[size][0]:.2f}" if size in figure else "" for size in results.SIZES
+                f"{figure[size][0]:.2f}" if size in figure else "" for size in results.published_sizes()
             ]
     assert all(figure["source"] for figure in figures)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_size_is_known_by_its_shape(preset):
+def test_the_size_of_a_model_follows_from_its_shape(preset):
     model = SimpleNamespace(config=replace(PRESETS[preset], vocab_size=50304))
     questions = QuestionSet(["so it is"], ["openai"], "a.txt", None)
     result = evaluate.summarize(
         lambada.TASK, model, "logs/mine", "openai", questions, [Verdict(True, logprob=-1.0)], "float32", 1.0
     )
-    assert result.size == (preset if preset in results.SIZES else None)
+    assert result.size == (preset if preset in results.published_sizes() else None)
     assert result.model == "logs/mine"
 
 
@@ -261,16 +273,16 @@ def test_a_size_is_known_by_its_shape(preset):
         ("models/a/", "models/a"),
     ],
 )
-def test_a_checkpoint_is_called_by_its_run_and_step(source, name):
+def test_the_short_name_of_a_checkpoint_is_its_run_and_step(source, name):
     assert results.short_names([source]) == [name]
 
 
-def test_results_that_were_saved_are_loaded_as_they_were(tmp_path, monkeypatch):
+def test_saved_results_are_loaded_unchanged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = [
         make_result(),
         make_result(dtype="bfloat16"),
-        make_result(task="cbt", protocol="sentence", model="demo/step_001000", unscored={"why": 2}, remarks={"so": 1}),
+        make_result(task="cbt", protocol="sentence", model="demo/step_001000", unscored={"why": 2}, warnings={"so": 1}),
     ]
     assert results.save(found, None) == results.RESULTS
     assert len(list(results.RESULTS.iterdir())) == 3
@@ -278,6 +290,7 @@ def test_results_that_were_saved_are_loaded_as_they_were(tmp_path, monkeypatch):
     (path,) = results.RESULTS.glob("lambada-openai-gpt2-EleutherAI-lambada_openai-*.json")
     (row,) = json.loads(path.read_text())
     assert row["accuracy"] == found[0].accuracy
+    assert row["remarks"] == {}  # the name on disk
     assert row["interval"][0] < row["accuracy"] < row["interval"][1]
 
 
@@ -289,15 +302,19 @@ def write_items(path, model, outcome, questions=None, **changes):
     facts = {"task": "lambada", "protocol": "openai", "model": model, "subset": ""} | changes
     questions = questions or [f"{i:016x}" for i in range(len(outcome))]
     items = [
-        facts | {"index": i, "question": question, "correct": right == "1"}
-        for i, (question, right) in enumerate(zip(questions, outcome, strict=True))
+        facts | {"index": i, "question": question, "correct": correct == "1"}
+        for i, (question, correct) in enumerate(zip(questions, outcome, strict=True))
     ]
     with open(path, "a") as file:
         file.writelines(json.dumps(item) + "\n" for item in items)
 
 
-def compared(capsys, script=eval_lambada):
-    script.main(script.Config(compare=("a.jsonl", "b.jsonl")))
+def compare(a, b, script=eval_lambada):
+    script.main(script.Config(scoring=ScoringConfig(compare=(a, b))))
+
+
+def comparison(capsys, script=eval_lambada):
+    compare("a.jsonl", "b.jsonl", script)
     (table,) = tables(capsys.readouterr().out)
     return table
 
@@ -322,7 +339,7 @@ def here(tmp_path, monkeypatch):
 def test_two_files_of_items_are_compared_by_mcnemars_test(here, capsys, script, a, b, only_a, only_b, p):
     write_items("a.jsonl", "first", a)
     write_items("b.jsonl", "second", b)
-    (row,) = compared(capsys, script)
+    (row,) = comparison(capsys, script)
     assert row == {
         **{"task": "lambada", "protocol": "openai", "questions": "", "A": "first", "B": "second"},
         **{"A %": f"{100 * a.count('1') / len(a):.2f}", "B %": f"{100 * b.count('1') / len(b):.2f}"},
@@ -330,22 +347,22 @@ def test_two_files_of_items_are_compared_by_mcnemars_test(here, capsys, script, 
     }
 
 
-def test_lines_may_stand_in_any_order(here, capsys):
+def test_the_order_of_lines_does_not_matter(here, capsys):
     write_items("a.jsonl", "first", OUTCOMES[0])
     write_items("b.jsonl", "second", OUTCOMES[1])
     lines = (here / "b.jsonl").read_text().splitlines()
     (here / "b.jsonl").write_text("\n".join(lines[::-1]))
-    (row,) = compared(capsys)
+    (row,) = comparison(capsys)
     assert (row["only A right"], row["only B right"]) == (str(ONLY_A), str(ONLY_B))
 
 
-def test_each_protocol_and_set_is_compared_with_its_like_alone(here, capsys):
+def test_only_equal_protocols_and_sets_are_compared(here, capsys):
     kinds = [("paper", "NE test"), ("paper", "CN test"), ("sentence", "NE test")]
     for protocol, subset in kinds:
         write_items("a.jsonl", "first", "1100", task="cbt", protocol=protocol, subset=subset)
     for protocol, subset in [*kinds[:0:-1], ("sentence", "V test")]:
         write_items("b.jsonl", "second", "0110", task="cbt", protocol=protocol, subset=subset)
-    table = compared(capsys)
+    table = comparison(capsys)
     assert [(row["protocol"], row["questions"]) for row in table] == kinds[1:]
     assert all((row["only A right"], row["only B right"]) == ("1", "1") for row in table)
 
@@ -353,60 +370,60 @@ def test_each_protocol_and_set_is_compared_with_its_like_alone(here, capsys):
 @pytest.mark.parametrize(
     ("outcome", "questions", "message"),
     [
-        ("111", None, "lambada openai .*first answered 4 questions, second 3, 3 of them the same"),
-        ("1111", ["0", "1", "2", "3"], "first answered 4 questions, second 4, 0 of them the same"),
-        ("1111", [f"{i:016x}" for i in (0, 1, 3, 2)], "first answered 4 questions, second 4, 2 of them the same"),
+        ("111", None, "lambada openai .*first answered 4 questions, second 3, with 3 in common"),
+        ("1111", ["0", "1", "2", "3"], "first answered 4 questions, second 4, with 0 in common"),
+        ("1111", [f"{i:016x}" for i in (0, 1, 3, 2)], "first answered 4 questions, second 4, with 2 in common"),
     ],
 )
-def test_answers_to_other_questions_are_not_compared(here, outcome, questions, message):
+def test_answers_to_different_questions_are_not_compared(here, outcome, questions, message):
     write_items("a.jsonl", "first", "1100")
     write_items("b.jsonl", "second", outcome, questions)
     with pytest.raises(ValueError, match=message):
-        eval_lambada.main(eval_lambada.Config(compare=("a.jsonl", "b.jsonl")))
+        compare("a.jsonl", "b.jsonl")
 
 
-def test_what_has_no_protocol_in_common_is_not_compared(here):
+def test_files_without_a_common_protocol_are_not_compared(here):
     write_items("a.jsonl", "first", "1100")
     write_items("b.jsonl", "second", "1100", protocol="last-token")
-    with pytest.raises(ValueError, match=r"a\.jsonl and b\.jsonl have no protocol in common"):
-        eval_lambada.main(eval_lambada.Config(compare=("a.jsonl", "b.jsonl")))
+    with pytest.raises(ValueError, match=r"--compare a\.jsonl b\.jsonl: the files have no protocol in common"):
+        compare("a.jsonl", "b.jsonl")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "b.jsonl is empty: write it with --items b.jsonl"),
-        (b"{", "b.jsonl, line 1 is not what --items writes"),
-        (b"[]\n", "b.jsonl, line 1 is not what --items writes"),
-        (b'"task"\n', "b.jsonl, line 1 is not what --items writes"),
-        (b'{"task": "lambada"}\n', "b.jsonl, line 1 is not what --items writes"),
-        (b"[" * 100_000, "b.jsonl, line 1 is not what --items writes"),
-        (b"\n\n", "b.jsonl, line 1 is not what --items writes"),
+        (b"", "b.jsonl is empty. Score a model with --items b.jsonl"),
+        (b"{", "b.jsonl, line 1 is not a JSON object"),
+        (b"[]\n", "b.jsonl, line 1 is not a JSON object"),
+        (b'"task"\n', "b.jsonl, line 1 is not a JSON object"),
+        (b'{"task": "lambada"}\n', "b.jsonl, line 1 was not written by --items"),
+        (b"[" * 100_000, "b.jsonl, line 1 is not a JSON object"),
+        (b"\n\n", "b.jsonl, line 1 is not a JSON object"),
         (b"\xff\n", "b.jsonl, line 1 is not UTF-8 text"),
-        (b"x" * (LONGEST_LINE + 1), "b.jsonl, line 1: more than 1,048,576 bytes"),
+        (b"x" * (LONGEST_LINE + 1), "b.jsonl, line 1 has more than 1,048,576 bytes"),
     ],
 )
 @pytest.mark.parametrize("lines_before", [0, 3])
-def test_items_that_cannot_be_read_are_named_by_file_and_line(here, content, message, lines_before):
+def test_damaged_items_are_refused_by_file_and_line(here, content, message, lines_before):
     write_items("a.jsonl", "first", "1100")
     write_items("b.jsonl", "second", "1" * lines_before)
     if lines_before and not content:
         return
     (here / "b.jsonl").write_bytes((here / "b.jsonl").read_bytes() + content)
     with pytest.raises(ValueError, match=message.replace("line 1", f"line {lines_before + 1}")):
-        eval_lambada.main(eval_lambada.Config(compare=("a.jsonl", "b.jsonl")))
+        compare("a.jsonl", "b.jsonl")
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("index", [1]), ("task", {}), ("model", 3), ("question", []), ("correct", None), ("correct", "no")],
 )
-def test_items_of_other_types_are_named_by_file_and_line(here, key, value):
+def test_items_with_wrong_types_are_refused_by_file_and_line(here, key, value):
     write_items("a.jsonl", "first", "1")
     item = json.loads((here / "a.jsonl").read_text())
     (here / "b.jsonl").write_text(json.dumps(item | {key: value}))
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 1"):
-        eval_lambada.main(eval_lambada.Config(compare=("b.jsonl", "a.jsonl")))
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1 was not written by --items"):
+        compare("b.jsonl", "a.jsonl")
 
 
 SETS = {
@@ -424,7 +441,7 @@ def models(world):
 
 @pytest.fixture
 def call(world, models, monkeypatch, capsys):
-    """Runs a script's command line within this process in the world: what it printed, and its exit status."""
+    """Run a script's command line in this process in the world: its output, its errors, and its exit status."""
     monkeypatch.chdir(world)
 
     def execute(name, *arguments):
@@ -435,8 +452,8 @@ def call(world, models, monkeypatch, capsys):
             cli.run(script.main, script.Config, script.__doc__)
         except SystemExit as ended:
             status = ended.code
-        said = capsys.readouterr()
-        return said.out, said.err, status
+        captured = capsys.readouterr()
+        return captured.out, captured.err, status
 
     return execute
 
@@ -448,7 +465,7 @@ def test_several_models_give_one_table_and_a_test_of_each_pair(call, world, mode
     printed, _, status = call(name, "--ckpt", *models, models[0], *data, *places)
     assert status == 0
     accuracies, pairs, *published = tables(printed)
-    assert not published  # these questions are nobody's else
+    assert not published  # no figures are published for these questions
     subsets = [""] if name == "eval_lambada.py" else ["stories_NE_valid", "stories_CN_valid"]
     assert [row["model"] for row in accuracies] == [model for model in models for _ in subsets]
     expected = {(a, b, subset) for a, b in (("one", "two"), ("one", "three"), ("two", "three")) for subset in subsets}
@@ -474,7 +491,7 @@ def is_of(item, row, side):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_models_scored_apart_compare_as_those_scored_together(call, models, name):
+def test_models_scored_separately_compare_like_models_scored_together(call, models, name):
     _, data = SETS[name]
     together, _, _ = call(name, "--ckpt", *models[:2], *data, "--out", "x.json")
     for i in (0, 1):
@@ -489,18 +506,24 @@ def test_models_scored_apart_compare_as_those_scored_together(call, models, name
 
 
 @pytest.mark.parametrize(
-    ("name", "protocols"), [("eval_lambada.py", lambada.allowed("openai")), ("eval_cbt.py", list(cbt.PROTOCOLS))]
+    ("name", "protocols"),
+    [("eval_lambada.py", lambada.allowed_protocols("openai")), ("eval_cbt.py", list(cbt.PROTOCOLS))],
 )
-def test_a_protocol_is_named_in_its_row_and_scored_once(call, models, monkeypatch, name, protocols):
+def test_a_protocol_has_its_own_row_and_is_scored_once(call, models, monkeypatch, name, protocols):
     _, data = SETS[name]
     data = data[:2] + ("--text", "openai") * (name == "eval_lambada.py")
     common = (name, "--ckpt", models[0], *data, "--out", "x.json", "--protocol")
     accuracies, *_ = tables(call(*common, "all")[0])
     assert [row["protocol"] for row in accuracies] == protocols
-    asked = []
-    monkeypatch.setattr(evaluate, "run", lambda task, options, sources, sets, reference: asked.extend(sets))
+    scored = []
+
+    def score_models(task, sources, sets, options, ranks):
+        scored.extend(sets)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(evaluate, "score_models", score_models)
     call(*common, protocols[1], protocols[0], protocols[1])
-    assert [questions.protocols for questions in asked] == [protocols[1::-1]]
+    assert [questions.protocols for questions in scored] == [protocols[1::-1]]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -509,17 +532,18 @@ def test_a_protocol_is_named_in_its_row_and_scored_once(call, models, monkeypatc
     [
         ((), ("--ckpt names no model",)),
         (("--ckpt",), ("--ckpt names no model",)),
-        (("--ckpt", "logs/none"), ("--ckpt logs/none is no folder",)),
-        (("--ckpt", "models/one", "data/stories"), ("--ckpt data/stories holds neither checkpoints nor",)),
+        (("--ckpt", "logs/none"), ("--ckpt logs/none is not a folder",)),
+        (("--ckpt", "models/one", "data/stories"), ("--ckpt data/stories contains neither checkpoints nor",)),
         (("--ckpt", "models/one", "--batch-tokens", "0"), ("--batch-tokens 0 must be above 0",)),
         (("--ckpt", "models/one", "--batch-tokens", "-1"), ("--batch-tokens -1 must be above 0",)),
-        (("--ckpt", "models/one", "--device", "abacus"), ("--device abacus is no device",)),
-        (("--compare", "a.jsonl", "b.jsonl", "--ckpt", "models/one"), ("--compare", "leave --ckpt out")),
-        (("--compare", "a.jsonl", "b.jsonl", "--out", "x", "--items", "y"), ("leave --out and --items out",)),
+        (("--ckpt", "models/one", "--device", "abacus"), ("--device abacus",)),
+        (("--compare", "a.jsonl", "b.jsonl", "--ckpt", "models/one"), ("--compare", "Remove --ckpt")),
+        (("--compare", "a.jsonl", "b.jsonl", "--out", "x", "--items", "y"), ("Remove --out and --items",)),
+        (("--compare", "a.jsonl", "b.jsonl", "--data", "d.txt"), ("--compare", "Remove --data")),
         (("--compare", "nowhere.jsonl", "b.jsonl"), ("nowhere.jsonl",)),
     ],
 )
-def test_what_cannot_be_meant_ends_in_one_sentence(call, world, name, arguments, parts):
+def test_wrong_options_are_a_one_line_error(call, world, name, arguments, parts):
     scored = (*SETS[name][1], "--out", "none.json", "--items", "none.jsonl") if "--compare" not in arguments else ()
     printed, error, status = call(name, *arguments, *scored)
     assert (status, error.count("\n"), printed) == (2, 1, "")
@@ -540,21 +564,21 @@ def test_what_cannot_be_meant_ends_in_one_sentence(call, world, name, arguments,
         (("--compare", "a.jsonl"), "--compare"),
     ],
 )
-def test_what_the_command_line_does_not_know_is_refused_by_option(call, models, name, arguments, option):
+def test_an_unknown_option_or_value_is_refused_by_name(call, models, name, arguments, option):
     printed, error, status = call(name, "--ckpt", models[0], *SETS[name][1], *arguments)
     assert status == 2
     assert option in printed + error
 
 
-def test_a_wrong_call_leaves_exit_status_2(world, models):
+def test_wrong_options_exit_with_status_2(world, models):
     message = refused(
         run("eval_cbt.py", "--compare", "a.jsonl", "b.jsonl", "--ckpt", models[0], cwd=world, check=False)
     )
-    assert message.startswith("--compare reads what --items wrote")
+    assert message.startswith("--compare reads two files of --items")
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_damaged_file_ends_in_one_sentence_before_anything_is_scored(call, world, models, name):
+def test_a_damaged_file_is_a_one_line_error_before_scoring(call, world, models, name):
     (world / "damaged.txt").write_bytes(b"two words\n\xff\xfe\n")
     data = ("--data", "damaged.txt", *SETS[name][1][2:] * (name == "eval_lambada.py"))
     printed, error, status = call(name, "--ckpt", models[0], *data)
@@ -562,30 +586,31 @@ def test_a_damaged_file_ends_in_one_sentence_before_anything_is_scored(call, wor
     assert error.startswith("error: damaged.txt, line 2 is not UTF-8 text")
 
 
-def test_results_of_like_names_are_all_kept(tmp_path, monkeypatch, capsys):
+def test_results_of_equal_names_are_all_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     models = [f"{i}/logs/mine/checkpoints/step_000001" for i in (1, 2)]
     for seed, model in enumerate(models):
         save_model(tmp_path / model, seed=seed)
     (tmp_path / "a.txt").write_text(CLOZE)
-    eval_cbt.main(eval_cbt.Config(ckpt=tuple(models), data=("a.txt",)))
+    eval_cbt.main(eval_cbt.Config(CBTConfig(data=("a.txt",)), ScoringConfig(ckpt=tuple(models))))
     assert [result.model for result in results.load_all()] == models
     assert "p (McNemar)" in capsys.readouterr().out
 
 
-def test_results_whose_names_differ_in_a_sign_are_all_kept(tmp_path, monkeypatch):
+def test_results_whose_names_differ_in_punctuation_are_all_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("models/a", "models-a", "x", "y"):
         save_model(tmp_path / folder, seed=len(folder))
     for folder, copies in (("x", 1), ("y", 2)):
         (tmp_path / folder / "a.txt").write_text(f"{CLOZE}\n" * copies)
-        eval_cbt.main(eval_cbt.Config(ckpt=("models/a", "models-a"), data=(f"{folder}/a.txt",)))
+        scoring = ScoringConfig(ckpt=("models/a", "models-a"))
+        eval_cbt.main(eval_cbt.Config(CBTConfig(data=(f"{folder}/a.txt",)), scoring))
     kept = {(result.model, result.total) for result in results.load_all()}
     assert kept == {("models/a", 1), ("models-a", 1), ("models/a", 2), ("models-a", 2)}
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_no_file_is_overwritten_by_another(call, world, models, name):
+def test_no_output_overwrites_another_file(call, world, models, name):
     data = SETS[name][1]
     whole = (world / data[1]).read_bytes()
     for wrong in (("--out", "same", "--items", "same"), ("--out", data[1]), ("--items", f"logs/../{data[1]}")):
@@ -597,53 +622,52 @@ def test_no_file_is_overwritten_by_another(call, world, models, name):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_place_that_cannot_be_is_refused_before_the_scoring(call, world, models, monkeypatch, name):
-    monkeypatch.setattr(evaluate, "run", lambda *_: pytest.fail("it was scored"))
+def test_an_impossible_output_path_is_refused_before_scoring(call, world, models, monkeypatch, name):
+    monkeypatch.setattr(evaluate, "score_models", lambda *_: pytest.fail("scored"))
     printed, error, status = call(name, "--ckpt", models[0], *SETS[name][1], "--items", "data/stories/lambada.txt/x")
     assert (status, error.count("\n"), printed) == (2, 1, "")
 
 
-def test_results_are_saved_before_anybody_reads_of_them(world, models, monkeypatch):
+def test_results_are_saved_before_they_are_printed(world, models, monkeypatch):
     monkeypatch.chdir(world)
 
     def closed(*_, **__):
         raise BrokenPipeError
 
     monkeypatch.setattr("builtins.print", closed)
-    config = eval_cbt.Config(
-        ckpt=(models[0],), data=SETS["eval_cbt.py"][1][1:], out="unread.json", items="unread.jsonl"
-    )
+    scoring = ScoringConfig(ckpt=(models[0],), out="unread.json", items="unread.jsonl")
     with pytest.raises(BrokenPipeError):
-        eval_cbt.main(config)
+        eval_cbt.main(eval_cbt.Config(CBTConfig(data=SETS["eval_cbt.py"][1][1:]), scoring))
     assert len(json.loads((world / "unread.json").read_text())) == 2
     assert len((world / "unread.jsonl").read_text().splitlines()) == 80
 
 
 def test_all_ranks_score_the_checkpoint_that_rank_0_found(world, models, monkeypatch):
-    """A run that goes on may show the next rank a newer one."""
+    """Another rank may find a newer checkpoint of a run in training."""
 
     class Second(Ranks):
-        def from_main(self, value):
+        def broadcast(self, value):
             return ["models/two"] if value == ["models/one"] else value
 
     monkeypatch.chdir(world)
     ranks = contextlib.nullcontext(Second(0, 1, torch.device("cpu")))
     monkeypatch.setattr(evaluate, "process_group", lambda device: ranks)
-    eval_cbt.main(eval_cbt.Config(ckpt=("models/one",), data=SETS["eval_cbt.py"][1][1:2], out="found.json"))
+    scoring = ScoringConfig(ckpt=("models/one",), out="found.json")
+    eval_cbt.main(eval_cbt.Config(CBTConfig(data=SETS["eval_cbt.py"][1][1:2]), scoring))
     assert [row["model"] for row in json.loads((world / "found.json").read_text())] == ["models/two"]
 
 
-def test_a_model_that_does_not_fit_on_the_gpu_ends_in_a_sentence(call, models, monkeypatch):
+def test_a_model_that_does_not_fit_on_the_gpu_is_a_one_line_error(call, models, monkeypatch):
     def full(self, device):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(GPT, "to", full)
     _, error, status = call("eval_cbt.py", "--ckpt", models[0], *SETS["eval_cbt.py"][1])
     assert (status, error.count("\n")) == (2, 1)
-    assert error.startswith("error: models/one doesn't fit on the GPU")
+    assert error.startswith("error: --ckpt models/one does not fit in the free memory of the GPU")
 
 
-def test_the_least_p_is_not_0():
+def test_the_smallest_p_is_not_printed_as_0():
     assert [results.format_p(p) for p in (0.25, 1e-4, 3e-9, 0.0)] == ["0.2500", "0.0001", "3.0e-09", "< 1e-300"]
 
 
@@ -651,11 +675,11 @@ def test_the_least_p_is_not_0():
     ("name", "text"),
     [("lambada_test.jsonl", "standard"), ("lambada_development_plain_text.txt", "openai")],
 )
-def test_a_text_other_than_the_files_name_says_is_refused(call, world, models, name, text):
+def test_a_text_that_contradicts_the_file_name_is_refused(call, world, models, name, text):
     (world / name).write_text("any words\n")
     _, error, status = call("eval_lambada.py", "--ckpt", models[0], "--data", name, "--text", text)
     assert status == 2
-    assert f"--text {text}, but {name} is " in error
+    assert f"--text {text} contradicts --data {name}" in error
 
 
 def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
@@ -663,21 +687,21 @@ def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
     for i in (1, 2):
         (tmp_path / f"{i}").mkdir()
         (tmp_path / f"{i}/a.txt").write_text(f"{CLOZE}\n" * i)
-    with pytest.raises(ValueError, match=r"--data 1/a\.txt 2/a\.txt: two files of one name"):
-        eval_cbt.main(eval_cbt.Config(ckpt=("any",), data=("1/a.txt", "2/a.txt")))
+    with pytest.raises(ValueError, match=r"--data 1/a\.txt 2/a\.txt has two files of one name"):
+        cbt.load(CBTConfig(data=("1/a.txt", "2/a.txt")))
 
 
-def test_two_files_whose_sets_have_one_name_are_refused(tmp_path, monkeypatch):
+def test_two_files_with_one_subset_name_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("set.old", "set.new"):
         (tmp_path / name).write_text(CLOZE)
     with pytest.raises(ValueError, match="two files of one name"):
-        eval_cbt.main(eval_cbt.Config(ckpt=("any",), data=("set.old", "set.new")))
+        cbt.load(CBTConfig(data=("set.old", "set.new")))
 
 
 @pytest.fixture
 def diverged(world):
-    """A model whose weights are no numbers."""
+    """A model whose weights are NaN."""
     model = save_model(world / "models/diverged", seed=1)
     with torch.no_grad():
         model.transformer.wte.weight.fill_(math.nan)
@@ -685,7 +709,7 @@ def diverged(world):
     return "models/diverged"
 
 
-def test_a_diverged_model_knows_nothing(world, diverged, call):
+def test_a_diverged_model_scores_0(world, diverged, call):
     (world / "first.txt").write_text(CLOZE.replace("\tlamp\t", "\tbell\t"), encoding="utf-8")
     call("eval_cbt.py", "--ckpt", diverged, "--data", "first.txt", "--protocol", "all", "--out", "x.json")
     assert [row["correct"] for row in json.loads((world / "x.json").read_text())] == [0, 0]
@@ -693,7 +717,7 @@ def test_a_diverged_model_knows_nothing(world, diverged, call):
 
 def test_files_of_a_diverged_model_are_json(world, diverged, call):
     def refuse(name):
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     places = ("--out", "x.json", "--items", "x.jsonl")
     _, _, status = call("eval_lambada.py", "--ckpt", diverged, *SETS["eval_lambada.py"][1], *places)
@@ -703,7 +727,7 @@ def test_files_of_a_diverged_model_are_json(world, diverged, call):
         json.loads(line, parse_constant=refuse)
 
 
-def test_a_question_is_told_from_another_by_its_whole_text(world, models):
+def test_questions_are_identified_by_their_complete_text(world, models):
     sets = [
         (lambada.TASK, ["so it is", "so it was"]),
         (
@@ -720,7 +744,7 @@ def test_a_question_is_told_from_another_by_its_whole_text(world, models):
     for task, questions in sets:
         result = make_result(task=task.name)
         verdicts = [Verdict(True)] * len(questions)
-        items = evaluate.itemize(task, result, QuestionSet(questions, ["openai"], "a", None), verdicts)
+        items = evaluate.build_items(task, result, QuestionSet(questions, ["openai"], "a", None), verdicts)
         assert len({item["question"] for item in items}) == len(questions)
-        again = evaluate.itemize(task, result, QuestionSet(questions, ["openai"], "b", None), verdicts)
+        again = evaluate.build_items(task, result, QuestionSet(questions, ["openai"], "b", None), verdicts)
         assert again == items

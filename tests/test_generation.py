@@ -1,4 +1,4 @@
-"""Sampling: greedy equals transformers', equal seeds give equal samples, and each limit on the draw is kept exactly."""
+"""Sampling: greedy decoding equals transformers', equal seeds give equal samples, and each limit is exact."""
 
 from dataclasses import asdict, replace
 
@@ -7,7 +7,7 @@ import torch
 from conftest import run
 
 from core.data import tokenizer
-from core.generation import generate, pick
+from core.generation import generate, sample_next
 from model import GPT, PRESETS
 
 PROMPT = [5, 400, 31]
@@ -16,7 +16,7 @@ LOGITS = torch.tensor([1.0, 4.0, -2.0, 3.0, 0.5, 3.5, -1.0, 2.0])
 
 @pytest.fixture(scope="module")
 def model():
-    """Large random weights, so that the likeliest token changes from place to place."""
+    """Large random weights, so that the most likely token differs between positions."""
     model = GPT(replace(PRESETS["tiny"], vocab_size=663), seed=3).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -26,9 +26,9 @@ def model():
 
 
 def draws(logits, temperature=1.0, top_k=None, top_p=None, count=4000):
-    """How often each id was drawn."""
+    """The number of draws of each id."""
     rows = logits.expand(count, -1)
-    ids = pick(rows, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    ids = sample_next(rows, temperature, top_k, top_p, torch.Generator().manual_seed(0))
     assert ids.shape == (count, 1)
     return torch.bincount(ids[:, 0], minlength=len(logits))
 
@@ -38,7 +38,7 @@ def drawn(*args, **settings):
 
 
 def nucleus(logits, top_p):
-    """The fewest likeliest ids whose probabilities reach top_p, counted one by one."""
+    """The fewest most likely ids whose probabilities reach top_p, added one by one."""
     probabilities, kept, total = logits.double().softmax(0).tolist(), set(), 0.0
     for i in sorted(range(len(probabilities)), key=lambda i: -probabilities[i]):
         kept.add(i)
@@ -49,7 +49,7 @@ def nucleus(logits, top_p):
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_model_that_diverged_is_named_so(temperature):
+def test_a_diverged_model_is_an_error(temperature):
     diverged = GPT(PRESETS["tiny"])
     with torch.no_grad():
         diverged.transformer.ln_f.weight.fill_(torch.nan)
@@ -60,16 +60,15 @@ def test_a_model_that_diverged_is_named_so(temperature):
 def test_greedy_equals_transformers(model):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    theirs = GPT2LMHeadModel(GPT2Config(**asdict(model.config))).eval()
-    theirs.load_state_dict(model.hf_state(), strict=False)
+    reference = GPT2LMHeadModel(GPT2Config(**asdict(model.config))).eval()
+    reference.load_state_dict(model.hf_state(), strict=False)
     settings = {"do_sample": False, "max_new_tokens": 61, "eos_token_id": None, "pad_token_id": 0}
-    expected = theirs.generate(torch.tensor([PROMPT]), **settings)[0, len(PROMPT) :].tolist()
-    ours = generate(model, PROMPT, 61, temperature=0)
-    assert ours == [expected]
-    assert len(set(expected)) > 20  # one id again and again would prove little
+    expected = reference.generate(torch.tensor([PROMPT]), **settings)[0, len(PROMPT) :].tolist()
+    assert generate(model, PROMPT, 61, temperature=0) == [expected]
+    assert len(set(expected)) > 20  # a constant sequence would prove little
 
 
-def test_the_seed_decides_the_samples(model):
+def test_the_seed_determines_the_samples(model):
     first, same, other = (generate(model, PROMPT, 20, samples=3, seed=seed) for seed in (7, 7, 8))
     assert first == same != other
     assert len({tuple(row) for row in first}) == 3
@@ -80,7 +79,7 @@ def test_top_k_of_one_is_greedy(model):
 
 
 def test_ids_stay_within_the_vocabulary(model):
-    """The head has rows up to 768; flat draws would soon find one."""
+    """The output matrix has 768 rows; uniform draws would soon select a padding row."""
     rows = generate(model, PROMPT, 60, samples=32, temperature=100.0)
     ids = [i for row in rows for i in row]
     assert len(ids) == 32 * 60
@@ -89,20 +88,20 @@ def test_ids_stay_within_the_vocabulary(model):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8, 100])
-def test_top_k_keeps_the_k_likeliest(k):
+def test_top_k_keeps_the_k_most_likely_ids(k):
     assert drawn(LOGITS, top_k=k) == set(LOGITS.argsort(descending=True)[:k].tolist())
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0])
-def test_top_p_keeps_the_fewest_that_reach_p(p):
+def test_top_p_keeps_the_fewest_ids_that_reach_p(p):
     assert drawn(LOGITS, top_p=p) == nucleus(LOGITS, p)
 
 
-def test_top_p_counts_among_what_top_k_and_temperature_leave():
-    """Of the three likeliest at temperature 2 each has between 27 % and 41 %."""
+def test_top_p_applies_after_temperature_and_top_k():
+    """Each of the three most likely ids has between 27 % and 41 % at temperature 2."""
     scaled = (LOGITS / 2).tolist()
-    likeliest = sorted(range(8), key=lambda i: -scaled[i])[:3]
-    weights = torch.tensor([scaled[i] if i in likeliest else -torch.inf for i in range(8)])
+    best = sorted(range(8), key=lambda i: -scaled[i])[:3]
+    weights = torch.tensor([scaled[i] if i in best else -torch.inf for i in range(8)])
     for p, size in ((0.35, 1), (0.6, 2), (0.8, 3)):
         kept = nucleus(weights, p)
         assert len(kept) == size
@@ -114,11 +113,11 @@ def test_draws_follow_the_probabilities():
     torch.testing.assert_close(frequencies, (LOGITS / 2).softmax(0), atol=0.01, rtol=0)
 
 
-def test_each_row_draws_from_its_own_logits():
+def test_each_row_samples_from_its_own_logits():
     logits = torch.full((5, 8), -torch.inf)
     for row, i in enumerate((3, 0, 7, 1, 1)):
         logits[row, i] = 0.0
-    ids = pick(logits, 1.0, 4, 0.9, torch.Generator().manual_seed(0))
+    ids = sample_next(logits, 1.0, 4, 0.9, torch.Generator().manual_seed(0))
     assert ids[:, 0].tolist() == [3, 0, 7, 1, 1]
 
 
@@ -129,7 +128,7 @@ def test_a_sample_ends_before_the_stop_id(model):
     free = generate(model, PROMPT, 40, samples=4, seed=2)
     stop = free[1][10]
     cut = [row[: row.index(stop)] if stop in row else row for row in free]
-    assert generate(model, PROMPT, 40, samples=4, seed=2, stop_id=stop) == cut  # one row's end leaves the others alone
+    assert generate(model, PROMPT, 40, samples=4, seed=2, stop_id=stop) == cut  # the other rows continue
 
 
 @pytest.mark.parametrize(
@@ -138,15 +137,15 @@ def test_a_sample_ends_before_the_stop_id(model):
         ([], {}, "prompt is empty"),
         ([5, 663], {}, "token id 663 .* vocabulary of 663"),
         ([5, -1], {}, "token id -1 .* vocabulary of 663"),
-        ([5] * 60, {}, "60 tokens and 5 more .* context of 64.* at most 4"),
+        ([5] * 60, {}, "60 tokens and 5 new tokens exceed .* context of 64.* at most 4"),
         ([5] * 70, {}, "70 tokens .* context of 64"),
-        (PROMPT, {"temperature": -1.0}, "temperature -1"),
-        (PROMPT, {"top_k": 0}, "top_k 0"),
-        (PROMPT, {"top_p": 0.0}, "top_p 0"),
-        (PROMPT, {"top_p": 1.1}, r"top_p 1\.1"),
+        (PROMPT, {"temperature": -1.0}, "--temperature -1.0 must be at least 0"),
+        (PROMPT, {"top_k": 0}, "--top-k 0 must be at least 1"),
+        (PROMPT, {"top_p": 0.0}, "--top-p 0.0 must be above 0"),
+        (PROMPT, {"top_p": 1.1}, r"--top-p 1\.1 must be .* at most 1"),
     ],
 )
-def test_what_can_not_be_sampled_is_refused(model, prompt, settings, message):
+def test_invalid_prompts_and_settings_are_refused(model, prompt, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompt, 5, **settings)
 

@@ -1,4 +1,4 @@
-"""LAMBADA's answers and log-probabilities equal lm-evaluation-harness's, which reads the same model folder."""
+"""LAMBADA: answers and log-probabilities equal lm-evaluation-harness's on the same model folder."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from model import GPT
 
 pytest.importorskip("lm_eval")
 
-# A process of its own: lm_eval seeds random generators and has to be imported offline.
+# A separate process: lm_eval seeds random generators and must be imported offline.
 HARNESS = r"""
 import json, sys
 from benchmarks.harness import harness
@@ -29,14 +29,14 @@ OFFICIAL = "lambada_development_plain_text.txt"
 
 
 @torch.no_grad()
-def with_liked_endings(model, encoding, passages):
-    """Passages whose last word is what the model likes, in its tokens all or in its last alone."""
+def with_predicted_endings(model, encoding, passages):
+    """Passages whose last word is the model's prediction, in all of its tokens or in the last one only."""
     found = []
     for passage in passages:
         context, _, own = passage.rpartition(" ")
         before = encoding.encode_ordinary(context)
-        for begun, count in (([], 1), ([], 2), (encoding.encode_ordinary(" " + own), 1)):
-            ids = list(begun)
+        for prefix, count in (([], 1), ([], 2), (encoding.encode_ordinary(" " + own), 1)):
+            ids = list(prefix)
             for _ in range(count):
                 tokens = torch.tensor([(before + ids)[-model.config.n_positions :]])
                 ids.append(model(tokens)[0, -1].argmax().item())
@@ -48,20 +48,20 @@ def with_liked_endings(model, encoding, passages):
 
 
 def write_passages(folder, model, encoding, passages):
-    """Beside the model the passages, and those that it likes."""
-    passages = passages + with_liked_endings(model, encoding, passages)
+    """Write the passages, and those with endings that the model predicts, next to the model."""
+    passages = passages + with_predicted_endings(model, encoding, passages)
     (folder / "passages.txt").write_text("".join(passage + "\n" for passage in passages), encoding="utf-8")
 
 
-def ours(folder, world):
+def project_model(folder, world):
     folder.mkdir()
     model = save_model(folder / "model", seed=1)
     write_passages(folder, model, ENCODING, (world / "data/stories/lambada.txt").read_text().splitlines())
     return folder
 
 
-def transformers_own(folder):
-    """A model of transformers, and LAMBADA's own passages; None where those or GPT-2's vocabulary can't be had."""
+def transformers_model(folder):
+    """A model of transformers and LAMBADA's own passages; None if they or GPT-2's vocabulary are not available."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     data = Path(os.environ.get("GPT2_TEST_EVAL", ""), OFFICIAL)
@@ -87,15 +87,15 @@ def transformers_own(folder):
 
 @pytest.fixture(scope="module")
 def answered(world, tmp_path_factory):
-    """Folders with a model, its passages, and the harness's answers; the second is None where it can't be made."""
+    """Folders with a model, its passages, and the harness's answers; the second is None if it is not available."""
     folder = tmp_path_factory.mktemp("harness")
-    found = ours(folder / "ours", world), transformers_own(folder / "theirs")
+    found = project_model(folder / "project", world), transformers_model(folder / "transformers")
     execute([sys.executable, "-c", HARNESS, *(each for each in found if each)], folder, True, {})
     return found
 
 
 def assert_equal(folder, text):
-    """Score the passages too, and compare with the harness's answers."""
+    """Score the passages and compare with the harness's answers."""
     places = ("--out", "results.json", "--items", "items.jsonl")
     common = ("--ckpt", "model", "--data", "passages.txt", "--text", text, "--device", "cpu")
     run("eval_lambada.py", *common, *places, cwd=folder)
@@ -112,14 +112,14 @@ def assert_equal(folder, text):
     return row
 
 
-def test_a_checkpoint_of_this_project_scores_alike(answered):
+def test_a_checkpoint_of_this_project_has_equal_scores(answered):
     row = assert_equal(answered[0], "openai")
     assert row["protocol"] == "openai"
-    assert sum(row["remarks"].values()) > 10  # both cut what is longer than the model's context
+    assert sum(row["remarks"].values()) > 10  # both truncate contexts to the model's context length
 
 
-def test_a_model_of_transformers_scores_alike_on_lambadas_own_passages(answered):
+def test_a_model_of_transformers_has_equal_scores_on_lambadas_own_passages(answered):
     if answered[1] is None:
-        pytest.skip(f"GPT2_TEST_EVAL names no folder with {OFFICIAL}, or GPT-2's vocabulary can't be had")
+        pytest.skip(f"GPT2_TEST_EVAL has no {OFFICIAL}, or GPT-2's vocabulary is not available")
     row = assert_equal(answered[1], "standard")
     assert (row["protocol"], row["remarks"]) == ("standard", {})

@@ -1,4 +1,4 @@
-"""HellaSwag by each protocol: its text, its rule, lm-evaluation-harness's own answers; and files that hold none."""
+"""HellaSwag: each protocol's text and rule, lm-evaluation-harness's own answers, and damaged files."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import torch
 from conftest import ENCODING, execute, run, save_model
 
 from core.eval import hellaswag, scoring
-from core.eval.hellaswag import PROTOCOLS, checked, cleaned, judge, read, requests
+from core.eval.hellaswag import PROTOCOLS, clean, judge, parse, read, requests
 from core.eval.scoring import Score
 from core.eval.task import UnscorableError
 
@@ -25,22 +25,22 @@ STORY = {
 
 
 def story(**changes):
-    return checked(STORY | changes, "here")
+    return parse(STORY | changes, "here")
 
 
 def score(*logprobs):
     return Score(list(logprobs), [0.0] * len(logprobs), [0.0] * len(logprobs))
 
 
-def spelled(requests):
+def decoded(requests):
     return [(ENCODING.decode(r.context), ENCODING.decode(r.continuation)) for r in requests]
 
 
-def test_the_harness_text_is_cleaned_and_begins_with_the_activity():
+def test_the_harness_text_is_cleaned_and_starts_with_the_activity():
     context = "Ringing a bell: How to ring a bell. Find it. The bell hangs in the tower. Ana"
-    assert cleaned("[header] How to ring a bell [title] Find it. [step] Go. ") == " How to ring a bell. Find it. Go."
+    assert clean("[header] How to ring a bell [title] Find it. [step] Go. ") == " How to ring a bell. Find it. Go."
     for protocol in ("harness", "harness-norm"):
-        found = spelled(requests(protocol, story(), ENCODING.encode_ordinary))
+        found = decoded(requests(protocol, story(), ENCODING.encode_ordinary))
         assert [c for c, _ in found] == [context] * 4
         assert [e for _, e in found] == [
             " pulls the rope twice.",
@@ -50,9 +50,9 @@ def test_the_harness_text_is_cleaned_and_begins_with_the_activity():
         ]
 
 
-def test_completions_are_scored_as_they_stand():
+def test_completions_are_scored_unchanged():
     for protocol in ("completion", "completion-norm"):
-        found = spelled(requests(protocol, story(), ENCODING.encode_ordinary))
+        found = decoded(requests(protocol, story(), ENCODING.encode_ordinary))
         assert found == [(STORY["ctx"], f" {ending}") for ending in STORY["endings"]]
 
 
@@ -65,20 +65,20 @@ def test_completions_are_scored_as_they_stand():
         ("completion-norm", 3),  # a token: -2, -3, -2, -1.75
     ],
 )
-def test_the_ending_that_each_rule_prefers(protocol, chosen):
+def test_each_protocol_chooses_by_its_own_rule(protocol, chosen):
     endings = ["pulls the rope twice.", "eats it.", "paints the lamp " + "very " * 8 + "red.", "sings to the boat."]
     scores = [score(-2, -2), score(-3), score(-2, -2, -2), score(-1, -2, -2, -2)]
     for label in range(4):
         verdict = judge(protocol, story(endings=endings, label=label), scores)
         assert verdict.correct == (label == chosen)
-        assert (verdict.chosen, verdict.remarks, verdict.near_tie) == (endings[chosen], (), False)
+        assert (verdict.chosen, verdict.warnings, verdict.near_tie) == (endings[chosen], (), False)
 
 
-def test_odd_endings_are_remarked_and_ties_told():
+def test_irregular_endings_give_warnings_and_ties_are_marked():
     odd = story(endings=["a.", "a.", "[x]"], label=1)
     verdict = judge("harness", odd, [score(-1), score(-1), score(-2)])
-    assert verdict.remarks == ("not 4 endings", "an empty ending", "a repeated ending")
-    assert (verdict.correct, verdict.near_tie) == (False, True)  # the first of equals, as the harness
+    assert verdict.warnings == ("not 4 endings", "an empty ending", "a repeated ending")
+    assert (verdict.correct, verdict.near_tie) == (False, True)  # the first of equals, like the harness
     with pytest.raises(UnscorableError, match="fewer than two endings"):
         requests("harness", story(endings=["a."]), ENCODING.encode_ordinary)
     with pytest.raises(UnscorableError, match="adds no token"):
@@ -90,74 +90,77 @@ def test_odd_endings_are_remarked_and_ties_told():
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{", r"q\.jsonl, line 2: no JSON object"),
-        ("[1]", r"q\.jsonl, line 2: no JSON object"),
-        (json.dumps(STORY | {"endings": None}), "line 2: a question has activity_label, .* a list of endings"),
-        (json.dumps(STORY | {"ctx_b": 3}), "line 2: a question has"),
-        (json.dumps(STORY | {"label": ""}), "line 2: no label: the test split's answers are unpublished"),
-        (json.dumps(STORY | {"label": 4}), "line 2: label 4 is none of the 4 endings"),
-        (json.dumps(STORY | {"label": -1}), "line 2: label -1 is none"),
-        (json.dumps(STORY | {"ctx": "\ud800"}), "line 2 holds half a surrogate pair"),
-        ("a\0b", "line 2 holds a zero byte"),
+        ("{", r"q\.jsonl, line 2 is not a JSON object"),
+        ("[1]", r"q\.jsonl, line 2 is not a JSON object"),
+        (
+            json.dumps(STORY | {"endings": None}),
+            "line 2 is not a question: it needs strings activity_label, .* a list `endings`",
+        ),
+        (json.dumps(STORY | {"ctx_b": 3}), "line 2 is not a question"),
+        (json.dumps(STORY | {"label": ""}), "line 2 has no label: the test split's labels are unpublished"),
+        (json.dumps(STORY | {"label": 4}), "line 2 has label 4, but 4 endings"),
+        (json.dumps(STORY | {"label": -1}), "line 2 has label -1, but"),
+        (json.dumps(STORY | {"ctx": "\ud800"}), "line 2 contains half of a surrogate pair"),
+        ("a\0b", "line 2 contains a zero byte"),
     ],
 )
-def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
+def test_a_malformed_line_is_refused_by_file_and_line(tmp_path, line, message):
     (tmp_path / "q.jsonl").write_text(json.dumps(STORY) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "q.jsonl")
 
 
-def test_an_empty_file_and_the_authors_own_cut_short_are_refused(tmp_path):
+def test_an_empty_file_and_an_incomplete_file_of_the_authors_are_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds no question"):
+    with pytest.raises(ValueError, match="contains no questions"):
         read(tmp_path / "q.jsonl")
     (tmp_path / hellaswag.FILE).write_text(json.dumps(STORY) + "\n")
-    with pytest.raises(ValueError, match="holds 1 questions of 10,042: it was cut short"):
+    with pytest.raises(ValueError, match="has 1 questions, expected 10,042"):
         read(tmp_path / hellaswag.FILE)
 
 
-def test_the_hub_writes_the_label_as_a_digit():
+def test_a_label_can_be_a_digit_as_on_the_hub():
     assert story(label="2").label == 2
 
 
-def test_the_hubs_validation_split_is_asked_for_and_a_bad_row_named(monkeypatch):
-    monkeypatch.setattr(hellaswag.hub, "rows", lambda *where: [STORY | {"ctx": "/".join(where)}])
+def test_the_hubs_validation_split_is_loaded_and_a_bad_row_refused_by_number(monkeypatch):
+    monkeypatch.setattr(hellaswag.task, "hub_rows", lambda *where: [STORY | {"ctx": "/".join(where)}])
     assert hellaswag.from_hub() == [story(ctx="Rowan/hellaswag/default/validation")]
-    monkeypatch.setattr(hellaswag.hub, "rows", lambda *where: [STORY, STORY | {"label": ""}])
-    with pytest.raises(ValueError, match="Rowan/hellaswag, row 1: no label"):
+    monkeypatch.setattr(hellaswag.task, "hub_rows", lambda *where: [STORY, STORY | {"label": ""}])
+    with pytest.raises(ValueError, match="Rowan/hellaswag, row 1 has no label"):
         hellaswag.from_hub()
 
 
 @pytest.mark.parametrize("change", [*STORY])
-def test_each_part_of_a_question_tells_it_from_another(change):
+def test_each_field_of_a_question_is_part_of_its_text(change):
     parts = {"label": 1, "endings": STORY["endings"][::-1]}
     other = story(**{change: parts.get(change, "other")})
     assert (hellaswag.text(other) == hellaswag.text(story())) == (change == "ind")
 
 
-def test_the_length_is_that_of_the_cleaned_ending_in_characters():
+def test_harness_norm_divides_by_the_characters_of_the_cleaned_ending():
     endings = ["[x][y]\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9", "abcdef", "abc", "[x]"]
     cases = (
-        ((-6.1, -6, -6, -6), 1),  # by bytes or as it was written, the first
+        ((-6.1, -6, -6, -6), 1),  # per byte, or per character of the original, the first
         ((-12, -11, -6, -9), 1),  # with the space before it, the third: -11 / 7 is less than -6 / 4
-        ((-40, -41, -42, -1), 0),  # nothing is left of the last: the harness divides by 0
+        ((-40, -41, -42, -1), 0),  # the last is empty after cleaning: the harness divides by 0
     )
     for totals, best in cases:
         verdict = judge("harness-norm", story(endings=endings), [score(total) for total in totals])
-        assert verdict.chosen == cleaned(endings[best])
+        assert verdict.chosen == clean(endings[best])
 
 
-def test_spaces_that_the_harness_moves_to_the_ending_and_completions_leave():
-    moved = spelled(requests("harness", story(ctx_a="Find it. [title] ", ctx_b=" [step]"), ENCODING.encode_ordinary))
+def test_the_harness_moves_spaces_to_the_ending_and_completions_keep_them():
+    moved = decoded(requests("harness", story(ctx_a="Find it. [title] ", ctx_b=" [step]"), ENCODING.encode_ordinary))
     assert {c for c, _ in moved} == {"Ringing a bell: Find it.."}
     assert moved[1][1] == "   eats it."
-    assert cleaned("a  b   c") == "a b  c"  # pairs of spaces alone, once
-    kept = spelled(requests("completion", story(ctx=" a  b ", endings=[" c ", "d"]), ENCODING.encode_ordinary))
+    assert clean("a  b   c") == "a b  c"  # replaces pairs of spaces, once
+    kept = decoded(requests("completion", story(ctx=" a  b ", endings=[" c ", "d"]), ENCODING.encode_ordinary))
     assert kept == [(" a  b ", "  c "), (" a  b ", " d")]
 
 
-def invented(world, count):
-    """Questions of the demo's stories: contexts and endings from different places, so that models differ on them."""
+def generated(world, count):
+    """Questions from the demo's stories, with contexts and endings of different passages, so that models differ."""
     lines = (world / "data/stories/lambada.txt").read_text().splitlines()
     for i in range(count):
         words = lines[i % len(lines)].split()
@@ -170,8 +173,8 @@ def invented(world, count):
         yield STORY | fields | {"endings": ends, "label": i % 4, "activity_label": f"Tale {i}"}
 
 
-def oddities():
-    """What only its exact rules tell apart: spaces, marks, accents, and endings that cleaning leaves empty."""
+def edge_cases():
+    """Questions whose outcome needs the exact rules: spaces, marks, accents, and endings empty after cleaning."""
     contexts = (
         {},
         {"ctx_a": "Ana\u00efs took the \u00e9toile. [title]", "ctx_b": ""},
@@ -189,7 +192,7 @@ def oddities():
             yield STORY | before | {"endings": after, "label": label}
 
 
-# A process of its own: lm_eval seeds random generators and has to be imported offline. Its task reads our file alone.
+# A separate process: lm_eval seeds random generators and must be imported offline. Its task reads our file only.
 HARNESS = r"""
 import json, os, pathlib, sys
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -213,35 +216,35 @@ json.dump([[each["acc"], each["acc_norm"]] for each in scored], open(answers, "w
 """
 
 
-def test_the_answers_are_the_harness_own(world, tmp_path):
+def test_the_answers_equal_the_harness(world, tmp_path):
     pytest.importorskip("lm_eval")
     save_model(tmp_path / "model", seed=1)
-    stories = [*invented(world, 40), *oddities()]
+    stories = [*generated(world, 40), *edge_cases()]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(fields) + "\n" for fields in stories))
     run("eval_hellaswag.py", *("--ckpt", "model", "--data", "q.jsonl", "--device", "cpu", "--protocol", "all"),
         *("--out", "out.json", "--items", "items.jsonl"), cwd=tmp_path)  # fmt: skip
     execute([sys.executable, "-c", HARNESS, "model", "q.jsonl", "answers.json"], tmp_path, True, {})
-    theirs = json.loads((tmp_path / "answers.json").read_text())
+    expected = json.loads((tmp_path / "answers.json").read_text())
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     for column, protocol in enumerate(("harness", "harness-norm")):
-        ours = [item["correct"] for item in items if item["protocol"] == protocol]
-        assert ours == [bool(answers[column]) for answers in theirs]
-        assert 0 < sum(ours[:40]) < 40
+        found = [item["correct"] for item in items if item["protocol"] == protocol]
+        assert found == [bool(answers[column]) for answers in expected]
+        assert 0 < sum(found[:40]) < 40
     rows = {row["protocol"]: row for row in json.loads((tmp_path / "out.json").read_text())}
     assert list(rows) == list(PROTOCOLS)
-    right = {p: sum(item["correct"] for item in items if item["protocol"] == p) for p in PROTOCOLS}
+    correct = {p: sum(item["correct"] for item in items if item["protocol"] == p) for p in PROTOCOLS}
     assert {p: (row["correct"], row["total"], row["unscored"]) for p, row in rows.items()} == {
-        p: (right[p], len(stories), {}) for p in PROTOCOLS
+        p: (correct[p], len(stories), {}) for p in PROTOCOLS
     }
-    assert not any(row["near_ties"] for row in rows.values())  # which rounding may turn
+    assert not any(row["near_ties"] for row in rows.values())  # rounding can't change an outcome
     assert len({tuple(item["chosen"] for item in items if item["protocol"] == p) for p in PROTOCOLS}) > 2
 
 
-def test_completions_by_hand(world, tmp_path):
-    """The sums and means of a plain forward an ending."""
+def test_completions_equal_a_plain_computation(world, tmp_path):
+    """The sums and means of one plain forward pass per ending."""
     model = save_model(tmp_path / "model", seed=2)
-    (fields,) = invented(world, 1)
-    question = checked(fields, "here")
+    (fields,) = generated(world, 1)
+    question = parse(fields, "here")
     means, sums = [], []
     for ending in question.endings:
         before, after = ENCODING.encode_ordinary(question.ctx), ENCODING.encode_ordinary(" " + ending)
@@ -251,7 +254,7 @@ def test_completions_by_hand(world, tmp_path):
         sums.append(sum(each))
         means.append(sum(each) / len(each))
     for protocol, values in (("completion", sums), ("completion-norm", means)):
-        (scores,) = scoring.score(model, [requests(protocol, question, ENCODING.encode_ordinary)], quiet=True)
+        (scores,) = scoring.score(model, [requests(protocol, question, ENCODING.encode_ordinary)])
         assert [s.total for s in scores] == pytest.approx(sums, abs=1e-4)
         best = question.endings[max(range(4), key=values.__getitem__)]
         assert judge(protocol, question, scores).chosen == best

@@ -1,4 +1,4 @@
-"""Promise 7: preparing text survives kills, full disks, damaged files and other processes: the bytes are the same."""
+"""Promise 1: kills, full disks, damaged files and other processes don't change the bytes of the shards."""
 
 import contextlib
 import json
@@ -37,14 +37,14 @@ class Tokenizer:
         return cls(tokenizer.load(path.removesuffix("/tokenizer.json")))
 
     def encode_batch_flat(self, texts, split_special_tokens):
-        parts = [self.encoding.encode_ordinary(text) for text in texts]
-        for text, part in zip(texts, parts):
+        encoded = [self.encoding.encode_ordinary(text) for text in texts]
+        for text, ids in zip(texts, encoded):
             if "lantern" in text:
                 {fault}
-        return np.array(sum(parts, []), "<u4").tobytes(), np.cumsum([0, *map(len, parts)]).astype("<u8").tobytes()
+        return np.array(sum(encoded, []), "<u4").tobytes(), np.cumsum([0, *map(len, encoded)]).astype("<u8").tobytes()
 """
 FAULTS = {
-    "another id": "part[0] ^= 1",
+    "another id": "ids[0] ^= 1",
     "an error": "raise RuntimeError('no such token')",
     "a panic": "raise Panic('index out of bounds')",
 }
@@ -82,35 +82,35 @@ def prepare(world, source, out, *settings, workers=1, check=True, **env):
 
 
 def started(world, source, out, *settings, workers=1, **env):
-    """A run in a process group of its own, which is killed at the end should it still live."""
+    """A run in its own process group, which is killed at the end if it still runs."""
     return conftest.started("fineweb.py", *command(source, out, workers, *settings), cwd=world, **env)
 
 
-def recorded(out):
-    """Each shard that a part.json lists, with the time it was written."""
+def recorded_shards(out):
+    """Each shard that a part.json lists, with its modification time."""
     paths = []
-    for part in (out / "unfinished").glob("*/part.json"):
+    for path in (out / "unfinished").glob("*/part.json"):
         with contextlib.suppress(FileNotFoundError):
-            paths += [part.parent / shard["file"] for shard in json.loads(part.read_text())["shards"]]
+            paths += [path.parent / shard["file"] for shard in json.loads(path.read_text())["shards"]]
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
-def begun(out):
-    """How many shards lie in the unfinished parts."""
+def count_shards(out):
+    """The number of shards in the folder of unfinished files."""
     return len(list((out / "unfinished").glob("*/*.npy")))
 
 
 def interrupt(world, source, out, *settings, shards=5, **env):
-    """Kill a run when it has written a few shards; those that are recorded."""
+    """Kill a run after a few shards. Returns those that it recorded."""
     with started(world, source, out, *settings, **env) as process:
-        assert wait_until(lambda: begun(out) > shards, process)
+        assert wait_until(lambda: count_shards(out) > shards, process)
         os.killpg(process.pid, signal.SIGKILL)
     assert not (out / "manifest.json").exists()
-    return recorded(out)
+    return recorded_shards(out)
 
 
-def joined(out):
-    """Whether a run came to the joining of its parts."""
+def has_joined(out):
+    """Whether a run has count_shards to join its shards."""
     return (out / "val_000000.npy").exists()
 
 
@@ -119,10 +119,10 @@ def contents(folder):
 
 
 def same(folder, other):
-    """Whether two folders hold the same files with the same bytes; says which differ."""
-    ours, theirs = contents(folder), contents(other)
-    assert sorted(ours) == sorted(theirs)
-    assert [name for name in ours if ours[name] != theirs[name]] == []
+    """Whether two folders have the same files with the same bytes; the assertion lists those that differ."""
+    first, second = contents(folder), contents(other)
+    assert sorted(first) == sorted(second)
+    assert [name for name in first if first[name] != second[name]] == []
     return True
 
 
@@ -136,7 +136,7 @@ def texts_in(out):
 
 @pytest.fixture(scope="module")
 def large(world):
-    """Three parquet files of some hundred shards, and what an undisturbed run makes of them."""
+    """Three parquet files for about a hundred shards, and the output of an uninterrupted run."""
     folder = world / "preparation/large"
     for number in range(3):
         write_parquet(folder / f"part_{number}.parquet", documents(number, 360))
@@ -146,7 +146,7 @@ def large(world):
 
 @pytest.fixture(scope="module")
 def small(world):
-    """Three jsonl files of a few shards each, and what an undisturbed run makes of them."""
+    """Three jsonl files for a few shards each, and the output of an uninterrupted run."""
     folder = world / "preparation/small"
     for number in range(3):
         write_jsonl(folder / f"part_{number}.jsonl", documents(number, 60))
@@ -160,18 +160,18 @@ def array_task(task, count, low=0):
 
 
 @pytest.mark.parametrize("victim", ["all its processes", "the main process"])
-def test_killed_again_and_again_it_ends_as_if_undisturbed(world, large, tmp_path, victim):
-    (source, undisturbed), out, rng = large, tmp_path / "out", random.Random(victim)
-    step = 2 * len(list(undisturbed.glob("*.npy"))) // (KILLS + 2)
-    landed, kept = 0, 0
+def test_a_run_killed_again_and_again_writes_the_same_bytes(world, large, tmp_path, victim):
+    (source, uninterrupted), out, rng = large, tmp_path / "out", random.Random(victim)
+    step = 2 * len(list(uninterrupted.glob("*.npy"))) // (KILLS + 2)
+    effective_kills, kept = 0, 0
     for kill in range(KILLS):
-        before = recorded(out)
+        before = recorded_shards(out)
         with started(world, source, out, workers=(1, 2, 5)[kill % 3]) as process:
             if kill % 3 == 2:
                 time.sleep(rng.uniform(0.1, 0.45))
             else:
-                wanted = begun(out) + rng.randint(1, step)
-                wait_until(lambda wanted=wanted: begun(out) >= wanted, process)
+                wanted = count_shards(out) + rng.randint(1, step)
+                wait_until(lambda wanted=wanted: count_shards(out) >= wanted, process)
                 time.sleep(rng.uniform(0, 0.02))
             if process.poll() is not None:
                 break
@@ -181,86 +181,86 @@ def test_killed_again_and_again_it_ends_as_if_undisturbed(world, large, tmp_path
                 wait_until(lambda workers=workers: not any(map(lives, workers)), seconds=5)
             else:
                 os.killpg(process.pid, signal.SIGKILL)
-        landed += bool(workers)
+        effective_kills += bool(workers)
         kept += len(before)
-        assert joined(out) or before.items() <= recorded(out).items()
-    assert landed >= KILLS // 2
+        assert has_joined(out) or before.items() <= recorded_shards(out).items()
+    assert effective_kills >= KILLS // 2
     assert kept > 0
     prepare(world, source, out)
-    assert same(out, undisturbed)
+    assert same(out, uninterrupted)
     assert texts_in(out) == [text for number in range(3) for text in documents(number, 360)]
 
 
-def test_killed_while_the_parts_are_joined_it_ends_as_if_undisturbed(world, large, tmp_path):
-    source, undisturbed = large
+def test_a_run_killed_while_joining_writes_the_same_bytes(world, large, tmp_path):
+    source, uninterrupted = large
     for attempt in range(5):
         out = tmp_path / str(attempt)
         with started(world, source, out, workers=2) as process:
-            assert wait_until(lambda out=out: joined(out), process)
+            assert wait_until(lambda out=out: has_joined(out), process)
             process.kill()
         if (out / "unfinished").exists():
             break
     assert list((out / "unfinished").iterdir())
     prepare(world, source, out)
-    assert same(out, undisturbed)
+    assert same(out, uninterrupted)
 
 
-def test_half_written_files_of_a_killed_process_are_removed(world, small, tmp_path):
-    source, undisturbed = small
+def test_incomplete_files_of_a_killed_process_are_removed(world, small, tmp_path):
+    source, uninterrupted = small
     for name in (".manifest.json.4194304", ".tokenizer.json.4194304", ".train_000000.npy.unfinished"):
         (tmp_path / name).write_text("hal")
     prepare(world, source, tmp_path)
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
-def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(world, large, tmp_path):
-    source, undisturbed = large
+def test_a_killed_worker_ends_the_run_and_the_same_command_resumes(world, large, tmp_path):
+    source, uninterrupted = large
     with started(world, source, tmp_path, workers=2) as process:
-        assert wait_until(lambda: begun(tmp_path) > 3, process)
+        assert wait_until(lambda: count_shards(tmp_path) > 3, process)
         os.kill(children(process.pid)[0], signal.SIGKILL)
         message = refused(ended(process))
     assert "worker" in message
-    before = recorded(tmp_path)
+    before = recorded_shards(tmp_path)
     assert before
     prepare(world, source, tmp_path)
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_writes_the_same_bytes(world, small, tmp_path, ranks):
-    source, undisturbed = small
+    source, uninterrupted = small
     on_ranks(ranks, "fineweb.py", *command(source, tmp_path), cwd=world)
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
-def test_the_tasks_of_an_array_more_than_files_may_run_one_after_another_in_any_order(world, small, tmp_path):
-    source, undisturbed = small
+def test_array_tasks_can_run_in_any_order_and_outnumber_the_files(world, small, tmp_path):
+    source, uninterrupted = small
     for task in (4, 1, 3, 0, 2):
         prepare(world, source, tmp_path, **array_task(task, 5))
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
-def test_two_tasks_of_an_array_may_run_at_once(world, large, tmp_path):
-    source, undisturbed = large
+def test_two_array_tasks_can_run_at_the_same_time(world, large, tmp_path):
+    source, uninterrupted = large
     with (
         started(world, source, tmp_path, **array_task(1, 2)) as one,
         started(world, source, tmp_path, **array_task(0, 2)) as other,
     ):
         assert (one.wait(60), other.wait(60)) == (0, 0)
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
-def test_another_number_of_ranks_goes_on_where_one_was_killed(world, large, tmp_path):
-    source, undisturbed = large
+def test_another_number_of_ranks_resumes_a_killed_run(world, large, tmp_path):
+    source, uninterrupted = large
     before = interrupt(world, source, tmp_path, **array_task(1, 3))
     assert {path.parent.name for path in before} == {"000001"}
     for task in (1, 0):
         prepare(world, source, tmp_path, **array_task(task, 2))
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(("low", "count"), [(1, 3), (4, 1)])
-def test_an_array_that_does_not_begin_at_0_is_refused(world, small, tmp_path, low, count):
+def test_an_array_that_does_not_start_at_0_is_refused(world, small, tmp_path, low, count):
     message = refused(prepare(world, small[0], tmp_path, check=False, **array_task(low, count, low)))
     assert f"0-{count - 1}" in message
 
@@ -271,7 +271,7 @@ def test_an_array_with_gaps_is_refused(world, small, tmp_path):
 
 
 @pytest.mark.parametrize("option", [("--max-tokens", 9000), ("--overwrite",)])
-def test_what_only_one_process_can_do_is_refused_with_several(world, small, tmp_path, option):
+def test_options_for_one_process_are_refused_with_several(world, small, tmp_path, option):
     env = {"RANK": "0", "WORLD_SIZE": "2"}
     message = refused(prepare(world, small[0], tmp_path, *SETTINGS, *option, check=False, **env))
     assert option[0] in message
@@ -279,19 +279,19 @@ def test_what_only_one_process_can_do_is_refused_with_several(world, small, tmp_
 
 
 @pytest.mark.parametrize("option", [(), ("--overwrite",)])
-def test_a_second_process_on_a_folder_is_refused_while_the_first_lives(world, large, tmp_path, option):
-    source, undisturbed = large
+def test_a_second_process_on_a_folder_is_refused_while_the_first_runs(world, large, tmp_path, option):
+    source, uninterrupted = large
     with started(world, source, tmp_path) as first:
-        assert wait_until(lambda: begun(tmp_path) > 0, first)
+        assert wait_until(lambda: count_shards(tmp_path) > 0, first)
         first.send_signal(signal.SIGSTOP)
         message = refused(prepare(world, source, tmp_path, *SETTINGS, *option, check=False))
         first.send_signal(signal.SIGCONT)
         assert ended(first).returncode == 0
     assert str(tmp_path) in message
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
-def test_an_overwrite_refused_before_the_first_shard_changes_nothing(world, large, tmp_path):
+def test_a_refused_overwrite_changes_nothing(world, large, tmp_path):
     source, _ = large
     with started(world, source, tmp_path) as first:
         assert wait_until((tmp_path / "tokenizer_config.json").exists, first)
@@ -302,20 +302,20 @@ def test_an_overwrite_refused_before_the_first_shard_changes_nothing(world, larg
         assert (tmp_path / "unfinished/settings.json").read_text() == settings
 
 
-def test_settings_changed_midway_are_refused_with_both_values(world, large, tmp_path):
+def test_changed_settings_are_refused_with_both_values(world, large, tmp_path):
     source, _ = large
     other = (*SETTINGS[:2], "--shard-tokens", 3000, *SETTINGS[4:])
     before = interrupt(world, source, tmp_path)
     message = refused(prepare(world, source, tmp_path, *other, check=False))
-    assert f"shard_tokens {SHARD_TOKENS}, now it is 3000" in message
-    assert recorded(tmp_path) == before
+    assert f"shard_tokens {SHARD_TOKENS}, but this command has 3000" in message
+    assert recorded_shards(tmp_path) == before
     prepare(world, source, tmp_path, *other, "--overwrite")
-    prepare(world, source, tmp_path / "fresh", *other)
-    (tmp_path / "fresh").rename(tmp_path.with_name("fresh"))
-    assert same(tmp_path, tmp_path.with_name("fresh"))
+    prepare(world, source, tmp_path / "new", *other)
+    (tmp_path / "new").rename(tmp_path.with_name("new"))
+    assert same(tmp_path, tmp_path.with_name("new"))
 
 
-def test_a_source_changed_midway_is_refused_with_both_contents(world, tmp_path):
+def test_a_changed_source_is_refused_with_both_fingerprints(world, tmp_path):
     source, out = tmp_path / "*.parquet", tmp_path / "out"
     texts = documents(1, 360)
     write_parquet(tmp_path / "part.parquet", texts)
@@ -327,8 +327,8 @@ def test_a_source_changed_midway_is_refused_with_both_contents(world, tmp_path):
     assert part["source"]["fingerprint"] in message
     assert f"'bytes': {(tmp_path / 'part.parquet').stat().st_size}" in message
     prepare(world, source, out, *SETTINGS, "--overwrite")
-    prepare(world, source, tmp_path / "fresh")
-    assert same(out, tmp_path / "fresh")
+    prepare(world, source, tmp_path / "new")
+    assert same(out, tmp_path / "new")
 
 
 def break_jsonl(line):
@@ -358,64 +358,64 @@ def break_page(path):
 
 
 DAMAGE = {
-    "no UTF-8.jsonl": break_jsonl(b'{"text": "caf\xe9"}'),
+    "not UTF-8.jsonl": break_jsonl(b'{"text": "caf\xe9"}'),
     "cut.jsonl": break_jsonl(b'{"text": "caf'),
-    "no UTF-8.parquet": break_text,
+    "not UTF-8.parquet": break_text,
     "flipped.parquet": break_page,
 }
 
 
 @pytest.fixture(params=DAMAGE)
 def damaged(request, tmp_path):
-    """A source of three files whose second is damaged in its 31st document, that file as it should be, the place."""
+    """A source of three files, the second damaged in its 31st document; that file, its intact bytes, and the place."""
     folder, kind = tmp_path / "source", request.param.rsplit(".", 1)[-1]
     for number in range(3):
         (write_parquet if kind == "parquet" else write_jsonl)(folder / f"part_{number}.{kind}", documents(number, 60))
     path = folder / f"part_1.{kind}"
-    whole = path.read_bytes()
-    return folder / f"*.{kind}", path, whole, DAMAGE[request.param](path)
+    intact = path.read_bytes()
+    return folder / f"*.{kind}", path, intact, DAMAGE[request.param](path)
 
 
-def test_a_damaged_file_is_named_and_mended_costs_only_itself(world, damaged, tmp_path):
-    source, path, whole, place = damaged
+def test_a_damaged_file_is_named_and_after_repair_only_its_shards_are_rewritten(world, damaged, tmp_path):
+    source, path, intact, place = damaged
     message = refused(prepare(world, source, tmp_path / "out", check=False))
     assert str(path) in message
     assert place in message
-    before = recorded(tmp_path / "out")
+    before = recorded_shards(tmp_path / "out")
     assert {shard.parent.name for shard in before} == {"000000"}
-    path.write_bytes(whole)
+    path.write_bytes(intact)
     prepare(world, source, tmp_path / "out")
-    prepare(world, source, tmp_path / "fresh")
-    assert same(tmp_path / "out", tmp_path / "fresh")
+    prepare(world, source, tmp_path / "new")
+    assert same(tmp_path / "out", tmp_path / "new")
     kept = sorted(shard.stat().st_mtime_ns for shard in (tmp_path / "out").glob("*.npy"))[: len(before)]
     assert kept == sorted(before.values())
 
 
 @pytest.mark.parametrize("damaged", [name for name in DAMAGE if name != "flipped.parquet"], indirect=True)
-def test_broken_documents_may_be_left_out_and_are_listed(world, damaged, tmp_path):
+def test_skip_broken_skips_and_lists_invalid_documents(world, damaged, tmp_path):
     source, path, _, place = damaged
     prepare(world, source, tmp_path / "out", *SETTINGS, "--skip-broken")
     files = [documents(number, 60) for number in range(3)]
     del files[1][30]
     assert texts_in(tmp_path / "out") == [text for texts in files for text in texts]
-    (broken,) = json.loads((tmp_path / "out/manifest.json").read_text())["broken_documents"]
-    assert broken.startswith(f"{path.name}, ")
-    assert place in broken
+    (invalid,) = json.loads((tmp_path / "out/manifest.json").read_text())["broken_documents"]
+    assert invalid.startswith(f"{path.name}, ")
+    assert place in invalid
 
 
-def test_the_validation_share_of_a_mended_source_is_that_of_a_fresh_run(world, tmp_path):
+def test_a_repaired_source_has_the_validation_share_of_a_new_run(world, tmp_path):
     source, path = tmp_path / "*.jsonl", tmp_path / "part_1.jsonl"
     write_jsonl(tmp_path / "part_0.jsonl", documents(0, 60))
-    path.write_text("{broken")
+    path.write_text("{invalid")
     settings = SETTINGS[:4]
     refused(prepare(world, source, tmp_path / "out", *settings, check=False))
     write_jsonl(path, documents(1, 300))
     prepare(world, source, tmp_path / "out", *settings)
-    prepare(world, source, tmp_path / "fresh", *settings)
-    assert same(tmp_path / "out", tmp_path / "fresh")
+    prepare(world, source, tmp_path / "new", *settings)
+    assert same(tmp_path / "out", tmp_path / "new")
 
 
-def test_both_encoders_write_the_same_bytes_of_any_text(world, tmp_path):
+def test_both_encoders_write_the_same_bytes_for_any_text(world, tmp_path):
     pytest.importorskip("fastokens")
     repeated = [character * 100_000 for character in ("a", " ")]
     special = ["<|endoftext|>", "Ben said <|endoftext|> and left<|endoftext|>", "<|endoftext|>" * 1000]
@@ -427,25 +427,25 @@ def test_both_encoders_write_the_same_bytes_of_any_text(world, tmp_path):
     assert texts_in(tmp_path / "fastokens") == texts
 
 
-def test_a_disk_that_fills_up_costs_no_shard_that_was_whole(world, large, disk):
-    source, undisturbed = large
+def test_a_full_disk_loses_no_complete_shard(world, large, disk):
+    source, uninterrupted = large
     with started(world, source, disk / "out") as process:
-        assert wait_until(lambda: begun(disk / "out") > 5, process)
+        assert wait_until(lambda: count_shards(disk / "out") > 5, process)
         process.send_signal(signal.SIGSTOP)
         fill(disk / "ballast")
         os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 6144)
-        before = recorded(disk / "out")
+        before = recorded_shards(disk / "out")
         process.send_signal(signal.SIGCONT)
         message = refused(ended(process))
-    assert "space" in message
-    after = recorded(disk / "out")
+    assert "no space left for a shard" in message
+    after = recorded_shards(disk / "out")
     assert before.items() <= after.items()
     (disk / "ballast").unlink()
     prepare(world, source, disk / "out")
-    assert same(disk / "out", undisturbed)
+    assert same(disk / "out", uninterrupted)
 
 
-def test_no_shard_is_written_short_whatever_room_is_left(disk):
+def test_no_shard_is_truncated_on_a_nearly_full_disk(disk):
     for tokens in range(1900, 2100, 5):
         fill(disk / "ballast")
         os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 4096)
@@ -456,19 +456,19 @@ def test_no_shard_is_written_short_whatever_room_is_left(disk):
         (disk / "shard.npy").unlink(missing_ok=True)
 
 
-def test_shards_that_cannot_fit_are_refused_before_the_start(world, large, disk):
-    source, undisturbed = large
+def test_shards_that_do_not_fit_are_refused_at_start(world, large, disk):
+    source, uninterrupted = large
     fill(disk / "ballast")
     os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 120_000)
     message = refused(prepare(world, source, disk / "out", check=False))
     assert "GB free" in message
-    assert not begun(disk / "out")
+    assert not count_shards(disk / "out")
     (disk / "ballast").unlink()
     prepare(world, source, disk / "out")
-    assert same(disk / "out", undisturbed)
+    assert same(disk / "out", uninterrupted)
 
 
-def test_a_disk_full_from_the_start_ends_in_a_sentence(world, small, disk):
+def test_a_disk_that_is_full_at_start_is_an_error_in_one_line(world, small, disk):
     fill(disk / "ballast")
     os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 16_384)
     assert "space" in refused(prepare(world, small[0], disk / "out", check=False))
@@ -476,15 +476,15 @@ def test_a_disk_full_from_the_start_ends_in_a_sentence(world, small, disk):
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_any_start_method_of_processes_writes_the_same_bytes(world, small, tmp_path, method):
-    source, undisturbed = small
+    source, uninterrupted = small
     arguments = ["-c", LAUNCH, method, ROOT / "fineweb.py", *command(source, tmp_path, 2)]
     execute([sys.executable, *map(str, arguments)], world, True, {})
-    assert same(tmp_path, undisturbed)
+    assert same(tmp_path, uninterrupted)
 
 
 @pytest.fixture(scope="module")
 def lanterns(world):
-    """A source in which every twelfth document of the later files holds the word that a fake fastokens errs in."""
+    """A source in which each twelfth document, except in the first file, has the word on which a fake fastokens fails."""
     folder = world / "preparation/lanterns"
     for number in range(3):
         texts = documents(number, 160, 60)
@@ -503,48 +503,57 @@ def fake_fastokens(folder, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_where_fastokens_differs_tiktoken_makes_all_of_it(world, lanterns, tmp_path, fault):
+def test_a_mismatch_of_fastokens_is_an_error_and_its_remedy_works(world, lanterns, tmp_path, fault):
+    """The first file's shards are written by then, so the remedy has --overwrite."""
     source, reference = lanterns
     env = fake_fastokens(tmp_path / "fake", fault)
-    result = prepare(world, source, tmp_path / "out", workers=2, **env)
-    assert "FASTOKENS DIFFERS" in result.stdout
+    message = refused(prepare(world, source, tmp_path / "out", workers=2, check=False, **env))
+    place = {
+        "another id": "gives other ids than tiktoken in the document that begins with 'the lantern ",
+        "an error": "fails (RuntimeError: no such token)",
+        "a panic": "fails (Panic: index out of bounds)",
+    }
+    assert f"fastokens {place[fault]}" in message
+    assert message.endswith("Use --encoder tiktoken --overwrite")
+    prepare(world, source, tmp_path / "out", *SETTINGS, "--encoder", "tiktoken", "--overwrite", **env)
     assert same(tmp_path / "out", reference)
 
 
-def test_what_fastokens_made_elsewhere_is_made_again_once_it_differs(world, lanterns, tmp_path):
-    source, reference = lanterns
+def test_the_remedy_for_a_mismatch_is_to_overwrite_shards_of_other_ranks_too(world, lanterns, tmp_path):
+    source, _ = lanterns
     env = fake_fastokens(tmp_path / "fake", "another id")
-    results = [prepare(world, source, tmp_path / "out", **env, **array_task(task, 2)) for task in (0, 1, 0)]
-    assert ["FASTOKENS DIFFERS" in result.stdout for result in results].count(True) == 1
-    assert same(tmp_path / "out", reference)
+    prepare(world, source, tmp_path, **env, **array_task(0, 3))
+    message = refused(prepare(world, source, tmp_path, check=False, **env, **array_task(1, 3)))
+    assert message.endswith("Use --encoder tiktoken --overwrite")
 
 
-def test_that_fastokens_differs_is_remembered_over_a_kill(world, lanterns, tmp_path):
-    source, reference = lanterns
-    env = fake_fastokens(tmp_path / "fake", "another id")
-    out = tmp_path / "out"
-    with started(world, source, out, **env) as process:
-        assert wait_until(lambda: (out / "unfinished/fastokens-differs").exists() and begun(out) > 2, process)
-        process.kill()
-        process.wait()
-    assert "FASTOKENS DIFFERS" not in prepare(world, source, out, **env).stdout
-    assert same(out, reference)
-
-
-def test_parts_of_a_process_that_lives_are_left_to_it_when_fastokens_differs(world, tmp_path):
-    source, out = tmp_path / "source/*.parquet", tmp_path / "out"
-    write_parquet(tmp_path / "source/part_0.parquet", documents(0, 360))
-    write_parquet(tmp_path / "source/part_1.parquet", ["the lantern", *documents(1, 30)])
-    prepare(world, source, tmp_path / "reference", *SETTINGS, "--encoder", "tiktoken")
+def test_the_remedy_for_a_mismatch_without_shards_is_tiktoken(world, tmp_path):
+    source = tmp_path / "part.parquet"
+    write_parquet(source, ["the lantern", *documents(1, 30)])
     env = fake_fastokens(tmp_path / "fake", "an error")
-    with started(world, source, out, **env, **array_task(0, 2)) as first:
-        assert wait_until(lambda: begun(out) > 5, first)
-        first.send_signal(signal.SIGSTOP)
-        before = recorded(out)
-        assert "FASTOKENS DIFFERS" in prepare(world, source, out, **env, **array_task(1, 2)).stdout
-        assert before.items() <= recorded(out).items()
-        first.send_signal(signal.SIGCONT)
-        result = ended(first)
-    assert result.returncode == 0, result.stderr
-    prepare(world, source, out, **env, **array_task(0, 2))
-    assert same(out, tmp_path / "reference")
+    message = refused(prepare(world, source, tmp_path / "out", check=False, **env))
+    assert message.endswith("Use --encoder tiktoken")
+    prepare(world, source, tmp_path / "out", *SETTINGS, "--encoder", "tiktoken")
+    prepare(world, source, tmp_path / "new", *SETTINGS, "--encoder", "tiktoken")
+    assert same(tmp_path / "out", tmp_path / "new")
+
+
+def test_the_files_of_an_unfinished_folder_keep_their_format(world, large, tmp_path):
+    """An earlier version can have begun a folder."""
+    interrupt(world, large[0], tmp_path)
+    settings = json.loads((tmp_path / "unfinished/settings.json").read_text())
+    assert settings["source"]["files"] == [f"part_{number}.parquet" for number in range(3)]
+    progress = json.loads((tmp_path / "unfinished/000000/part.json").read_text())
+    keys = "source others val_bytes shards before row token encoders complete last"
+    assert list(progress) == keys.split()
+    assert list(progress["before"]) == "units rows empty broken tokens val_tokens val_bytes".split()
+
+
+def test_a_damaged_progress_file_is_named_in_a_short_error(world, large, tmp_path):
+    interrupt(world, large[0], tmp_path)
+    path = tmp_path / "unfinished/000000/part.json"
+    for content in (b"\xff" + path.read_bytes() * 100, path.read_bytes()[:-9], b"null", b"[]", b'{"before": {}}'):
+        path.write_bytes(content)
+        message = refused(prepare(world, large[0], tmp_path, check=False))
+        assert f"{path} is damaged" in message
+        assert len(message) < 500

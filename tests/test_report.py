@@ -1,4 +1,4 @@
-"""report.py turns runs, also one that is being written, into a page and pictures; and says what it can't find."""
+"""report.py turns runs, also unfinished ones, into a page and plots, and names what it can't find."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def write_run(folder, name, data, end="", losses=None, val_losses=(6.0, 3.5, 2.5
     path = folder / "logs" / name
     path.mkdir(parents=True)
     facts = {"data": str(data), "preset": "tiny", "parameters": 1_234_567, "steps": 40, "world_size": 1}
-    (path / "run.json").write_text(json.dumps(facts | {"versions": {"device": "CPU"}}))
+    (path / "run.json").write_text(json.dumps(facts | {"versions": {"device": "CPU"}}), encoding="utf-8")
     losses = losses or [6.5 * math.exp(-step / 20) + 1 for step in range(1, 31)]
     lines = []
     for step, loss in enumerate(losses, 1):
@@ -28,10 +28,10 @@ def write_run(folder, name, data, end="", losses=None, val_losses=(6.0, 3.5, 2.5
         line = {"step": step, "tokens": 1000 * step, "split": "val", "loss": loss, "bits_per_byte": bits}
         lines.append(line | {"seconds": step / 2})
     lines.sort(key=lambda line: line["step"])
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + end, encoding="utf-8")
 
 
-def check_picture(path):
+def check_plot(path):
     content = path.read_bytes()
     assert content.startswith(PNG)
     assert len(content) > 10_000
@@ -45,16 +45,16 @@ def cells(page, name):
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_two_runs_one_of_them_going_on_and_the_floor(world, tmp_path):
+def test_a_finished_and_an_unfinished_run_with_the_entropy_of_the_data(world, tmp_path):
     write_run(tmp_path, "first", world / "data/small")
     write_run(tmp_path, "second", world / "data/small", end='{"step": 31, "tokens": 310')
     floor = world / "data/stories/stories.jsonl"
     run("report.py", "--floor", floor, cwd=tmp_path)
     for path in ("logs/loss.png", "logs/first/loss.png", "logs/second/loss.png"):
-        check_picture(tmp_path / path)
-    page = (tmp_path / "logs/report.md").read_text()
-    nats = [json.loads(line)["nats"] for line in floor.read_text().splitlines()]
-    manifest = json.loads((world / "data/small/manifest.json").read_text())
+        check_plot(tmp_path / path)
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    nats = [json.loads(line)["nats"] for line in floor.read_text(encoding="utf-8").splitlines()]
+    manifest = json.loads((world / "data/small/manifest.json").read_text(encoding="utf-8"))
     (val,) = (shard for shard in manifest["shards"] if shard["split"] == "val")
     least = sum(nats[: val["documents"]]) / val["tokens"]
     for name in ("first", "second"):
@@ -62,25 +62,26 @@ def test_two_runs_one_of_them_going_on_and_the_floor(world, tmp_path):
             *(name, "tiny (1.2M)", "30 of 40", "0.0M", "2.5000", f"{2.5 / math.log(2) / 4:.4f}"),
             *(f"{least:.4f} (+{2.5 / least - 1:.1%})", "2.0", "0.2", "1 x CPU"),
         ]
-    for picture in ("first/loss.png", "second/loss.png", "loss.png"):
-        assert f"![how it went]({picture})" in page
+    for plot in ("first/loss.png", "second/loss.png", "loss.png"):
+        assert f"![loss curves]({plot})" in page
+    assert "| entropy of the data (loss above it) |" in page
 
 
-def test_one_run_by_name_without_floor_into_another_folder(world, tmp_path, monkeypatch):
+def test_one_run_by_name_without_entropy_into_another_folder(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     write_run(tmp_path, "second", world / "data/small")
     report.main(report.Config(runs=("second",), out="logs/pages/one"))
-    page = (tmp_path / "logs/pages/one/report.md").read_text()
+    page = (tmp_path / "logs/pages/one/report.md").read_text(encoding="utf-8")
     assert "| second " in page
     assert "| first " not in page
-    assert "![how it went](../../second/loss.png)" in page
-    check_picture(tmp_path / "logs/second/loss.png")
+    assert "![loss curves](../../second/loss.png)" in page
+    check_plot(tmp_path / "logs/second/loss.png")
     assert not (tmp_path / "logs/first/loss.png").exists()
     assert cells(page, "second")[6] == ""
 
 
-def test_results_stand_beside_what_was_published_of_such_questions(world, tmp_path, monkeypatch):
+def test_results_are_compared_with_published_figures_of_the_same_questions(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     result = {"task": "lambada", "protocol": "openai", "model": "first/step_000030", "data": "lambada_test.jsonl"}
@@ -88,9 +89,11 @@ def test_results_stand_beside_what_was_published_of_such_questions(world, tmp_pa
     result |= {"has_published": True, "size": "gpt2", "dtype": "float32", "subset": "", "unscored": {}, "remarks": {}}
     other = result | {"task": "cbt", "protocol": "paper", "model": "gpt2", "data": "stories", "has_published": False}
     (tmp_path / "logs/results").mkdir()
-    (tmp_path / "logs/results/both.json").write_text(json.dumps([result, other | {"perplexity": None}]))
+    (tmp_path / "logs/results/both.json").write_text(
+        json.dumps([result, other | {"perplexity": None}]), encoding="utf-8"
+    )
     report.main(report.Config())
-    page = (tmp_path / "logs/report.md").read_text()
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
     row = cells(page, "first/step_000030")
     assert row[1:5] == ["lambada", "openai", "lambada_test.jsonl", "32.56"]
     assert row[5:] == ["31.30 to 33.86", "1,678 of 5,153", "40.06", "32.56 (40.06)", "+0.00"]
@@ -98,74 +101,74 @@ def test_results_stand_beside_what_was_published_of_such_questions(world, tmp_pa
     assert "lambada, published" in page
     assert "cbt, published" not in page
     report.main(report.Config(runs=("first",)))
-    assert "| gpt2 " not in (tmp_path / "logs/report.md").read_text()
+    assert "| gpt2 " not in (tmp_path / "logs/report.md").read_text(encoding="utf-8")
 
 
-def test_a_run_that_diverged_is_shown_too(world, tmp_path, monkeypatch):
-    """A loss that isn't finite stands as null in metrics.jsonl."""
+def test_a_diverged_run_is_shown(world, tmp_path, monkeypatch):
+    """metrics.jsonl has null for a loss that isn't finite."""
     monkeypatch.chdir(tmp_path)
     losses = [3.0] * 29 + [None]
     write_run(tmp_path, "diverged", world / "data/small", losses=losses, val_losses=(3.0, 2.0, None))
     report.main(report.Config())
-    assert cells((tmp_path / "logs/report.md").read_text(), "diverged")[2] == "30 of 40"
-    check_picture(tmp_path / "logs/diverged/loss.png")
+    assert cells((tmp_path / "logs/report.md").read_text(encoding="utf-8"), "diverged")[2] == "30 of 40"
+    check_plot(tmp_path / "logs/diverged/loss.png")
 
 
-def test_the_picture_shows_each_run_over_tokens_and_time(world, tmp_path, monkeypatch):
+def test_the_plot_shows_each_run_by_tokens_and_by_time(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
         write_run(tmp_path, name, world / "data/small")
     scored = {"step": 30, "tokens": 30_000, "split": "lambada", "accuracy": 0.25, "protocol": "openai", "seconds": 15}
-    with open("logs/second/metrics.jsonl", "a") as file:
+    with open("logs/second/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(scored) + "\n")
     runs = [report.load_run(name, None) for name in ("first", "second")]
-    panels = {axes.get_ylabel().split(" (")[0]: axes for axes in report.picture(runs).axes}
-    assert list(panels) == ["loss", "LAMBADA accuracy", "learning rate", "thousand tokens a second", "gradient norm"]
-    tokens, seconds = (axes for axes in report.picture(runs).axes if axes.get_ylabel().startswith("loss"))
+    panels = {axes.get_ylabel().split(" (")[0]: axes for axes in report.build_figure(runs).axes}
+    assert list(panels) == ["loss", "LAMBADA accuracy", "learning rate", "thousand tokens per second", "gradient norm"]
+    tokens, seconds = (axes for axes in report.build_figure(runs).axes if axes.get_ylabel().startswith("loss"))
     for axes, unit in ((tokens, 1000), (seconds, 0.5)):
-        first, second = ([line for line in axes.lines if line.get_color() == c] for c in report.COLOURS[:2])
+        first, second = ([line for line in axes.lines if line.get_color() == c] for c in report.COLORS[:2])
         for training, validation in (first, second):
             assert list(training.get_xdata()) == [unit * step for step in range(1, 31)]
             assert [*validation.get_xdata(), *validation.get_ydata()] == [15 * unit, 30 * unit, 3.5, 2.5]
     assert seconds.get_xlabel() == "seconds of training"
     (curve,) = panels["LAMBADA accuracy"].lines
-    assert (list(curve.get_ydata()), curve.get_color()) == ([25], report.COLOURS[1])
-    assert {tuple(line.get_ydata()) for line in panels["thousand tokens a second"].lines} == {(2.0,) * 30}
+    assert (list(curve.get_ydata()), curve.get_color()) == ([25], report.COLORS[1])
+    assert {tuple(line.get_ydata()) for line in panels["thousand tokens per second"].lines} == {(2.0,) * 30}
 
 
 @pytest.mark.parametrize("seconds, unit", [(90, "seconds"), (120, "minutes"), (7199, "minutes"), (7200, "hours")])
-def test_time_has_the_unit_that_suits_the_longest_run(seconds, unit):
-    runs = [report.RunFacts("run", {}, [{"seconds": last}], [], [], None) for last in (1, seconds)]
+def test_the_longest_run_determines_the_unit_of_time(seconds, unit):
+    runs = [report.RunRecord("run", {}, [{"seconds": last}], [], [], None) for last in (1, seconds)]
     assert report.time_unit(runs)[0] == unit
 
 
 def test_no_runs_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"logs/ holds no run: train one with train\.py"):
+    with pytest.raises(ValueError, match=r"logs/ contains no runs\. Start one with train\.py"):
         report.main(report.Config())
 
 
-def test_an_unknown_run_is_refused_with_those_there_are(world, tmp_path, monkeypatch):
+def test_an_unknown_run_is_refused_with_the_names_of_all_runs(world, tmp_path, monkeypatch):
     write_run(tmp_path, "first", world / "data/small")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="logs/frist holds no run; runs here: first"):
+    with pytest.raises(ValueError, match=r"--runs frist: logs/frist contains no run\. Choose from first"):
         report.main(report.Config(runs=("frist",)))
 
 
 @pytest.mark.parametrize("content", ['{"text": "no nats here"}\n', '{"text": "one story", "nats": 20.0}\n'])
-def test_a_floor_that_is_not_the_runs_stories_is_refused_by_name(world, tmp_path, monkeypatch, content):
+def test_a_floor_file_that_is_not_the_runs_data_is_refused_by_name(world, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
-    (tmp_path / "stories.jsonl").write_text(content)
+    (tmp_path / "stories.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"stories\.jsonl"):
         report.main(report.Config(floor="stories.jsonl"))
 
 
 @pytest.mark.parametrize("content", ["[{", '[{"task": "lambada"}]'])
-def test_a_damaged_result_is_refused_by_file(world, tmp_path, monkeypatch, content):
+def test_a_damaged_result_is_refused_by_file_name(world, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     (tmp_path / "logs/results").mkdir()
-    (tmp_path / "logs/results/broken.json").write_text(content)
+    (tmp_path / "logs/results/broken.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"logs/results/broken\.json"):
         report.main(report.Config())

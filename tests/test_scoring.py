@@ -1,4 +1,4 @@
-"""Promise 6: log-probabilities equal a plain computation's, however they are batched, shared or spread over ranks."""
+"""Promise 6: log-probabilities equal a plain computation's for any batch size, prefix sharing and number of ranks."""
 
 import json
 import math
@@ -23,7 +23,7 @@ VOCAB, POSITIONS = 97, 32  # padded to 128: padded ids must never win
 
 
 def make_model(**shape):
-    """Random weights, large enough that some tokens are much likelier than others."""
+    """Random weights, large enough that some tokens are much more likely than others."""
     model = GPT(GPTConfig(n_head=2, n_embd=32, n_positions=POSITIONS, **shape), seed=3)
     with torch.no_grad():
         for p in model.parameters():
@@ -43,7 +43,7 @@ def next_token(model, tokens):
     return model(torch.tensor([tokens]))[0, -1, : model.config.vocab_size].log_softmax(-1)
 
 
-def plain(request, next_logprobs, banned=()):
+def plain(request, next_logprobs, masked=()):
     """The score of a request, one token at a time."""
     found = []
     for i, token in enumerate(request.continuation):
@@ -51,17 +51,17 @@ def plain(request, next_logprobs, banned=()):
         others = logprobs.clone()
         others[token] = -math.inf
         margin = logprobs[token] - others.max()
-        others[list(banned)] = -math.inf
-        allowed_margin = -math.inf if token in banned else (logprobs[token] - others.max()).item()
+        others[list(masked)] = -math.inf
+        allowed_margin = -math.inf if token in masked else (logprobs[token] - others.max()).item()
         found.append((logprobs[token].item(), margin.item(), allowed_margin))
     return Score(*map(list, zip(*found, strict=True)))
 
 
 def assert_same(found, expected):
     for group, expected_group in zip(found, expected, strict=True):
-        for ours, theirs in zip(group, expected_group, strict=True):
+        for actual, correct in zip(group, expected_group, strict=True):
             for field in Score.__dataclass_fields__:
-                assert getattr(ours, field) == pytest.approx(getattr(theirs, field), abs=1e-5), field
+                assert getattr(actual, field) == pytest.approx(getattr(correct, field), abs=1e-5), field
 
 
 def draw(generator, count):
@@ -82,13 +82,13 @@ def groups(model):
     for length, endings in ((1, (1,)), (5, (3,)), (20, (1, 1, 4)), (28, (4, 2)), (9, (2,) * 10), (1, (32,))):
         context = draw(generator, length)
         found.append([Request(context, draw(generator, n)) for n in endings])
-    for length in (2, 7, 15):  # some that are right, in part or wholly
+    for length in (2, 7, 15):  # partly or completely correct ones
         context = draw(generator, length)
         best = greedy(model, context, 4)
         endings = [best, best[:1], [*best[:2], *draw(generator, 2)], draw(generator, 2), best]
         found.append([Request(context, ending) for ending in endings])
     text = draw(generator, 33)
-    found += [[Request(text[:cut], text[cut:])] for cut in (32, 5, 17)]  # parts of one text, asked apart
+    found += [[Request(text[:cut], text[cut:])] for cut in (32, 5, 17)]  # parts of one text in separate groups
     found.append([Request(text[:9], text[9:]), Request(text[:4], text[4:12]), Request(text[1:9], text[9:])])
     return found
 
@@ -98,20 +98,20 @@ def expected(model, groups):
     return [[plain(request, lambda tokens: next_token(model, tokens)) for request in group] for group in groups]
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share_prefixes", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1, 37, 10_000, None])
-def test_scores_equal_a_plain_computation(model, groups, expected, batch_tokens, share, monkeypatch):
+def test_scores_equal_a_plain_computation(model, groups, expected, batch_tokens, share_prefixes, monkeypatch):
     if batch_tokens == 37:
-        monkeypatch.setattr(scoring, "HEAD_ROWS", 5)  # logits of one batch in several parts
-    found = score(model, groups, batch_tokens=batch_tokens, share=share)
+        monkeypatch.setattr(scoring, "LOGIT_ROWS", 5)  # logits of one batch in several chunks
+    found = score(model, groups, batch_tokens=batch_tokens, share_prefixes=share_prefixes)
     assert_same(found, expected)
-    for group, asked in zip(found, groups, strict=True):
-        for ours, request in zip(group, asked, strict=True):
-            assert ours.total == pytest.approx(sum(ours.logprobs))
-            for i, (token, margin) in enumerate(zip(request.continuation, ours.margins, strict=True)):
-                likeliest = next_token(model, request.context + request.continuation[:i]).argmax().item()
-                assert (margin > 0) == (token == likeliest)
-    margins = [margin for group in found for ours in group for margin in ours.margins]
+    for group, requests in zip(found, groups, strict=True):
+        for actual, request in zip(group, requests, strict=True):
+            assert actual.total == pytest.approx(sum(actual.logprobs))
+            for i, (token, margin) in enumerate(zip(request.continuation, actual.margins, strict=True)):
+                best = next_token(model, request.context + request.continuation[:i]).argmax().item()
+                assert (margin > 0) == (token == best)
+    margins = [margin for group in found for actual in group for margin in actual.margins]
     assert 3 * 11 <= sum(margin > 0 for margin in margins) < len(margins) / 2
 
 
@@ -121,7 +121,7 @@ tiny_next_token = cache(lambda tokens: next_token(TINY, list(tokens)))
 
 @st.composite
 def tiny_groups(draw):
-    """Sequences of a few tokens, which begin alike, repeat and continue each other, each cut somewhere."""
+    """Short sequences with common prefixes and repetitions, each split at a random place."""
     few, all_ids = st.integers(0, 1), st.integers(0, 6)
     texts = draw(st.lists(st.lists(few | all_ids, min_size=2, max_size=9), min_size=1, max_size=4))
 
@@ -137,16 +137,17 @@ def tiny_groups(draw):
 
 @settings(derandomize=True, deadline=None, max_examples=120)
 @given(tiny_groups(), st.sampled_from([1, 20, 1000]), st.sets(st.integers(0, 6), max_size=3))
-def test_what_requests_have_in_common_changes_no_score(groups, batch_tokens, banned):
-    mask = torch.tensor([i in banned for i in range(7)])
-    expected = [[plain(request, lambda ids: tiny_next_token(tuple(ids)), banned) for request in g] for g in groups]
-    for share in (True, False):
-        assert_same(score(TINY, groups, batch_tokens=batch_tokens, share=share, banned=mask), expected)
+def test_what_requests_have_in_common_changes_no_score(groups, batch_tokens, masked):
+    mask = torch.tensor([i in masked for i in range(7)])
+    expected = [[plain(request, lambda ids: tiny_next_token(tuple(ids)), masked) for request in g] for g in groups]
+    for share_prefixes in (True, False):
+        found = score(TINY, groups, batch_tokens=batch_tokens, share_prefixes=share_prefixes, masked_ids=mask)
+        assert_same(found, expected)
 
 
 @pytest.fixture
 def seen(model, monkeypatch):
-    """The batches that go through the model: tokens (B, T), and which places each place sees, None for all before."""
+    """The batches that the model computes: tokens (B, T) and the attention mask, None for causal attention."""
     batches, hidden = [], model.hidden
 
     def recorded(tokens, **tree):
@@ -161,25 +162,25 @@ def shapes(seen):
     return [tuple(tokens.shape) for tokens, _ in seen]
 
 
-def test_ten_endings_cost_their_context_once(model, seen):
+def test_the_context_of_ten_endings_is_computed_once(model, seen):
     generator = torch.Generator().manual_seed(4)
     context = draw(generator, 24)
     group = [Request(context, [ending, *draw(generator, 4)]) for ending in range(10)]
     score(model, [group])
-    assert shapes(seen) == [(1, 24 + 10 * 4)]  # the last token of an ending is no input
+    assert shapes(seen) == [(1, 24 + 10 * 4)]  # the last token of an ending is not an input
     seen.clear()
-    score(model, [group], share=False, batch_tokens=1)
+    score(model, [group], share_prefixes=False, batch_tokens=1)
     assert shapes(seen) == [(1, 24 + 4)] * 10
 
 
-def test_endings_that_begin_alike_cost_what_they_have_in_common_once(model, seen):
+def test_the_common_prefix_of_endings_is_computed_once(model, seen):
     context, common = list(range(17)), [50, 51, 52]
     endings = [[*common, 60, 1], [*common, 61, 1], [*common, 60, 2], [*common, 60], [*common, 60, 1], [70, 71, 1]]
     score(model, [[Request(context, ending) for ending in endings]])
     assert shapes(seen) == [(1, 24)]  # 17 + 3 + (60, 61) + (70, 71); with one token more it would be 32
 
 
-def test_parts_of_one_text_cost_it_once(model, seen):
+def test_several_parts_of_one_text_are_computed_once(model, seen):
     text = draw(torch.Generator().manual_seed(5), 29)
     other = [*text[:-1], (text[-1] + 1) % VOCAB]
     score(model, [[Request(text[:cut], text[cut:])] for cut in (28, 3, 14, 28)], batch_tokens=1)
@@ -189,98 +190,98 @@ def test_parts_of_one_text_cost_it_once(model, seen):
     assert shapes(seen) == [(1, 28)] * 2
 
 
-def test_endings_asked_by_two_protocols_cost_them_once(model, seen):
+def test_the_same_requests_of_two_protocols_are_computed_once(model, seen):
     generator = torch.Generator().manual_seed(6)
     context, other = draw(generator, 12), draw(generator, 12)
     group = [Request(context, [ending, 1, 2]) for ending in range(4)]
     elsewhere = [Request(other, [ending, 1, 2]) for ending in range(4)]
     found = score(model, [group, elsewhere, group], batch_tokens=1)
     assert shapes(seen) == [(1, 24)] * 2  # 12 + 4 * 2, to a multiple of 8
-    assert_same(found, score(model, [group, elsewhere, group], share=False))
+    assert_same(found, score(model, [group, elsewhere, group], share_prefixes=False))
 
 
-def test_every_place_sees_one_and_none_after_it(model, groups, seen):
-    """Padding too: a softmax of nothing is NaN, on some devices."""
+def test_every_index_attends_to_an_index_and_to_no_later_one(model, groups, seen):
+    """Padding too: a softmax over nothing is NaN on some devices."""
     score(model, groups, batch_tokens=10_000)
     ((_, visible),) = seen
     assert visible.any(dim=-1).all()
     assert not visible.triu(1).any()
 
 
-class InTurn(Ranks):
-    """Ranks that are computed one after the other: the last finds all shares gathered."""
+class SequentialRanks(Ranks):
+    """Ranks that are computed one after the other: the last one gets all shares."""
 
     shares: ClassVar[list] = []
 
-    def gather(self, value):
+    def all_gather(self, value):
         self.shares.append(value)
         return self.shares
 
 
 @pytest.mark.parametrize(("world_size", "batch_tokens"), [(2, 37), (3, 37), (3, 10_000), (70, 1)])
-def test_ranks_share_out_the_batches_of_one_process(model, groups, seen, world_size, batch_tokens, monkeypatch):
-    monkeypatch.setattr(InTurn, "shares", [])
+def test_ranks_share_the_batches_of_one_process(model, groups, seen, world_size, batch_tokens, monkeypatch):
+    monkeypatch.setattr(SequentialRanks, "shares", [])
     expected = score(model, groups, batch_tokens=batch_tokens)
     alone = [tokens.tolist() for tokens, _ in seen]
     seen.clear()
     counts = []
     for rank in range(world_size):
-        found = score(model, groups, batch_tokens=batch_tokens, ranks=InTurn(rank, world_size, model.device))
+        found = score(model, groups, batch_tokens=batch_tokens, ranks=SequentialRanks(rank, world_size, model.device))
         counts.append(len(seen) - sum(counts))
     assert found == expected
     assert sorted(tokens.tolist() for tokens, _ in seen) == sorted(alone)
     assert max(counts) - min(counts) <= 1
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share_prefixes", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1, 10_000])
-def test_a_long_context_loses_its_beginning_alike_for_all_continuations(model, batch_tokens, share):
+def test_a_long_context_is_truncated_from_the_left_equally_for_all_continuations(model, batch_tokens, share_prefixes):
     generator = torch.Generator().manual_seed(2)
     for length, endings in ((31, (1, 3)), (60, (1, 5)), (60, (32, 1)), (33, (1,)), (32, (1, 1)), (30, (1, 3))):
         context = draw(generator, length)
         group = [Request(context, draw(generator, n)) for n in endings]
-        kept = context[-(POSITIONS + 1 - max(endings)) :]  # the last token predicted is no input
-        found = score(model, [group], batch_tokens=batch_tokens, share=share)
+        kept = context[-(POSITIONS + 1 - max(endings)) :]  # the last predicted token is not an input
+        found = score(model, [group], batch_tokens=batch_tokens, share_prefixes=share_prefixes)
         cut = [Request(kept, request.continuation) for request in group]
         assert_same(found, [[plain(request, lambda tokens: next_token(model, tokens)) for request in cut]])
 
 
-def test_banned_ids_leave_their_margins_to_the_others(model):
+def test_masked_ids_change_only_allowed_margins(model):
     context = [5, 17, 40]
     first, *rest = greedy(model, context, 3)
     second = next_token(model, context).topk(2).indices[1].item()
-    banned = torch.zeros(VOCAB, dtype=torch.bool)
-    banned[[first, *rest]] = True
+    mask = torch.zeros(VOCAB, dtype=torch.bool)
+    mask[[first, *rest]] = True
     endings = ([first, *rest], [second], [second, *greedy(model, [*context, second], 1)])
     group = [Request(context, ending) for ending in endings]
-    (free,), (masked,) = (score(model, [group], banned=mask) for mask in (None, banned))
-    for ours, without in zip(masked, free, strict=True):
-        assert (ours.logprobs, ours.margins) == (without.logprobs, without.margins)
+    (free,), (masked,) = (score(model, [group], masked_ids=ids) for ids in (None, mask))
+    for actual, without in zip(masked, free, strict=True):
+        assert (actual.logprobs, actual.margins) == (without.logprobs, without.margins)
         assert without.allowed_margins == without.margins
     assert [margin > 0 for margin in masked[0].margins] == [True] * 3
     assert masked[0].allowed_margins == [-math.inf] * 3
     assert masked[1].margins[0] < 0 < masked[1].allowed_margins[0]
-    taken = {first, *rest}
-    assert_same([masked], [[plain(r, lambda tokens: next_token(model, tokens), taken) for r in group]])
+    masked_set = {first, *rest}
+    assert_same([masked], [[plain(r, lambda tokens: next_token(model, tokens), masked_set) for r in group]])
 
 
-def test_nothing_asked_is_nothing_found(model):
+def test_no_requests_give_no_scores(model):
     assert score(model, []) == []
 
 
 def test_bfloat16_is_the_blocks_in_bfloat16_and_the_head_in_float32(model, groups, expected):
-    found = score(model, groups, dtype="bfloat16", share=False, batch_tokens=1)
-    for group, asked in zip(found, groups, strict=True):
-        for ours, request in zip(group, asked, strict=True):
+    found = score(model, groups, dtype="bfloat16", share_prefixes=False, batch_tokens=1)
+    for group, requests in zip(found, groups, strict=True):
+        for actual, request in zip(group, requests, strict=True):
             tokens = torch.tensor([(request.context + request.continuation)[:-1]])
             with torch.no_grad():
                 with torch.autocast("cpu", torch.bfloat16):
                     hidden = model.hidden(tokens)
                 logprobs = model.logits(hidden.float())[0, len(request.context) - 1 :].log_softmax(-1)
-            theirs = [row[token].item() for row, token in zip(logprobs, request.continuation, strict=True)]
-            assert ours.logprobs == pytest.approx(theirs, abs=1e-5)
-    for share in (True, False):
-        found = score(model, groups, dtype="bfloat16", share=share)
+            correct = [row[token].item() for row, token in zip(logprobs, request.continuation, strict=True)]
+            assert actual.logprobs == pytest.approx(correct, abs=1e-5)
+    for share_prefixes in (True, False):
+        found = score(model, groups, dtype="bfloat16", share_prefixes=share_prefixes)
         gaps = torch.tensor([a - b for a, b in zip(logprobs_of(found), logprobs_of(expected), strict=True)])
         assert 1e-3 < gaps.abs().mean() < 0.1
 
@@ -294,13 +295,17 @@ def logprobs_of(scores):
     [
         ([1, 2], [[3], [VOCAB]], r"request 2: token id 97 is outside the model's vocabulary of 97"),
         ([1, VOCAB + 5], [[3]], r"request 2: token id 102 is outside the model's vocabulary of 97"),
-        ([1, 2], [[3], []], r"request 2: a context and each continuation need at least one token"),
-        ([], [[3]], r"request 2: a context and each continuation need at least one token"),
-        ([1], [[4] * (POSITIONS + 1)], r"request 2: a continuation of 33 tokens passes the context of 32"),
-        ([1] * 5, [[3], [4] * (POSITIONS + 1)], r"request 2: a continuation of 33 tokens passes the context of 32"),
+        ([1, 2], [[3], []], r"request 2: context and continuation need at least one token each"),
+        ([], [[3]], r"request 2: context and continuation need at least one token each"),
+        ([1], [[4] * (POSITIONS + 1)], r"request 2: a continuation of 33 tokens exceeds the model's context of 32"),
+        (
+            [1] * 5,
+            [[3], [4] * (POSITIONS + 1)],
+            r"request 2: a continuation of 33 tokens exceeds the model's context of 32",
+        ),
     ],
 )
-def test_what_cannot_be_scored_is_refused_by_number(model, context, continuations, message):
+def test_an_invalid_request_is_refused_by_number(model, context, continuations, message):
     group = [Request(context, continuation) for continuation in continuations]
     with pytest.raises(ValueError, match=message):
         score(model, [[Request([1], [2])], group])
@@ -309,31 +314,33 @@ def test_what_cannot_be_scored_is_refused_by_number(model, context, continuation
 def test_a_context_that_would_lose_all_its_tokens_is_refused(model):
     group = [Request([1], [3]), Request([1] * POSITIONS, [4, 5])]
     with pytest.raises(
-        ValueError, match=r"request 1: a context is shorter than the 1 tokens that its group has to lose"
+        ValueError, match=r"request 1: a context has no more than the 1 tokens that its group must lose"
     ):
         score(model, [group])
 
 
-def as_they_are(protocol, question, encode):
+def given_requests(protocol, question, encode):
     if not question:
-        raise UnscorableError("nothing is asked")
+        raise UnscorableError("no requests")
     return question
 
 
-def only_by_a(protocol, question, scores):
-    return Verdict(protocol == "a", logprob=sum(one.total for one in scores), remarks=("odd",))
+def correct_by_a(protocol, question, scores):
+    return Verdict(protocol == "a", logprob=sum(one.total for one in scores), warnings=("odd",))
 
 
-TOY = Task("toy", "Toy", ("a", "b"), as_they_are, only_by_a, str)
+TOY = Task(
+    name="toy", title="Toy", protocols=("a", "b"), load=list, requests=given_requests, judge=correct_by_a, text=str
+)
 CUT = f"context cut to the model's {POSITIONS} tokens"
 TOO_LONG = f"longer than the model's context of {POSITIONS} tokens"
 
 
 @pytest.mark.parametrize(
-    ("lengths", "unscored", "remarks"),
+    ("lengths", "unscored", "warnings"),
     [
         ([(1, 1)], None, ()),
-        ([(28, 5), (28, 1)], None, ()),  # the last token predicted is no input
+        ([(28, 5), (28, 1)], None, ()),  # the last predicted token is not an input
         ([(29, 5), (29, 1)], None, (CUT,)),
         ([(100, 32)], None, (CUT,)),
         ([(1, 32)], None, ()),
@@ -341,45 +348,45 @@ TOO_LONG = f"longer than the model's context of {POSITIONS} tokens"
         ([(50, 33)], TOO_LONG, ()),
         ([(30, 8), (5, 1)], TOO_LONG, ()),
         ([(30, 8), (6, 1)], None, (CUT,)),
-        ([], "nothing is asked", ()),
+        ([], "no requests", ()),
     ],
 )
-def test_a_question_is_cut_or_left_unscored(lengths, unscored, remarks):
+def test_a_long_question_is_truncated_or_unscored(lengths, unscored, warnings):
     question = [Request([1] * context, [2] * ending) for context, ending in lengths]
-    (asked,) = evaluate.ask(TOY, QuestionSet([question], ["a"], "toy", None), None, POSITIONS)
-    assert (asked.unscored, asked.remarks) == (unscored, remarks)
-    assert asked.requests == ([] if unscored else question)
+    (instance,) = evaluate.build_requests(TOY, QuestionSet([question], ["a"], "toy", None), None, POSITIONS)
+    assert (instance.unscored, instance.warnings) == (unscored, warnings)
+    assert instance.requests == ([] if unscored else question)
 
 
-def test_every_question_is_counted_once_and_what_was_not_scored_as_wrong(model):
+def test_every_question_counts_once_and_unscored_ones_as_wrong(model):
     short, long, too_long = [Request([1], [2])], [Request([1] * 40, [2])], [Request([1], [2] * 33)]
     pair = [Request([1, 5], [3, 4]), Request([1, 5], [6])]
     questions = QuestionSet([too_long, short, [], long, too_long, pair], ["a", "b"], "toy", None)
     encoding = SimpleNamespace(encode_ordinary=None)
     ranks = Ranks(0, 1, model.device)
-    verdicts = evaluate.evaluate(TOY, model, encoding, questions, evaluate.Scoring(), ranks)
+    verdicts = evaluate.evaluate(TOY, model, encoding, questions, evaluate.ScoringConfig(), ranks)
     assert list(verdicts) == ["a", "b"]
     for protocol, outcome in verdicts.items():
-        is_right = protocol == "a"
-        assert [verdict.correct for verdict in outcome] == [False, is_right, False, is_right, False, is_right]
-        for verdict, asked in ((outcome[1], short), (outcome[3], [Request([1] * 32, [2])]), (outcome[5], pair)):
-            logprobs = [plain(request, lambda tokens: next_token(model, tokens)).total for request in asked]
+        is_correct = protocol == "a"
+        assert [verdict.correct for verdict in outcome] == [False, is_correct, False, is_correct, False, is_correct]
+        for verdict, requests in ((outcome[1], short), (outcome[3], [Request([1] * 32, [2])]), (outcome[5], pair)):
+            logprobs = [plain(request, lambda tokens: next_token(model, tokens)).total for request in requests]
             assert verdict.logprob == pytest.approx(sum(logprobs), abs=1e-4)
         result = evaluate.summarize(TOY, model, "models/a", protocol, questions, outcome, "float32", 1.0)
-        assert (result.correct, result.total) == (3 * is_right, 6)
-        assert result.unscored == {TOO_LONG: 2, "nothing is asked": 1}
-        assert result.remarks == {"odd": 3, CUT: 1}
+        assert (result.correct, result.total) == (3 * is_correct, 6)
+        assert result.unscored == {TOO_LONG: 2, "no requests": 1}
+        assert result.warnings == {"odd": 3, CUT: 1}
         assert result.total == sum(result.unscored.values()) + sum(not verdict.unscored for verdict in outcome)
 
 
 EVALUATIONS = {
     "eval_lambada.py": ("--data", "data/stories/lambada.txt", "--text", "openai", "--protocol", "all"),
     "eval_cbt.py": ("--data", "data/stories/stories_NE_valid.txt", "--protocol", "all", "--batch-tokens", 10**6),
-}  # several batches; one alone, so that some ranks have nothing to do
+}  # several batches; one batch, so that some ranks have none
 
 
-def evaluate(world, script, name, *more, launch=run):
-    """Items and results of a script on the world's questions, and what it printed."""
+def run_script(world, script, name, *more, launch=run):
+    """Items, results and output of a script on the world's questions."""
     save_model(world / "models/ranks", seed=1)
     places = ("--out", f"found/{name}.json", "--items", f"found/{name}.jsonl")
     common = (*EVALUATIONS[script], "--ckpt", "models/ranks", "--device", "cpu")
@@ -390,25 +397,25 @@ def evaluate(world, script, name, *more, launch=run):
 
 @pytest.fixture(scope="module")
 def one_process(world):
-    return {script: evaluate(world, script, f"one-{script}") for script in EVALUATIONS}
+    return {script: run_script(world, script, f"one-{script}") for script in EVALUATIONS}
 
 
 @pytest.mark.parametrize(("script", "ranks"), [("eval_lambada.py", 3), ("eval_cbt.py", 2)])
-def test_any_number_of_ranks_finds_the_same_bit_for_bit(world, one_process, script, ranks):
-    """Batches are formed before they are shared out, so that each is computed alike wherever that is."""
+def test_any_number_of_ranks_gives_bitwise_equal_results(world, one_process, script, ranks):
+    """Batches are formed before ranks share them, so that each batch is the same on any rank."""
 
     def launch(*args, **kwargs):
         return on_ranks(ranks, *args, **kwargs)
 
-    items, rows, printed = evaluate(world, script, f"{ranks}-{script}", launch=launch)
+    items, rows, printed = run_script(world, script, f"{ranks}-{script}", launch=launch)
     expected_items, expected_rows, _ = one_process[script]
     assert items == expected_items
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected_rows]
-    assert printed.count("| models/ranks ") == len(rows)  # one rank speaks
+    assert printed.count("| models/ranks ") == len(rows)  # only rank 0 prints
 
 
 def test_bfloat16_is_named_in_the_results_and_in_the_table(world, one_process):
-    items, rows, printed = evaluate(world, "eval_lambada.py", "bfloat16", "--dtype", "bfloat16")
+    items, rows, printed = run_script(world, "eval_lambada.py", "bfloat16", "--dtype", "bfloat16")
     expected_items, expected_rows, expected_printed = one_process["eval_lambada.py"]
     assert {row["dtype"] for row in rows} == {"bfloat16"}
     assert {row["dtype"] for row in expected_rows} == {"float32"}
@@ -448,7 +455,7 @@ def test_wilson_gives_the_published_intervals(correct, total, low, high):
         (1, 5, 0.21875),  # 2 * (1 + 6) / 64
         (0, 10, 2 / 1024),
         (3, 12, 0.03515625),  # 2 * (1 + 15 + 105 + 455) / 32768
-        (0, 3000, 0.0),  # below what a float holds
+        (0, 3000, 0.0),  # below the smallest float
     ],
 )
 def test_mcnemar_is_the_exact_two_sided_binomial(only_a, only_b, p):

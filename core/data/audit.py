@@ -1,4 +1,4 @@
-"""Whole data folders, looked at: checked against their manifest, or describe where another project made the shards."""
+"""Operations on complete data folders: verify them against the manifest, or describe shards of another project."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +9,14 @@ import numpy as np
 
 from core import cli
 from core.data import tokenizer
-from core.data.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard
+from core.data.shards import MANIFEST, REMEDY, UNFINISHED, Dataset, open_dataset, open_shard, short_reason
 from core.files import sha256, write_json
 
-DOCUMENTS = 50  # of each split are decoded and encoded again
+SAMPLE_DOCUMENTS = 50  # of each split, to decode and encode again
 
 
 def summarize(dataset: Dataset) -> None:
-    """Print what a data folder holds."""
+    """Print the contents of a data folder."""
     print(f"{dataset.folder}:")
     for split in ("val", "train"):
         shards = dataset.shards(split)
@@ -26,68 +26,75 @@ def summarize(dataset: Dataset) -> None:
             f"{len(shards):>5} shards"
         )
     for kind in ("empty", "broken"):
-        left_out = dataset.manifest.get(f"{kind}_documents") or 0
-        if number := left_out if isinstance(left_out, int) else len(left_out):
-            print(f"  {number:,} {kind} documents left out")
+        skipped = dataset.manifest.get(f"{kind}_documents") or 0
+        if number := skipped if isinstance(skipped, int) else len(skipped):
+            print(f"  {number:,} {kind} documents skipped")
 
 
 def verify(folder: Path) -> None:
-    """Compare every shard with the manifest: sha256, tokens, documents, bytes of text, place in the source.
+    """Compare each shard with the manifest: sha256, tokens, documents, bytes of text, place in the source.
 
-    Then decode a sample of documents and encode them again. Raises ValueError with every shard that differs.
+    Then decode a sample of documents and encode them again. Raises ValueError that names each shard that differs, and
+    OSError for a shard that can't be read.
     """
     dataset = open_dataset(folder)
     shards = dataset.manifest["shards"]
     sizes = tokenizer.token_bytes(folder)
-    problems = _misplaced(shards)
+    problems = _out_of_order(shards)
     with ThreadPoolExecutor(8) as pool:
-        checks = pool.map(lambda shard: _problem(dataset, shard, sizes), shards)
+        checks = pool.map(lambda shard: _check_shard(dataset, shard, sizes), shards)
         checks = cli.progress_bar(checks, "checking shards", len(shards), leave=False, delay=1)
-        problems += [f"{shard['file']} {problem}" for shard, problem in zip(shards, checks, strict=True) if problem]
+        problems += [problem for problem in checks if problem]
     if not problems:
         problems = _check_sample(dataset)
     if problems:
-        raise ValueError(f"{folder}: {'; '.join(problems)}. Write it again with --overwrite")
+        raise ValueError(f"{folder}: {'; '.join(problems)}. {REMEDY}")
     summarize(dataset)
     print(
-        f"  all {len(shards)} shards are the manifest's: sha256, tokens, documents, bytes of text and place. Of each "
-        f"split {DOCUMENTS} documents (or all there are) decode and encode to the same ids"
+        f"  all {len(shards)} shards match the manifest: sha256, tokens, documents, bytes of text and place\n"
+        f"  {SAMPLE_DOCUMENTS} documents of each split (or all, if fewer) decode and encode to the same ids"
     )
 
 
-def _problem(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> str:
+def _check_shard(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> str:
+    """How a shard differs from the manifest; empty if it doesn't."""
     path = dataset.folder / shard["file"]
     try:
         if sha256(path) != shard["sha256"]:
-            return "was cut short or altered: its sha256 is not the manifest's"
+            return f"{shard['file']} was cut short or altered: its sha256 differs from the manifest"
         found = _counts(open_shard(path, shard["tokens"]), dataset.manifest["end_of_text_id"], sizes)
-    except (OSError, ValueError) as error:
-        return f"can't be read: {error}"
+    except FileNotFoundError:
+        return f"{shard['file']} is missing"
+    except ValueError as error:
+        return f"{shard['file']} is damaged ({str(error).removesuffix(f'. {REMEDY}')})"
     differing = [f"{key} {found[key]}, not {shard.get(key)}" for key in found if found[key] != shard.get(key)]
-    return f"holds {', '.join(differing)}" if differing else ""
+    return f"{shard['file']} holds {', '.join(differing)}" if differing else ""
 
 
 def _counts(ids: np.ndarray, end_of_text_id: int, sizes: np.ndarray) -> dict[str, int]:
-    """Tokens, documents begun and bytes of text in a shard. Raises ValueError for an id outside the vocabulary."""
+    """Tokens, first tokens of documents, and bytes of text in a shard's ids (n,); `sizes` is the bytes per id.
+
+    Raises ValueError for an id outside the vocabulary.
+    """
     documents = text_bytes = 0
-    for first in range(0, len(ids), 2**24):  # a piece at a time, to keep memory flat
-        piece = ids[first : first + 2**24]
-        if (largest := int(piece.max())) >= len(sizes):
+    for first in range(0, len(ids), 2**24):  # in blocks, to bound memory
+        block = ids[first : first + 2**24]
+        if (largest := int(block.max())) >= len(sizes):
             raise ValueError(f"token id {largest} is outside the vocabulary of {len(sizes)}")
-        documents += int(np.count_nonzero(piece == end_of_text_id))
-        text_bytes += int(sizes[piece].sum())
+        documents += int(np.count_nonzero(block == end_of_text_id))
+        text_bytes += int(sizes[block].sum())
     return {"tokens": len(ids), "documents": documents, "bytes": text_bytes}
 
 
-def _misplaced(shards: list[dict[str, Any]]) -> list[str]:
-    """Shards that don't begin after the one before them in the same source file."""
+def _out_of_order(shards: list[dict[str, Any]]) -> list[str]:
+    """The shards that don't begin after the previous shard in the source."""
     problems, last = [], (-1, -1, -1)
     for shard in shards:
         if (begin := shard.get("begin")) is None:
             continue
         place = (shard["source_file"], begin["row"], begin["token"])
         if place <= last:
-            problems.append(f"{shard['file']} begins at {place} of the source, before the end of the shard before it")
+            problems.append(f"{shard['file']} begins at {place} of the source, before the previous shard does")
         last = place
     return problems
 
@@ -95,23 +102,23 @@ def _misplaced(shards: list[dict[str, Any]]) -> list[str]:
 def _check_sample(dataset: Dataset) -> list[str]:
     encoding = tokenizer.load(dataset.folder)
     if dataset.manifest.get("encoding_sha256", found := tokenizer.fingerprint(encoding)) != found:
-        return ["tokenizer.json is not the encoding that the manifest names"]
+        return ["tokenizer.json is not the encoding that the manifest lists"]
     problems: list[str] = []
     for split in ("val", "train"):
         for name, number, ids in _sample(dataset, split):
             try:
                 same = encoding.encode_ordinary(encoding.decode_bytes(ids).decode()) == ids
             except (UnicodeDecodeError, KeyError) as error:
-                same, problems = False, [*problems, f"{name}: document {number} is no text: {error}"]
+                same, problems = False, [*problems, f"{name}: document {number} is not text ({short_reason(error)})"]
             if not same:
-                return [*problems, f"{name}: document {number} encodes to other ids than it was decoded from"]
+                return [*problems, f"{name}: document {number} encodes to other ids than those it is decoded from"]
     return problems
 
 
 def _sample(dataset: Dataset, split: str) -> Iterator[tuple[str, int, list[int]]]:
-    """Documents that lie whole in a shard, spread evenly over the split: shard, number in it, ids."""
+    """Evenly spaced documents that are complete in one shard: the shard, their number in it, their ids."""
     shards = dataset.shards(split)
-    share = -(-DOCUMENTS // max(len(shards), 1))
+    share = -(-SAMPLE_DOCUMENTS // max(len(shards), 1))
     for shard in shards:
         ids = open_shard(dataset.folder / shard["file"], shard["tokens"])
         starts = np.flatnonzero(ids == dataset.manifest["end_of_text_id"])
@@ -120,38 +127,39 @@ def _sample(dataset: Dataset, split: str) -> Iterator[tuple[str, int, list[int]]
 
 
 def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
-    """Check the shards of another project, and describe them in a manifest; the shards stay as they are.
+    """Check the shards of another project and describe them in a manifest. The shards don't change.
 
-    Takes uint16 .npy files (build-nanogpt) and .bin files with llm.c's header. Raises ValueError for others.
+    Accepts uint16 .npy files (build-nanogpt) and .bin files with llm.c's header. Raises ValueError for others.
     """
     if (folder / MANIFEST).is_file() and not overwrite:
-        raise ValueError(f"{folder} has a manifest already: --verify checks it, --overwrite writes a new one")
+        raise ValueError(f"--adopt {folder} has a manifest already. Check it with --verify, or add --overwrite")
     if (folder / UNFINISHED).exists():
-        raise ValueError(f"fineweb.py has begun {folder} and not ended: give its command again")
+        raise ValueError(f"--adopt {folder} is unfinished output of fineweb.py. Rerun that command to resume")
     paths = sorted([*folder.glob("*.npy"), *folder.glob("*.bin")])
     splits = {path.name: "val" if "val" in path.name else "train" for path in paths}
     for split in ("val", "train"):
         if split not in splits.values():
             raise ValueError(
-                f"{folder} holds no {split} shard: .npy or .bin, those of validation with `val` in the name"
+                f"--adopt {folder} has no {split} shard (.npy or .bin). Put `val` into the names of validation shards"
             )
     encoding = tokenizer.load(encoding_name)
     tokenizer.save(encoding, folder)
     sizes, end_of_text_id = tokenizer.token_bytes(folder), tokenizer.end_of_text_id(encoding)
     shards = []
     for path in cli.progress_bar(sorted(paths, key=lambda path: (splits[path.name] != "val", path.name)), "reading"):
+        ids = open_shard(path)
         try:
-            counts = _counts(open_shard(path), end_of_text_id, sizes)
+            counts = _counts(ids, end_of_text_id, sizes)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}. Use its own --encoding, not {encoding_name}") from None
         if not counts["documents"]:
-            raise ValueError(
-                f"{path} holds no end-of-text token (id {end_of_text_id}): is its --encoding {encoding_name}?"
-            )
+            raise ValueError(f"{path} has no end-of-text token (id {end_of_text_id}). Use its --encoding")
         entry = {"file": path.name, "split": splits[path.name]} | counts | {"sha256": sha256(path)}
         shards.append(entry | {"source_file": None, "begin": None})
-    head: dict[str, Any] = {"source": {"name": f"adopted from {folder.resolve().name}", "revision": None, "files": []}}
-    head |= {"encoding": encoding.name, "encoding_sha256": tokenizer.fingerprint(encoding)}
-    head |= {"vocab_size": encoding.n_vocab, "end_of_text_id": end_of_text_id, "shards": shards}
-    write_json(folder / MANIFEST, head)
+    header: dict[str, Any] = {
+        "source": {"name": f"adopted from {folder.resolve().name}", "revision": None, "files": []}
+    }
+    header |= {"encoding": encoding.name, "encoding_sha256": tokenizer.fingerprint(encoding)}
+    header |= {"vocab_size": encoding.n_vocab, "end_of_text_id": end_of_text_id, "shards": shards}
+    write_json(folder / MANIFEST, header)
     verify(folder)

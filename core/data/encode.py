@@ -3,10 +3,12 @@
 fastokens is checked: tiktoken encodes one document of each batch too.
 """
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from core import cli
 from core.data import tokenizer
 from core.data.shards import short_reason
 from core.data.sources import Chunk, InvalidDocument, read_texts
 
 BATCH = 256  # documents; a row group of 1,000 in one batch takes 10 % longer, as it touches new memory
+FEW_FILES = 20  # up to this number, each file has its own line of progress
 
 
 class EncoderMismatchError(Exception):
@@ -168,7 +173,7 @@ def encode_chunk(chunk: Chunk, number: int) -> Encoded:
 def encode_in_order(
     chunks: list[Chunk], workers: int, encoder: str, encoding: str, folder: Path
 ) -> Generator[Encoded, None, None]:
-    """The chunks encoded by `workers` processes, in order. At most four per worker are in flight, which bounds memory."""
+    """Encode the chunks by `workers` processes, in order. At most four per worker are in flight, to bound memory."""
     in_flight: deque[Future] = deque()
     arguments = (encoder, encoding, folder)
     with ProcessPoolExecutor(workers, initializer=start_worker, initargs=arguments) as pool:
@@ -181,8 +186,37 @@ def encode_in_order(
                 yield in_flight.popleft().result()
         except BrokenProcessPool:
             raise OSError(
-                f"a process of --workers {workers} was killed, probably because memory ran out. Use fewer --workers and "
-                "rerun the same command to resume"
+                "a worker process was killed, probably because memory ran out. Use fewer --workers and rerun the same "
+                "command to resume"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class ProgressBar:
+    """A bar on a terminal, and a line per source file; with many files at most one line in ten seconds."""
+
+    def __init__(self, done: int, remaining: dict[int, list[Chunk]]) -> None:
+        self._total_bytes = sum(chunk.bytes for chunks in remaining.values() for chunk in chunks)
+        self._bytes = self._tokens = 0
+        self._bar = cli.progress_bar(unit="tok", unit_scale=True, initial=done)
+        self._done, self._few_files, self._last_log = done, len(remaining) <= FEW_FILES, -math.inf
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bar.close()
+        if kind is KeyboardInterrupt:
+            print("interrupted; rerun the same command to resume after the last complete shard", flush=True)
+
+    def add(self, chunk: Chunk, tokens: int) -> None:
+        self._bytes += chunk.bytes
+        self._tokens += tokens
+        self._bar.total = self._done + round(self._tokens * self._total_bytes / max(self._bytes, 1))
+        self._bar.update(tokens)
+
+    def log(self, text: str) -> None:
+        if self._few_files or time.monotonic() > self._last_log + 10:
+            tqdm.write(text)
+            self._last_log = time.monotonic()

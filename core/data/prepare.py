@@ -29,13 +29,9 @@ from core.files import ALL_FILES, FileLocks, sha256, write_json
 
 SETTINGS = "settings.json"
 PROGRESS = "part.json"
-KEYS = {  # in part.json, of the fields that have another name there
-    "source_fingerprints": "others",
-    "counts": "before",
-    "reached_limit": "last",
-    "chunks": "units",
-    "invalid": "broken",
-}
+# The names in part.json that differ from those of the fields.
+KEYS = {"source_fingerprints": "others", "counts": "before", "reached_limit": "last"}
+KEYS |= {"chunks": "units", "invalid": "broken"}
 FIELDS = {key: field for field, key in KEYS.items()}
 
 

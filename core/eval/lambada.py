@@ -83,7 +83,7 @@ def resolve_text(config: LambadaConfig) -> str | None:
         )
     if known is not None and config.text not in (None, known, "other"):
         raise ValueError(
-            f"--text {config.text} contradicts --data {config.data}: files of this name have text {known}. Remove --text"
+            f"--text {config.text} contradicts --data {config.data}: this file name means text {known}. Remove --text"
         )
     return config.text or known
 

@@ -1,11 +1,11 @@
-"""GPT-2's training loss with its memory traffic fused away, in bfloat16, on NVIDIA Hopper GPUs.
+"""The training loss of GPT-2 with fused kernels, in bfloat16, on NVIDIA Hopper GPUs.
 
-It computes what GPT.forward does, but for rounding: the same products and the same attention, while what lies between
-them (biases, GELU, residual sums, LayerNorms, softmax, and their gradients) is read and written once.
+The result equals GPT.forward up to rounding. Matrix products and attention are the same; everything between them
+(biases, GELU, residual additions, LayerNorms, softmax, and their gradients) reads and writes memory once.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,36 +14,39 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from core.ops import kernels
-from model import GPT, Block, Transformer
 
-CHUNK_ROWS = 32_768  # of logits at once: 3.3 GB, however large the micro-batch
+if TYPE_CHECKING:
+    from model import GPT, Block, Transformer
+
+CHUNK_ROWS = 32_768  # rows of logits in memory: 3.3 GB for any micro-batch
 
 
 class FusedLoss(nn.Module):
-    """A GPT's mean cross-entropy, forward and backward. The weights stay the GPT's own, in float32."""
+    """The mean cross-entropy of a GPT, forward and backward. Its weights stay in the GPT, in float32."""
 
     def __init__(
-        self, model: GPT, compiled: bool, activation_checkpointing: bool = False, dtype: torch.dtype = torch.bfloat16
+        self, model: "GPT", compiled: bool, activation_checkpointing: bool = False, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        """`dtype` of products and residual stream; checkpointing keeps blocks' inputs alone, and computes twice."""
+        """`dtype`: of products and residual stream. Checkpointing keeps only the inputs of blocks."""
         super().__init__()
         self.model, self.dtype, self._checkpointed = model, dtype, activation_checkpointing
-        # One compiled block serves all: the first step comes after seconds for any depth, and gradients of each are
-        # reduced among ranks while the next are computed.
+        # All blocks share one compiled function: compile time doesn't depend on the depth, and DDP reduces gradients
+        # of one block while those of the next are computed.
         compiler: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
         self._embed, self._block = compiler(embed), compiler(run_block)
         self._loss, self._loss_alone = compiler(mean_loss), compiler(model.cross_entropy)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """(B, T), (B, T) -> mean cross-entropy in nats a token."""
+        """(B, T), (B, T) -> mean cross-entropy in nats per token."""
         transformer = self.model.transformer
         blocks = list(transformer.h)
         next_norms = [block.ln_1 for block in blocks[1:]] + [transformer.ln_f]
         x, h = self._embed(transformer, blocks[0].ln_1, tokens, self.dtype)
         for block, next_norm in zip(blocks, next_norms, strict=True):
             if self._checkpointed:
-                arguments = (self._block, block, next_norm, x, h, len(tokens))
-                x, h = checkpoint(*arguments, use_reentrant=False, preserve_rng_state=False)
+                x, h = checkpoint(
+                    self._block, block, next_norm, x, h, len(tokens), use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x, h = self._block(block, next_norm, x, h, len(tokens))
         if not torch.is_grad_enabled():
@@ -51,15 +54,15 @@ class FusedLoss(nn.Module):
         return self._loss(h, transformer.wte.weight, targets, self.model.config.vocab_size)
 
 
-def embed(transformer: Transformer, norm: nn.LayerNorm, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) -> the residual stream and its LayerNorm, both (B T, C)."""
+def embed(transformer: "Transformer", norm: nn.LayerNorm, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) -> the residual stream, and its LayerNorm; both (B T, C)."""
     positions = torch.arange(tokens.size(1), device=tokens.device)
     x = (transformer.wte(tokens) + transformer.wpe(positions)).flatten(0, 1).to(dtype)
     return x, F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
 
 
-def run_block(block: Block, next_norm: nn.LayerNorm, x: Tensor, h: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """The residual stream and ln_1 of it, both (B T, C) -> the stream after the block, and the next norm of it."""
+def run_block(block: "Block", next_norm: nn.LayerNorm, x: Tensor, h: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The residual stream x and h = ln_1(x), both (B T, C) -> the stream after the block, and its next LayerNorm."""
     attn, mlp, dtype = block.attn, block.mlp, x.dtype
     q, k, v = Projection.apply(h, attn.c_attn.weight.to(dtype), attn.c_attn.bias.to(dtype), batch, attn.n_head)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
@@ -74,7 +77,7 @@ def mean_loss(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: int) ->
 
 
 class Projection(Function):
-    """Queries, keys and values (B, H, T, D) of x (B T, C). Backward packs their gradients, and sums them on the way."""
+    """Queries, keys and values (B, H, T, D) of x (B T, C). Backward packs and sums their gradients in one pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, batch: int, heads: int) -> tuple[Tensor, ...]:
@@ -91,7 +94,7 @@ class Projection(Function):
 
 
 class GeluMLP(Function):
-    """tanh-GELU of x (N, C) by c_fc, times c_proj's weight: (N, C). Forward leaves GELU's slope for backward."""
+    """tanh-GELU of c_fc(x), x (N, C), times the weight of c_proj: (N, C). Forward saves the derivative of GELU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ class GeluMLP(Function):
 
 
 class AddNorm(Function):
-    """x + branch + bias, and its LayerNorm: two (N, C). Backward makes all five gradients in one pass."""
+    """x + branch + bias, and its LayerNorm: two (N, C). Backward computes all five gradients in one pass."""
 
     @staticmethod
     def forward(
@@ -120,13 +123,14 @@ class AddNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_normal: Tensor) -> tuple[Tensor | None, ...]:
-        dx, sums = kernels.norm_backward(*ctx.saved_tensors, d_normal, d_total)
+        total, mean, rstd, gain = ctx.saved_tensors
+        dx, sums = kernels.norm_backward(total, mean, rstd, gain, d_normal, d_total)
         d_gain, d_shift, d_bias = sums.unbind(0)
         return dx, dx, d_bias, d_gain, d_shift, None
 
 
 class LinearCrossEntropy(Function):
-    """Mean cross-entropy of hidden (N, C) by the head's weight; gradients are formed in forward, beside the logits."""
+    """Mean cross-entropy of hidden (N, C) times the weight of the head. Forward computes the gradients too."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The Triton kernels of core/ops.py, for NVIDIA Hopper GPUs, each behind an operator that torch.compile knows.
+"""The Triton kernels of core/ops, for NVIDIA Hopper GPUs, each registered as an operator for torch.compile.
 
-With TRITON_INTERPRET=1 they run on the CPU, where tests compare each with plain torch. What each saves is in LOG.md.
+With TRITON_INTERPRET=1 they run on the CPU, where tests compare each with plain PyTorch. LOG.md has their speedups.
 """
 
 import torch
@@ -9,15 +9,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TILE_M, TILE_N, TILE_K = 128, 128, 64  # a program's tile of a product, and the depth of its steps
-GROUP_M = 8  # tiles one below the other that are worked on together: the L2 cache keeps the weights that they share
-NORM_PROGRAMS = 792  # six for each of an H200's multiprocessors
-LOGITS_BLOCK = 8192  # with 32 warps two rows share a multiprocessor, and stay in the L2 cache until they are read again
+# Output tile of a program and depth of its loop; GROUP_M row tiles are scheduled together, as they share weights in the
+# L2 cache.
+TILE_M, TILE_N, TILE_K = 128, 128, 64
+PRODUCT = {"TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": TILE_K, "GROUP_M": 8, "num_warps": 4, "num_stages": 2}
+NORM_PROGRAMS = 792  # six per multiprocessor of an H200
+LOGITS_BLOCK = 8192  # with 32 warps, two rows per multiprocessor: they stay in the L2 cache until the second pass
 
 
 @triton.jit
 def tile_of(rows, columns, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """This program's place among the tiles of a product (rows, columns)."""
+    """The tile indices (m, n) of this program in an output (rows, columns)."""
     tiles_m, tiles_n = tl.cdiv(rows, TILE_M), tl.cdiv(columns, TILE_N)
     program = tl.program_id(0)
     first_m = program // (GROUP_M * tiles_n) * GROUP_M
@@ -28,7 +30,7 @@ def tile_of(rows, columns, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP_M: 
 
 @triton.jit
 def halves(tile, TILE_M: tl.constexpr, HALF_N: tl.constexpr):
-    """A tile's left and right half: memory on the chip has room to stage one of them for two outputs."""
+    """The left and right half of a tile: shared memory can stage one half for two outputs."""
     return tl.split(tl.permute(tl.reshape(tile, (TILE_M, 2, HALF_N)), (0, 2, 1)))
 
 
@@ -57,7 +59,7 @@ def linear_gelu_kernel(
         first = tile_n * TILE_N + i * HALF_N
         column = first + tl.arange(0, HALF_N)
         u = (left if i == 0 else right) + tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
-        # tanh-GELU is u s with s = sigmoid(2 sqrt(2/pi) (u + 0.044715 u^3)); here with 2^x, which the chip has.
+        # tanh-GELU is u s with s = sigmoid(2 sqrt(2/pi) (u + 0.044715 u^3)); here with exp2, a hardware instruction.
         s = 1.0 / (1.0 + tl.exp2(u * (-2.302208198 - 0.1029432397 * u * u)))
         activation.store([tile_m * TILE_M, first], (u * s).to(activation.dtype))
         ds = s * (1.0 - s) * (1.5957691216 + 0.2140644488 * u * u)
@@ -95,7 +97,7 @@ def matmul_times_kernel(
 
 @triton.jit
 def fold(logit, most, total, BLOCK: tl.constexpr):
-    """Take BLOCK more logits into running maxima and sums of powers of two, one for each eight neighbours."""
+    """Update running maxima and sums of exp2 by BLOCK logits; each of the BLOCK // 8 accumulators takes 8 of them."""
     logit = tl.reshape(logit.to(tl.float32) * 1.4426950408889634, (BLOCK // 8, 8))
     new = tl.maximum(most, tl.max(logit, 1))
     return new, total * tl.exp2(most - new) + tl.sum(tl.exp2(logit - new[:, None]), 1)
@@ -103,7 +105,7 @@ def fold(logit, most, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def cross_entropy_kernel(
-    logits,  # (rows, PADDED), of which VOCAB columns count
+    logits,  # (rows, PADDED), with VOCAB columns in use
     targets,  # (rows,)
     losses,  # (rows,) float32
     scale,
@@ -128,13 +130,13 @@ def cross_entropy_kernel(
     log2_sum = top + tl.log2(tl.sum(total * tl.exp2(most - top), 0))
     tl.store(losses + row, (log2_sum - target_logit) / LOG2_E)
     shift = tl.log2(scale) - log2_sum
-    tl.debug_barrier()  # every thread has read the target's logit before one of them writes there
+    tl.debug_barrier()  # all threads have read the logit of the target before one overwrites it
     gradient = tl.exp2(rest.to(tl.float32) * LOG2_E + shift)  # zero in the padding
     tl.store(logits + WHOLE + column, gradient.to(logits.dtype.element_ty), mask=WHOLE + column < PADDED)
     for first in range(0, WHOLE, BLOCK):
         gradient = tl.exp2(tl.load(logits + first + column).to(tl.float32) * LOG2_E + shift)
         tl.store(logits + first + column, gradient.to(logits.dtype.element_ty))
-    tl.debug_barrier()  # the target's element is written a second time
+    tl.debug_barrier()  # the element of the target is written a second time
     tl.store(logits + target, (tl.exp2(target_logit + shift) - scale).to(logits.dtype.element_ty))
 
 
@@ -158,7 +160,7 @@ def norm_backward_kernel(
     d_gain = tl.zeros((BLOCK,), dtype=tl.float32)
     d_shift = tl.zeros((BLOCK,), dtype=tl.float32)
     d_bias = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=3):  # rows to come are on their way
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=3):  # prefetches the next rows
         at = tl.cast(row, tl.int64) * C + column
         r = tl.load(rstd + row)
         normal = (tl.load(x + at, mask=used, other=0.0).to(tl.float32) - tl.load(mean + row)) * r
@@ -211,7 +213,7 @@ def pack_kernel(
 
 @torch.library.custom_op("gpt2::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """tanh-GELU of x (M, K) by weight (N, K) and bias (N,), and GELU's derivative there: two (M, N)."""
+    """tanh-GELU of x (M, K) @ weight.T (K, N) + bias (N,), and the derivative of GELU: two (M, N)."""
     (M, K), N = x.shape, len(weight)
     activation, slope = x.new_empty(M, N), x.new_empty(M, N)
     linear_gelu_kernel[(triton.cdiv(M, TILE_M) * triton.cdiv(N, TILE_N),)](
@@ -220,9 +222,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
         bias,
         TensorDescriptor.from_tensor(activation, [TILE_M, TILE_N // 2]),
         TensorDescriptor.from_tensor(slope, [TILE_M, TILE_N // 2]),
-        *(M, N, K, TILE_M, TILE_N, TILE_K, GROUP_M),
-        num_warps=4,
-        num_stages=2,
+        M,
+        N,
+        K,
+        **PRODUCT,
     )
     return activation, slope
 
@@ -234,7 +237,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("gpt2::matmul_times", mutates_args=())
 def matmul_times(x: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) @ weight (K, N) * factor (M, N): (M, N), and its sum over the rows (N,) float32."""
+    """x (M, K) @ weight (K, N) * factor (M, N): (M, N), and its sum over the rows, (N,) float32."""
     (M, K), N = x.shape, weight.size(1)
     out, sums = torch.empty_like(factor), x.new_empty(triton.cdiv(M, TILE_M), N, dtype=torch.float32)
     matmul_times_kernel[(triton.cdiv(M, TILE_M) * triton.cdiv(N, TILE_N),)](
@@ -242,9 +245,11 @@ def matmul_times(x: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Ten
         TensorDescriptor.from_tensor(weight, [TILE_K, TILE_N]),
         TensorDescriptor.from_tensor(factor, [TILE_M, TILE_N // 2]),
         TensorDescriptor.from_tensor(out, [TILE_M, TILE_N // 2]),
-        *(sums, M, N, K, TILE_M, TILE_N, TILE_K, GROUP_M),
-        num_warps=4,
-        num_stages=2,
+        sums,
+        M,
+        N,
+        K,
+        **PRODUCT,
     )
     return out, sums.sum(0)
 
@@ -258,15 +263,15 @@ def _(x: Tensor, weight: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 def norm_backward(
     x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, d_norm: Tensor, d_stream: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a stream x (M, C) that goes on, with gradient d_stream, and into a LayerNorm, with d_norm.
+    """Backward of x (M, C) used twice: as it is, with gradient d_stream, and by a LayerNorm, with gradient d_norm.
 
-    Gives dx (M, C), and (3, C) float32: the LayerNorm's gain's and shift's, and dx summed over the rows.
+    Returns dx (M, C), and (3, C) float32: the gradients of the gain and the shift, and the sum of dx over the rows.
     """
     M, C = x.shape
     dx, sums = torch.empty_like(x), x.new_empty(NORM_PROGRAMS, 3, C, dtype=torch.float32)
     block = triton.next_power_of_2(C)
     norm_backward_kernel[(NORM_PROGRAMS,)](
-        *(x, mean, rstd, gain, d_norm, d_stream, dx, sums, M, C, block), num_warps=max(block // 256, 1)
+        x, mean, rstd, gain, d_norm, d_stream, dx, sums, M, C, block, num_warps=max(block // 256, 1)
     )
     return dx, sums.sum(0)
 
@@ -278,7 +283,7 @@ def _(x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, d_norm: Tensor, d_str
 
 @torch.library.custom_op("gpt2::pack", mutates_args=())
 def pack(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Three (B, H, T, D) side by side: (B T, 3 H D), and its sum over the rows (3 H D,) float32."""
+    """Three (B, H, T, D) concatenated as (B T, 3 H D), and the sum over its rows, (3 H D,) float32."""
     B, H, T, D = q.shape
     if not q.stride() == k.stride() == v.stride() or q.stride(3) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -286,8 +291,23 @@ def pack(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(rows, block)
     packed = q.new_empty(rows, 3 * H * D)
     sums = q.new_empty(blocks, 3 * H * D, dtype=torch.float32)
+    stride_b, stride_h, stride_t, _ = q.stride()
     pack_kernel[(H, 3, blocks)](
-        *(q, k, v, *q.stride()[:3], packed, sums, rows, T, H, D, block, triton.next_power_of_2(D)), num_warps=2
+        q,
+        k,
+        v,
+        stride_b,
+        stride_h,
+        stride_t,
+        packed,
+        sums,
+        rows,
+        T,
+        H,
+        D,
+        block,
+        triton.next_power_of_2(D),
+        num_warps=2,
     )
     return packed, sums.sum(0)
 
@@ -304,8 +324,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy of hidden (N, C) @ weight.T (C, padded vocabulary) on targets (N,), in nats.
 
-    Also its gradients, hidden's in the dtype of hidden and the weight's in float32. `chunk_rows` rows of logits are
-    held at once; each is read for its loss and becomes its gradient where it lies.
+    Also returns its gradients: of hidden in the dtype of hidden, of the weight in float32. At most `chunk_rows` rows
+    of logits are in memory; the kernel replaces them by their gradient in place.
     """
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
@@ -313,7 +333,7 @@ def linear_cross_entropy(
     for rows, row_targets, row_losses, d_rows in chunks:
         logits = rows @ weight.T
         cross_entropy_kernel[(len(rows),)](
-            *(logits, row_targets, row_losses, 1 / len(hidden), vocab_size, len(weight), LOGITS_BLOCK), num_warps=32
+            logits, row_targets, row_losses, 1 / len(hidden), vocab_size, len(weight), LOGITS_BLOCK, num_warps=32
         )
         torch.mm(logits, weight, out=d_rows)
         d_weight += logits.T @ rows

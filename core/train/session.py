@@ -1,4 +1,4 @@
-"""Opens what the training loop needs besides the model: data loader, logs, saver, profiler, signal handlers."""
+"""Opens the resources of the training loop: data loader, logs, saver, profiler, signal handlers."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from core.train.setup import Run, open_loader
 
 @dataclass
 class Session:
-    """What is open while a run trains."""
+    """The open resources of a run in training."""
 
     run: Run
     run_log: RunLog | None  # on rank 0

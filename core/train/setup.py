@@ -66,7 +66,7 @@ class Run:
         return any(n > 0 and (self.step % n == 0 or self.step == self.recipe.steps) for n in intervals)
 
     def training_state(self) -> dict[str, Any]:
-        """What a resume needs besides the weights, as plain values and tensors."""
+        """What a resume needs in addition to the weights, as plain values and tensors."""
         return {
             "step": self.step,
             "tokens": self.tokens,
