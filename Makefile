@@ -29,7 +29,7 @@ test: setup
 
 soak: setup
 	SOAK_KILLS=25 python -m pytest -q tests/test_kills.py
-	SOAK_KILLS=30 python -m pytest -q tests/test_preparation.py -k killed_repeatedly
+	SOAK_KILLS=30 python -m pytest -q tests/test_preparation.py -k killed_again
 
 lint: setup
 	ruff check .

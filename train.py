@@ -82,6 +82,7 @@ def train(run: Run) -> None:
     with open_session(run) as session:
         first_step, logger, interrupts = run.step, session.logger, session.interrupts
         evaluate(run, session, evaluations, session.already_logged)  # at step 0, or what a stopped run had left to do
+        logger.restart_clock()
         while run.step < recipe.steps and not logger.stop:
             lr_scale, sequences = schedule.lr_scale(run.step), len(schedule.sequences(run.step))
             flops_per_token = model.config.flops_per_token(schedule.seq_len(run.step))

@@ -1,168 +1,174 @@
-"""What more GPUs give: one training step on 1, 2, 4, ... of a machine's, and what ten billion tokens would take.
+"""Speed of a training step on 1, 2, 4, ... GPUs of one machine, and the time for ten billion tokens.
 
-    python benchmarks/scaling.py                                        # all powers of two that there are GPUs for
-    python benchmarks/scaling.py --gpus 1 2 --per-gpu --batch-tokens 65536  # each with what one of eight has to do
-    python benchmarks/scaling.py --device cpu --gpus 1 2 --preset tiny --seq-len 64 --micro-batch 2 --batch-tokens 256
+    python -m benchmarks.scaling                                        # every power of two up to the number of GPUs
+    python -m benchmarks.scaling --gpus 1 2 --per-gpu --batch-tokens 65536  # each GPU's share of a step on eight
+    python -m benchmarks.scaling --device cpu --gpus 1 2 --preset tiny --seq-len 64 --micro-batch 2 --batch-tokens 256
 
-Whole optimizer steps on random tokens, each number of GPUs under a torchrun of its own: first together, as train.py
-does them; then apart, where each rank does its share of the step beside the others and exchanges nothing. What apart
-takes longer than its part of one card's step is the cards' (the optimizer's work, which all of them do; power; the
-slowest one's rate). What together takes longer than the slowest rank apart is the exchange's; not so with Muon, whose
-work ranks share together and each does whole apart. All rows take about as long, as cards clock lower once warm.
+Complete optimizer steps on random tokens. Each number of GPUs runs under its own torchrun and is timed twice: with_sync
+is the step of train.py; in no_sync every rank computes its share of the step without communication. If no_sync takes
+longer than this share of the step of one GPU, the GPUs are the cause: every rank does the complete optimizer update,
+and power and clock rates differ. The excess of with_sync over no_sync of the slowest rank is the cost of communication.
+With Muon it is not, because the ranks divide the optimizer's work in with_sync only. All rows take about as much time,
+because GPUs lower their clock rate when they are warm.
 """
-
-import sys
-
-sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
 
 import itertools
 import json
 import os
 import statistics
-import subprocess
-from dataclasses import asdict, dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.launch import torchrun
-from benchmarks.steps import WARM_UP, Timed, milliseconds, random_batches, settings_of, synchronize, timed
+from benchmarks import common
+from benchmarks.common import TimingConfig
 from core import cli
 from core.distributed import Ranks, peak_flops, pick_device, process_group
 from core.files import markdown_table
-from core.train.interrupts import Interrupts
 from core.train.logging import format_duration, versions
-from core.train.optim import optimizers
-from core.train.setup import loss_model, parallel, resolve_computation, train_step
+from core.train.optim import build_optimizer
+from core.train.setup import build_loss, wrap_ddp
 from model import GPT, PRESETS
 
 
 @dataclass
-class Config(Timed):
-    out: str = "logs/benchmarks/scaling.json"
-    """File for all figures."""
-    gpus: tuple[int, ...] = ()
-    """Numbers of GPUs; the first is what the others are compared with. Default: 1, 2, 4, ... up to all of them."""
+class Config:
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    gpus: Annotated[tuple[int, ...], cli.DEFAULT_IN_HELP] = ()
+    """Numbers of GPUs; efficiency is relative to the first one. Default: 1, 2, 4, ... up to all GPUs."""
     per_gpu: bool = False
-    """Take --batch-tokens as each GPU's, not as the whole step's."""
+    """Use --batch-tokens for each GPU instead of for the complete step."""
+    out: str = "logs/benchmarks/scaling.json"
+    """File for all figures (JSON)."""
+    terminal: cli.Terminal = field(default_factory=cli.Terminal)
+
+    def scaled(self, count: int) -> TimingConfig:
+        """The step on `count` GPUs. When they share its tokens, it is shorter, and more steps are timed."""
+        if self.per_gpu:
+            return replace(self.timing, batch_tokens=self.timing.batch_tokens * count)
+        return replace(self.timing, steps=self.timing.steps * count)
 
 
 def main(config: Config) -> None:
-    if "WORLD_SIZE" in os.environ:  # a rank that `on` has started
-        with process_group(config.device) as ranks:
+    device = pick_device(config.timing.device)
+    if "WORLD_SIZE" in os.environ:  # a rank that `run_on` started
+        with process_group(config.timing.device) as ranks:
             return ranks.log(json.dumps(ranks.all_gather(measure(config, ranks))))
-    device = pick_device(config.device)
-    most = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
-    counts = config.gpus or tuple(2**i for i in range(most.bit_length()))
-    for count in counts:
-        if not 1 <= count <= most:
-            raise ValueError(f"--gpus {count}: this machine has {most} {'GPUs' if device.type == 'cuda' else 'cores'}")
-        settings_of(step_of(config, count), fused=False, world_size=count)
+    counts = gpu_counts(config, device)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     facts, measured, rows = versions(device), {}, []
-    print(f"{config.preset}, micro-batch {config.micro_batch}, {config.optimizer}, {facts}", flush=True)
+    timing = config.timing
+    print(f"{timing.preset}, micro-batch {timing.micro_batch}, {timing.optimizer}, {facts}", flush=True)
     for count in counts:
-        measured[count] = on(count)
-        rows.append(derived(config, count, measured))
+        measured[count] = run_on(count)
+        rows.append(summarize(config, count, measured))
         figures = {"config": asdict(config), "versions": facts, "rows": rows, "ranks": measured}
-        Path(config.out).write_text(json.dumps(figures, indent=1) + "\n")
-    report(rows)
+        Path(config.out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print_table(rows)
     print(f"wrote {config.out}")
 
 
-def step_of(config: Config, count: int) -> Config:
-    """What is timed on so many GPUs: steps that are shared among them are shorter, and more."""
-    if config.per_gpu:
-        return replace(config, batch_tokens=config.batch_tokens * count)
-    return replace(config, steps=config.steps * count)
+def gpu_counts(config: Config, device: torch.device) -> tuple[int, ...]:
+    """The numbers of GPUs, or of processes on a CPU. Raises ValueError for those that can't run the step."""
+    available = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
+    counts = config.gpus or tuple(2**i for i in range(available.bit_length()))
+    for count in counts:
+        if not 1 <= count <= available:
+            unit = "GPUs" if device.type == "cuda" else "cores"
+            raise ValueError(f"--gpus {count} must be between 1 and {available}, the {unit} of this machine")
+        config.scaled(count).recipe(count)
+    return counts
 
 
-def on(count: int) -> list[dict[str, Any]]:
-    """What each of so many ranks has measured: this very command, given to each of them by torchrun."""
-    ranks = f"{count} rank{'s' if count > 1 else ''}"
-    print(f"{ranks} ...", file=sys.stderr, flush=True)
-    with torchrun(count, *sys.argv, stdout=subprocess.PIPE) as process:
-        said, _ = process.communicate()
-    if process.returncode:
-        raise ValueError(f"{ranks} ended with status {process.returncode}, see above")
-    return json.loads(next(line for line in said.splitlines() if line.startswith("[{")))  # NCCL_DEBUG prints too
+def run_on(count: int) -> list[dict[str, Any]]:
+    """The figures of each of `count` ranks: torchrun starts this command on all of them."""
+    print(f"{count} rank{'s' if count > 1 else ''} ...", file=sys.stderr, flush=True)
+    command = [*common.torchrun_command(count), "-m", "benchmarks.scaling", *sys.argv[1:]]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # torchrun sets 1, but not for a single rank
+    output = common.run_command(command, capture=True, OMP_NUM_THREADS=threads)
+    return json.loads(next(line for line in output.splitlines() if line.startswith("[{")))  # not NCCL_DEBUG's output
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Seconds of this rank's steps `together` and `apart`, and milliseconds of the gradient's `exchange` by itself."""
-    config = step_of(config, ranks.world_size)
-    settings = resolve_computation(settings_of(config, fused=True, world_size=ranks.world_size), ranks)
-    raw = GPT(PRESETS[config.preset]).to(ranks.device)
-    loss = loss_model(raw, settings, settings.compile == "on")
-    batches = itertools.cycle(random_batches(config, ranks))
-    interrupts = Interrupts(3600, False)
+    """Seconds of this rank's steps in `with_sync` and `no_sync`, and milliseconds of an all-reduce of the gradient."""
+    timing = config.scaled(ranks.world_size)
+    recipe, system = timing.recipe(ranks.world_size), timing.system(ranks, fused=True)
+    model = GPT(PRESETS[timing.preset]).to(ranks.device)
+    loss_fn = build_loss(model, system)
+    random_batches = common.random_batches(timing, ranks)
 
-    def steps(model: Any, among: Ranks) -> dict[str, Any]:
-        optimizer = optimizers(raw, settings, among)
-        optimizer.set_rate(1.0)
-        sequences = config.batch_tokens // config.seq_len // ranks.world_size * among.world_size
-        step = partial(train_step, model, optimizer, batches, sequences, settings, among, interrupts)
-        for _ in range(WARM_UP if config.per_gpu else WARM_UP * ranks.world_size):
-            step()
-        synchronize(ranks)
-        ranks.all_gather(None)  # or a rank that compiled sooner would have its first steps to itself
-        return timed(step, config, ranks)
+    def time_variant(loss_fn: Any, group: Ranks) -> dict[str, Any]:
+        step = common.build_step(
+            loss_fn,
+            build_optimizer(model, recipe, group),
+            timing,
+            accumulation=len(random_batches),
+            dtype=system.dtype,
+            ranks=group,
+        )
+        batches = itertools.cycle(random_batches)
+        for _ in range(common.WARM_UP_STEPS * (1 if config.per_gpu else ranks.world_size)):
+            step(batches)
+        common.synchronize(ranks)
+        ranks.all_gather(None)  # a rank that compiles faster must not run its first steps while the others are idle
+        return common.time_steps(partial(step, batches), timing, ranks)
 
-    found: dict[str, Any] = {"together": steps(parallel(loss, ranks), ranks), "exchange_ms": 0.0}
+    found: dict[str, Any] = {"with_sync": time_variant(wrap_ddp(loss_fn, ranks), ranks), "all_reduce_ms": 0.0}
     if ranks.world_size > 1:
-        found["apart"] = steps(loss, Ranks(0, 1, ranks.device))
-        gradient = torch.zeros(raw.num_parameters(), device=ranks.device)
-        found["exchange_ms"] = milliseconds(partial(dist.all_reduce, gradient), ranks, repeats=5)
-    interrupts.pause()
+        found["no_sync"] = time_variant(loss_fn, Ranks(0, 1, ranks.device))
+        gradient = torch.zeros(model.num_parameters(), device=ranks.device)
+        found["all_reduce_ms"] = common.milliseconds(partial(dist.all_reduce, gradient), ranks, repeats=5)
     return found
 
 
-def derived(config: Config, count: int, measured: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The figures of a row of the table."""
-    ranks, first = measured[count], next(iter(measured))
-    steps, tokens = slowest(ranks), step_of(config, count).batch_tokens
-    rate = tokens / statistics.median(steps)
-    base = step_of(config, first).batch_tokens / statistics.median(slowest(measured[first])) / first
-    peak, flops = peak_flops(pick_device(config.device)), PRESETS[config.preset].flops_per_token(config.seq_len)
+def summarize(config: Config, count: int, measured: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A row of the table. `measured`: the figures of each rank, by number of GPUs."""
+    timing, ranks, first = config.timing, measured[count], next(iter(measured))
+    steps, tokens = slowest_rank(ranks), config.scaled(count).batch_tokens
+    speed = tokens / statistics.median(steps)
+    first_speed = config.scaled(first).batch_tokens / statistics.median(slowest_rank(measured[first])) / first
+    peak, flops = peak_flops(pick_device(timing.device)), PRESETS[timing.preset].flops_per_token(timing.seq_len)
     return {
         "gpus": count,
         "batch_tokens": tokens,
-        "tokens_per_second": rate,
-        "efficiency": rate / count / base,
-        "mfu": rate / count * flops / peak if peak else None,
+        "tokens_per_second": speed,
+        "efficiency": speed / count / first_speed,
+        "mfu": speed / count * flops / peak if peak else None,
         "step_ms": [1000 * of(steps) for of in (statistics.median, min, max)],
-        "together_ms": medians(ranks, "together"),
-        "apart_ms": medians(ranks, "apart" if count > 1 else "together"),
-        "exchange_ms": max(rank["exchange_ms"] for rank in ranks),
-        "peak_gib": max(rank["together"]["peak_gib"] or 0 for rank in ranks) or None,
-        "ten_billion_tokens_s": 1e10 / rate,
+        "with_sync_ms": medians_ms(ranks, "with_sync"),
+        "no_sync_ms": medians_ms(ranks, "no_sync" if count > 1 else "with_sync"),
+        "all_reduce_ms": max(rank["all_reduce_ms"] for rank in ranks),
+        "peak_gib": max(rank["with_sync"]["peak_gib"] or 0 for rank in ranks) or None,
+        "ten_billion_tokens_s": 1e10 / speed,
     }
 
 
-def medians(ranks: list[dict[str, Any]], how: str) -> list[float]:
+def medians_ms(ranks: list[dict[str, Any]], variant: str) -> list[float]:
     """Milliseconds of the median step of each rank."""
-    return [1000 * statistics.median(rank[how]["step_s"]) for rank in ranks]
+    return [1000 * statistics.median(rank[variant]["step_s"]) for rank in ranks]
 
 
-def slowest(ranks: list[dict[str, Any]]) -> list[float]:
-    """Seconds of each step together: those of its slowest rank."""
-    return [max(step) for step in zip(*(rank["together"]["step_s"] for rank in ranks), strict=True)]
+def slowest_rank(ranks: list[dict[str, Any]]) -> list[float]:
+    """Seconds of each step: the maximum over the ranks."""
+    return [max(step) for step in zip(*(rank["with_sync"]["step_s"] for rank in ranks), strict=True)]
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    header = ["GPUs", "tokens a step", "ktok/s", "efficiency", "MFU", "step, ms (least to most)", "ranks' medians, ms"]
-    header += ["apart, ms", "gradient's exchange alone, ms", "peak GiB", "ten billion tokens"]
+def print_table(rows: list[dict[str, Any]]) -> None:
+    header = ["GPUs", "tokens per step", "ktok/s", "efficiency", "MFU", "step, ms (min to max)", "ranks' medians, ms"]
+    header += ["no_sync, ms", "all-reduce alone, ms", "peak GiB", "ten billion tokens"]
     cells = []
     for row in rows:
         median, least, most = row["step_ms"]
         cells.append([f"{row['gpus']}", f"{row['batch_tokens']:,}", f"{row['tokens_per_second'] / 1e3:,.1f}"])
         cells[-1] += [f"{row['efficiency']:.1%}", f"{row['mfu']:.1%}" if row["mfu"] else ""]
         cells[-1] += [f"{median:.1f} ({least:.1f} to {most:.1f})"]
-        cells[-1] += [f"{min(row[how]):.1f} to {max(row[how]):.1f}" for how in ("together_ms", "apart_ms")]
-        cells[-1] += [f"{row['exchange_ms']:.2f}", f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""]
+        cells[-1] += [f"{min(row[key]):.1f} to {max(row[key]):.1f}" for key in ("with_sync_ms", "no_sync_ms")]
+        cells[-1] += [f"{row['all_reduce_ms']:.2f}", f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""]
         cells[-1] += [format_duration(row["ten_billion_tokens_s"])]
     print(markdown_table(header, cells))
 

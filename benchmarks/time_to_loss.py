@@ -1,39 +1,36 @@
-"""How much sooner `--recipe speedrun` reaches the loss that a baseline ends with, both from scratch on the same card.
+"""Time to the final loss of a baseline: how many times faster `--recipe speedrun` reaches it on the same GPU.
 
-    python benchmarks/time_to_loss.py --data data/corpus --tokens 150_000_000 300_000_000
-    python benchmarks/time_to_loss.py --data data/corpus --name time-to-loss-adamw --label adamw \\
+    python -m benchmarks.time_to_loss --data data/corpus --tokens 150_000_000 300_000_000
+    python -m benchmarks.time_to_loss --data data/corpus --name time-to-loss-adamw --label adamw \\
         --baseline='--recipe speedrun --optimizer adamw --lr 1.2e-3 --embed-lr 2.2e-3 --warmup-steps 300'
-    python benchmarks/time_to_loss.py --data data/demo --preset demo --seq-len 256 --tokens 1_000_000 \\
+    python -m benchmarks.time_to_loss --data data/demo --preset demo --seq-len 256 --tokens 1_000_000 \\
         --ours-tokens 100_000 500_000 --baseline='--batch-tokens 16384' \\
         --ours='--recipe speedrun --first-batch-tokens 2048 --batch-tokens 16384'
 
-Each run has its whole schedule. Seconds are those of training steps alone. Runs lie in logs/: those that are finished
-count as they are when a command is given again. The ratio at the very loss is read off the line between two of ours,
-in log(seconds).
+Every run starts from random weights and has a complete schedule. Seconds are those of training steps only. The runs are
+in logs/; a rerun of the command trains only those that are not finished. The time at exactly the baseline's loss is
+interpolated between two runs, linearly in log(seconds).
 """
-
-import sys
-
-sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
 
 import hashlib
 import json
 import math
 import shlex
-import subprocess
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from benchmarks.common import ROOT, run_command, torchrun_command
 from core import cli
+from core.data.shards import DEFAULT_VAL_TOKENS
 from core.files import markdown_table, read_metrics
 from model import PRESETS
-from report import COLOURS
 
-REPO = Path(sys.path[0])
-RUNS = "time-to-loss"  # begins their names
-SMOOTHED = 60  # points of a drawn curve
+RUNS = "time-to-loss"  # the names of the runs start with it
+OURS = "ours"  # this project's kind, in the names of its runs and in NAME.json
+SMOOTHED_POINTS = 60  # of a plotted curve
 
 
 @dataclass
@@ -41,33 +38,34 @@ class Config:
     data: str
     """Folder of shards."""
     tokens: tuple[int, ...] = (150_000_000,)
-    """The baseline's tokens; several for several baselines."""
+    """Training tokens of each baseline."""
     ours_tokens: tuple[int, ...] = (20_000_000, 60_000_000, 150_000_000)
-    """Our runs' tokens."""
+    """Training tokens of each run of this project."""
     seeds: tuple[int, ...] = (1337,)
-    """Each for all runs."""
+    """Random seeds; every run is repeated with each."""
     baseline: str = "--recipe original"
     """train.py's options of the baseline."""
     label: str = "original"
-    """What the baseline is called."""
+    """Name of the baseline."""
     ours: str = "--recipe speedrun"
-    """train.py's options of ours."""
+    """train.py's options of this project's runs."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
-    """Size of the model."""
+    """Model size."""
     seq_len: int = 1024
-    """Tokens a sequence."""
-    val_tokens: int = 10_485_760
-    """Validation tokens at most."""
+    """Tokens per sequence."""
+    val_tokens: int = DEFAULT_VAL_TOKENS
+    """Maximum validation tokens."""
     lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """File of LAMBADA passages in the standard text: each run is scored on them at its end, by protocol `standard`."""
+    """File of LAMBADA passages in the standard text, to score each run by protocol `standard`. Default: no LAMBADA."""
     gpus: int = 1
-    """More than one: each run under torchrun, on so many."""
+    """Number of GPUs per run; with more than one, torchrun starts train.py."""
     device: str = "auto"
-    """auto, cuda, mps or cpu."""
+    """Device: auto, cuda, mps or cpu."""
     name: str = "time-to-loss"
-    """logs/NAME.json, logs/NAME.md and logs/NAME.png are what comes out."""
-    also: tuple[str, ...] = ()
-    """NAME.json of earlier calls, whose runs join the picture."""
+    """Name of the output files logs/NAME.json, logs/NAME.md and logs/NAME.png."""
+    also: Annotated[tuple[str, ...], cli.DEFAULT_IN_HELP] = ()
+    """NAME.json files of earlier calls, whose runs are added to the plot. Default: none."""
+    terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Outcome:
     """A finished run."""
 
     name: str
-    kind: str  # ours, or what the baseline is called
+    kind: str  # OURS, or the name of the baseline
     label: str
     tokens: int
     seconds: float  # of training steps
@@ -88,162 +86,177 @@ class Outcome:
 def main(config: Config) -> None:
     cli.check_positive(tokens=min(config.tokens), ours_tokens=min(config.ours_tokens), gpus=config.gpus)
     rows: list[list[str]] = []
-    facts: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     for seed in config.seeds:
-        ours = [trained(config, "ours", config.ours, tokens, seed) for tokens in config.ours_tokens]
-        baselines = [trained(config, config.label, config.baseline, tokens, seed) for tokens in config.tokens]
-        outcomes += [*baselines, *ours]
+        own_runs = [train(config, OURS, config.ours, tokens, seed) for tokens in config.ours_tokens]
+        baselines = [train(config, config.label, config.baseline, tokens, seed) for tokens in config.tokens]
+        outcomes += [*baselines, *own_runs]
         for baseline in baselines:
-            sooner, bound = times_sooner(baseline, ours)
-            rows += [row(run, baseline) for run in (baseline, *ours)]
-            facts.append({"seed": seed, "tokens": baseline.tokens, "times_sooner": sooner, "at_least": bound})
-            print(f"seed {seed}, {baseline.label}: loss {baseline.loss:.4f} is reached {said(sooner, bound)}\n")
-    header = [
-        "run",
-        "tokens",
-        "seconds",
-        "ktok/s",
-        "validation loss",
-        "beside baseline",
-        "times sooner",
-        "LAMBADA",
-    ]
-    page = markdown_table(header, rows) + f"\n\n{outcomes[0].versions}\n"
-    page += "".join(
-        f"\nSeed {f['seed']}, {f['tokens']:,} tokens: the loss is reached {said(f['times_sooner'], f['at_least'])}.\n"
-        for f in facts
-    )
+            ratio, is_bound = times_faster(baseline, own_runs)
+            rows += [table_row(run, baseline) for run in (baseline, *own_runs)]
+            ratios.append({"seed": seed, "tokens": baseline.tokens, "times_faster": ratio, "at_least": is_bound})
+    page = build_page(rows, ratios, outcomes[0].versions)
     print(page)
     stem = Path("logs") / config.name
-    stem.with_suffix(".md").write_text(page)
-    all_facts = {"config": asdict(config), "ratios": facts, "runs": [asdict(outcome) for outcome in outcomes]}
-    stem.with_suffix(".json").write_text(json.dumps(all_facts, indent=1) + "\n")
-    drawn = {run.name: run for run in [*(run for path in config.also for run in earlier(Path(path))), *outcomes]}
-    draw(list(drawn.values()), stem.with_suffix(".png"))
+    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    found = {"config": asdict(config), "ratios": ratios, "runs": [asdict(outcome) for outcome in outcomes]}
+    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plotted = {run.name: run for run in [*(run for path in config.also for run in load(Path(path))), *outcomes]}
+    plot(list(plotted.values()), stem.with_suffix(".png"))
 
 
-def trained(config: Config, label: str, options: str, tokens: int, seed: int) -> Outcome:
-    """The run of that label, made by train.py unless it is finished."""
-    name, given = named(config, label, options, tokens, seed)
-    folder, finished = Path("logs") / name, Path("logs") / name / "finished"
-    if not finished.is_file():
-        print(f"{name}: train.py {shlex.join(given)}", flush=True)
-        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.gpus}")
-        call("train.py", *given, f"--run-name={name}", launcher=torchrun if config.gpus > 1 else ())
-        finished.touch()
+def build_page(rows: list[list[str]], ratios: list[dict[str, Any]], versions: dict[str, Any]) -> str:
+    header = ["run", "tokens", "seconds", "ktok/s", "validation loss", "vs. baseline"]
+    header += ["times faster than baseline", "LAMBADA"]
+    lines = [
+        f"Seed {r['seed']}, {r['tokens']:,} baseline tokens: {describe_ratio(r['times_faster'], r['at_least'])}.\n"
+        for r in ratios
+    ]
+    return "\n".join([markdown_table(header, rows), "", f"{versions}\n", *lines])
+
+
+def train(config: Config, kind: str, options: str, tokens: int, seed: int) -> Outcome:
+    """The outcome of a run, which train.py makes unless it is finished. Raises ValueError if a script fails."""
+    name, arguments = run_name(config, kind, options, tokens, seed)
+    folder = Path("logs") / name
+    if not (folder / "finished").is_file():
+        print(f"{name}: train.py {shlex.join(arguments)}", flush=True)
+        launcher = torchrun_command(config.gpus) if config.gpus > 1 else [sys.executable]
+        run_command([*launcher, str(ROOT / "train.py"), *arguments, f"--run-name={name}"])
+        (folder / "finished").touch()
     scores = None
     if config.lambada:
         scores = folder / f"{Path(config.lambada).stem}.json"
         if not scores.is_file():
-            scored = ("--ckpt", folder, "--data", config.lambada, "--device", config.device, "--out", scores)
-            call("eval_lambada.py", *scored, "--text", "standard", "--protocol", "standard")
-    return outcome(folder, scores, label, f"{label}, {tokens / 1e6:g}M tokens, seed {seed}")
+            command = [sys.executable, str(ROOT / "eval_lambada.py"), "--ckpt", str(folder), "--data", config.lambada]
+            command += ["--text", "standard", "--protocol", "standard", "--device", config.device]
+            run_command([*command, "--out", str(scores)])
+    return load_outcome(folder, scores, kind, f"{display_name(kind)}, {tokens / 1e6:g}M tokens, seed {seed}")
 
 
-def named(config: Config, label: str, options: str, tokens: int, seed: int) -> tuple[str, list[str]]:
-    """A run's name, another for any other option, and train.py's options for it."""
+def display_name(kind: str) -> str:
+    return "this project" if kind == OURS else kind
+
+
+def run_name(config: Config, kind: str, options: str, tokens: int, seed: int) -> tuple[str, list[str]]:
+    """A name that is different for different options, and train.py's arguments."""
     names = ("data", "preset", "seq_len", "val_tokens", "device")
-    given = [f"--{option.replace('_', '-')}={getattr(config, option)}" for option in names]
-    given += [f"--tokens={tokens}", f"--seed={seed}", "--val-every=1000000000", "--save-every=1000000000"]
-    given += ["--log-every=100", *shlex.split(options)]
-    digest = hashlib.sha256(shlex.join([*given, str(config.gpus)]).encode()).hexdigest()[:8]
-    return f"{RUNS}-{label}-{tokens}-{seed}-{digest}", given
+    arguments = [f"{cli.option_name(name)}={getattr(config, name)}" for name in names]
+    arguments += [f"--tokens={tokens}", f"--seed={seed}", "--val-every=1000000000", "--save-every=1000000000"]
+    arguments += ["--log-every=100", *shlex.split(options)]
+    digest = hashlib.sha256(shlex.join([*arguments, str(config.gpus)]).encode()).hexdigest()[:8]
+    return f"{RUNS}-{kind}-{tokens}-{seed}-{digest}", arguments
 
 
-def call(script: str, *options: str | Path, launcher: tuple[str, ...] = ()) -> None:
-    """Run one of the project's scripts. Raises ValueError where it fails, after it has said why."""
-    command = [sys.executable, *launcher, str(REPO / script), *map(str, options)]
-    if status := subprocess.run(command, check=False).returncode:
-        raise ValueError(f"{shlex.join(command)} ended with status {status}, see above")
-
-
-def outcome(run: Path, scores: Path | None, kind: str, label: str) -> Outcome:
-    """What a finished run came to, with its LAMBADA `scores`. Raises ValueError where it ended without a loss."""
-    facts, lines = json.loads((run / "run.json").read_text()), read_metrics(run)
-    train = [line for line in lines if line["split"] == "train"]
+def load_outcome(run: Path, scores: Path | None, kind: str, label: str) -> Outcome:
+    """The outcome of a finished run, with its LAMBADA `scores`. Raises ValueError if it has no final loss."""
+    settings, lines = json.loads((run / "run.json").read_text(encoding="utf-8")), read_metrics(run)
+    steps = [line for line in lines if line["split"] == "train"]
     loss = [line["loss"] for line in lines if line["split"] == "val"][-1]
     if loss is None:
-        raise ValueError(f"{run.name} diverged: take a lower --lr for it")
+        raise ValueError(f"{run.name} diverged: its last validation loss is not finite. Use a lower --lr for it")
     lambada = ""
     if scores is not None:
-        (result,) = json.loads(scores.read_text())
+        (result,) = json.loads(scores.read_text(encoding="utf-8"))
         lambada = f"{result['correct']:,} of {result['total']:,}, perplexity {result['perplexity']:,.0f}"
-    curve = [(line["tokens"], line["seconds"], line["loss"]) for line in train if line["loss"] is not None]
-    done = (train[-1]["tokens"], train[-1]["seconds"], loss)
-    return Outcome(run.name, kind, label, *done, lambada, curve, facts["versions"])
+    return Outcome(
+        name=run.name,
+        kind=kind,
+        label=label,
+        tokens=steps[-1]["tokens"],
+        seconds=steps[-1]["seconds"],
+        loss=loss,
+        lambada=lambada,
+        curve=[(line["tokens"], line["seconds"], line["loss"]) for line in steps if line["loss"] is not None],
+        versions=settings["versions"],
+    )
 
 
-def earlier(path: Path) -> list[Outcome]:
-    """The runs of an earlier call. Raises ValueError where the file isn't one that this script wrote."""
+def load(path: Path) -> list[Outcome]:
+    """The runs of an earlier call. Raises ValueError if this script didn't write the file."""
     try:
-        return [Outcome(**run) for run in json.loads(path.read_text())["runs"]]
+        return [Outcome(**run) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--also {path} is not what this script writes ({error!r}): give its call again") from None
+        reason = type(error).__name__
+        raise ValueError(f"--also {path} was not written by this script ({reason}). Rerun its command") from None
 
 
-def times_sooner(baseline: Outcome, ours: list[Outcome]) -> tuple[float | None, bool]:
-    """The ratio of seconds at the baseline's final loss, and whether that is a lower bound; None: it wasn't reached.
+def times_faster(baseline: Outcome, own_runs: list[Outcome]) -> tuple[float | None, bool]:
+    """Seconds of the baseline per second of this project at the baseline's final loss, and whether it is a lower bound.
 
-    Between the two runs around that loss, loss is taken as a line in log(seconds). Where every one of ours is below it,
-    the shortest gives the bound.
+    Between the two runs around that loss, loss is linear in log(seconds). If all runs end below that loss, the shortest
+    one gives a lower bound. None: no run reaches it.
     """
-    runs = sorted(ours, key=lambda run: run.tokens)
+    runs = sorted(own_runs, key=lambda run: run.tokens)
     if runs[0].loss <= baseline.loss:
         return baseline.seconds / runs[0].seconds, True
     for above, below in pairwise(runs):
         if above.loss > baseline.loss >= below.loss:
-            part = (above.loss - baseline.loss) / (above.loss - below.loss)
-            seconds = math.exp(math.log(above.seconds) + part * math.log(below.seconds / above.seconds))
+            fraction = (above.loss - baseline.loss) / (above.loss - below.loss)
+            seconds = math.exp(math.log(above.seconds) + fraction * math.log(below.seconds / above.seconds))
             return baseline.seconds / seconds, False
     return None, False
 
 
-def said(sooner: float | None, bound: bool) -> str:
-    if sooner is None:
-        return "by none of our runs"
-    return f"{'at least ' if bound else ''}{sooner:.2f} times sooner"
+def describe_ratio(ratio: float | None, is_bound: bool) -> str:
+    if ratio is None:
+        return "no run of this project reaches the loss of the baseline"
+    return f"{'at least ' if is_bound else ''}{ratio:.2f} times faster to the same loss"
 
 
-def row(run: Outcome, baseline: Outcome) -> list[str]:
+def table_row(run: Outcome, baseline: Outcome) -> list[str]:
     ratio = f"{baseline.seconds / run.seconds:.2f}" if run.loss <= baseline.loss else ""
-    rate = f"{run.tokens / run.seconds / 1000:,.1f}"
-    beside = f"{run.loss - baseline.loss:+.4f}"
-    return [run.label, f"{run.tokens:,}", f"{run.seconds:.1f}", rate, f"{run.loss:.4f}", beside, ratio, run.lambada]
+    speed, difference = f"{run.tokens / run.seconds / 1000:,.1f}", f"{run.loss - baseline.loss:+.4f}"
+    return [
+        run.label,
+        f"{run.tokens:,}",
+        f"{run.seconds:.1f}",
+        speed,
+        f"{run.loss:.4f}",
+        difference,
+        ratio,
+        run.lambada,
+    ]
 
 
-def draw(outcomes: list[Outcome], path: Path) -> None:
-    """Training loss (means of a sixtieth of a run) over seconds and tokens; final validation losses as dots."""
+def plot(outcomes: list[Outcome], path: Path) -> None:
+    """Plot smoothed training losses by seconds and by tokens, and final validation losses as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
-    top = 2 + max(run.loss for run in outcomes)  # the first steps' fall from ln(vocabulary) says nothing
-    colours = dict(zip(dict.fromkeys(run.kind for run in outcomes), COLOURS, strict=False))
+    top = 2 + max(run.loss for run in outcomes)  # without the steep start from ln(vocabulary)
+    colors = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(run.kind for run in outcomes))}
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
-    for panel, column, label in ((panels[0], 1, "seconds of training"), (panels[1], 0, "tokens seen")):
+    for panel, column, label in ((panels[0], 1, "seconds of training"), (panels[1], 0, "training tokens")):
         for run in outcomes:
-            size = max(len(run.curve) // SMOOTHED, 1)
-            chunks = [run.curve[i : i + size] for i in range(0, len(run.curve), size)]
-            places = [chunk[-1][column] for chunk in chunks]
-            look = {"color": colours[run.kind], "linewidth": 1.0, "alpha": 0.6}
-            panel.plot(places, [sum(p[2] for p in chunk) / len(chunk) for chunk in chunks], **look)
-            end = run.seconds if column == 1 else run.tokens
-            panel.plot(end, run.loss, "o", color=colours[run.kind], markersize=6)
-            below = run.kind == "ours"  # ours is the curve with nothing below it
-            place = {"xytext": (-5, -12) if below else (6, 3), "ha": "right" if below else "left"}
-            panel.annotate(f"{run.loss:.2f}", (end, run.loss), textcoords="offset points", fontsize=9, **place)
+            plot_run(panel, run, column, colors[run.kind])
         shown = [point[column] for run in outcomes for point in run.curve if point[2] <= top]
         panel.set(xlabel=label, xscale="log", xlim=(0.7 * min(shown), 2 * max(shown)))
-        panel.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
-    panels[0].set(ylabel="loss (nats a token): training, and validation (dots)", ylim=(None, top))
-    for kind, colour in colours.items():
-        panels[0].plot([], [], "o-", color=colour, label=kind)
+    panels[0].set(ylabel="loss (nats per token): training, and validation (dots)", ylim=(None, top))
+    for kind, color in colors.items():
+        panels[0].plot([], [], "o-", color=color, label=display_name(kind))
     panels[0].legend(frameon=False, loc="lower left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_run(panel: Any, run: Outcome, column: int, color: str) -> None:
+    """`column`: the index, in a point of the curve, of its place on the x axis."""
+    size = max(len(run.curve) // SMOOTHED_POINTS, 1)
+    chunks = [run.curve[i : i + size] for i in range(0, len(run.curve), size)]
+    losses = [sum(point[2] for point in chunk) / len(chunk) for chunk in chunks]
+    panel.plot([chunk[-1][column] for chunk in chunks], losses, color=color, linewidth=1.0, alpha=0.6)
+    end = (run.seconds if column == 1 else run.tokens, run.loss)
+    panel.plot(*end, "o", color=color, markersize=6)
+    is_lowest = run.kind == OURS  # no curve is below it: there is space for the number
+    offset, align = ((-5, -12), "right") if is_lowest else ((6, 3), "left")
+    panel.annotate(f"{run.loss:.2f}", end, xytext=offset, textcoords="offset points", fontsize=9, ha=align)
 
 
 if __name__ == "__main__":

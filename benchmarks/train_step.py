@@ -1,26 +1,24 @@
-"""How fast a training step is: this project's, beside transformers' GPT-2 and torch.compile alone, in the same run.
+"""Speed of a training step: this project, transformers' GPT-2, and torch.compile alone, in the same run.
 
-    python benchmarks/train_step.py                                          # GPT-2 124M on one GPU
-    python benchmarks/train_step.py --roofline --data data/corpus            # and what limits it, and the real loader
-    python benchmarks/train_step.py --preset tiny --seq-len 64 --micro-batch 4 --batch-tokens 512 --steps 3  # here
+    python -m benchmarks.train_step                                          # GPT-2 124M on one GPU
+    python -m benchmarks.train_step --roofline --data data/corpus            # limits of the GPU, and the data loader
+    python -m benchmarks.train_step --variants ours --data data/corpus --batch-tokens 65536 --steps 500 --save-every 250
+    python -m benchmarks.train_step --preset tiny --seq-len 64 --micro-batch 4 --batch-tokens 512 --steps 3 --device cpu
 
-Whole optimizer steps (clipping and AdamW included) on random tokens, bfloat16 autocast on GPUs. Each variant has a
-process of its own and empty compile caches. The time to the first step runs from the process's start to its end.
+Complete optimizer steps, with clipping and AdamW, on random tokens; bfloat16 autocast on GPUs. Each variant runs in
+its own process with empty compile caches. The time to the first step starts with the process.
 """
-
-import sys
-
-sys.path[0] = sys.path[0].rpartition("/")[0]  # the repo
 
 import itertools
 import json
-import os
 import statistics
-import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,21 +26,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import train
-from benchmarks.steps import WARM_UP, Timed, milliseconds, random_batches, settings_of, synchronize, timed
+from benchmarks import common
+from benchmarks.common import TimingConfig, milliseconds, time_steps
 from core import cli
-from core.data.shards import TokenOrder, Windows, open_dataset
+from core.data.shards import open_dataset
 from core.distributed import Ranks, peak_flops, pick_device, process_group
-from core.train.interrupts import Interrupts
+from core.files import METRICS, markdown_table
 from core.train.logging import versions
-from core.train.optim import Optimizers, optimizers
-from core.train.recipe import Schedule
-from core.train.setup import loss_model, open_loader, resolve_computation, train_step
+from core.train.optim import OptimizerGroup, build_optimizer
+from core.train.recipe import Recipe
+from core.train.saver import Saver
+from core.train.setup import build_loss, open_loader
 from model import GPT, PRESETS, GPTConfig
 
-VARIANTS = ("transformers", "transformers compiled", "compiled", "ours")
-# Kernels by a part of their name; the first that fits. What fits none is `other`.
-PARTS = {
+# The values of --variants, and their names in tables.
+VARIANTS = {
+    "transformers": "transformers",
+    "transformers compiled": "transformers, compiled",
+    "compiled": "this model, compiled",
+    "ours": "this project",
+}
+# Categories of kernels by substrings of their names; the first match counts. Kernels without a match are `other`.
+CATEGORIES = {
     "matrix products, GELU": ("nvjet", "gemm", "cutlass", "splitK", "linear_gelu", "matmul_times", "gelu"),
     "attention": ("sdpa", "flash", "dot_do_o", "convert_dq", "pack_kernel"),
     "loss": ("cross_entropy", "softmax", "nll_loss"),
@@ -52,60 +57,75 @@ PARTS = {
 
 
 @dataclass
-class Config(Timed):
-    variants: tuple[str, ...] = VARIANTS
-    """Which to run, of: transformers, transformers compiled, compiled (this model and torch.compile alone), ours."""
+class Config:
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Variants to time: transformers, transformers compiled, compiled (this model with torch.compile only), and ours,
+    which is this project."""
     data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """Folder of shards: ours with the real loader too."""
+    """Folder of shards, to time this project with the data loader too. Default: random tokens only."""
+    save_every: int = 0
+    """Steps between checkpoints, to time this project with checkpoints too; needs --data. 0: no checkpoints."""
     roofline: bool = False
-    """Measure each matrix shape and attention alone, and print what each part of our step takes beside its limit."""
+    """Measure each matrix shape and attention alone, and compare the parts of this project's step with them."""
+    out: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
+    """File for all figures (JSON). Default: not written."""
     only: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """One variant, within this process: what the benchmark calls itself with."""
+    """Internal: the variant to time in this process."""
     started: float = 0.0
-    """When that process was started, in seconds since 1970."""
+    """Internal: the start of this process in seconds since 1970."""
+    terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
 def main(config: Config) -> None:
-    settings_of(config, fused=False)
-    if config.roofline and pick_device(config.device).type != "cuda":
-        raise ValueError("--roofline measures a GPU, and this machine has none that torch can use: leave it out")
-    unknown = set(config.variants) - set(VARIANTS)
-    if unknown:
-        raise ValueError(f"--variants {' '.join(unknown)}: there are {', '.join(VARIANTS)}")
+    check_options(config)
     if config.only:
-        with process_group(config.device) as ranks:
+        with process_group(config.timing.device) as ranks:
             found = measure_roofline(config, ranks) if config.only == "roofline" else measure(config, ranks)
         return ranks.log(json.dumps(found))
     rows = {}
     with tempfile.TemporaryDirectory() as caches:
         for variant in config.variants:
-            rows[variant] = child(config, variant, caches)
+            rows[variant] = run_variant(config, variant, caches)
         if "ours" in config.variants:
-            warm = child(replace(config, steps=1, data=None, roofline=False), "ours", caches)
-            rows["ours"]["first_step_warm_s"] = warm["first_step_s"]
-        limits = child(config, "roofline", caches) if config.roofline else {}
-    report(config, rows, limits)
+            quick = replace(config, timing=replace(config.timing, steps=1), data=None, save_every=0, roofline=False)
+            rows["ours"]["first_step_warm_s"] = run_variant(quick, "ours", caches)["first_step_s"]
+        limits = run_variant(config, "roofline", caches) if config.roofline else {}
+    print_report(config, rows, limits)
     if config.out:
-        facts = {"config": asdict(config), "versions": rows[config.variants[0]]["versions"], "variants": rows}
-        Path(config.out).write_text(json.dumps(facts | {"limits": limits}, indent=1) + "\n")
+        found = {"config": asdict(config), "versions": rows[config.variants[0]]["versions"], "variants": rows}
+        Path(config.out).write_text(json.dumps(found | {"limits": limits}, indent=1) + "\n", encoding="utf-8")
 
 
-def child(config: Config, variant: str, caches: str) -> dict[str, Any]:
-    """What a process of its own found out about a variant."""
-    names = ("preset", "micro_batch", "batch_tokens", "seq_len", "steps", "device", "data", "optimizer")
-    options = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names if getattr(config, name)]
-    flags = [
-        f"--{name.replace('_', '-')}" for name in ("roofline", "activation_checkpointing") if getattr(config, name)
-    ]
-    folder = f"{caches}/{variant.replace(' ', '-')}"  # Inductor's compiler takes a space for the end of a name
-    own = [f"--only={variant}", f"--started={time.time()}"]
-    cache = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-    command = [sys.executable, __file__, *options, *flags, *own]
+def check_options(config: Config) -> None:
+    """Raise ValueError for options that can't work, before anything is timed."""
+    config.timing.recipe()
+    if config.roofline and pick_device(config.timing.device).type != "cuda":
+        raise ValueError("--roofline measures a GPU, but --device is not a CUDA GPU. Remove --roofline")
+    if unknown := set(config.variants) - set(VARIANTS):
+        raise ValueError(f"--variants {' '.join(unknown)} is unknown. Choose from {', '.join(VARIANTS)}")
+    if config.save_every:
+        cli.check_between(1, config.timing.steps, save_every=config.save_every)
+        if not config.data:
+            raise ValueError(f"--save-every {config.save_every} needs --data, whose tokenizer is in each checkpoint")
+
+
+def run_variant(config: Config, variant: str, caches: str) -> dict[str, Any]:
+    """The figures of a variant, from its own process."""
+    options = asdict(config.timing) | {"data": config.data, "save_every": config.save_every}
+    flags = {"activation_checkpointing": options.pop("activation_checkpointing"), "roofline": config.roofline}
+    command = [sys.executable, "-m", "benchmarks.train_step", f"--only={variant}"]
+    command += [f"{cli.option_name(name)}={value}" for name, value in options.items() if value]
+    command += [cli.option_name(name) for name, is_set in flags.items() if is_set]
+    folder = f"{caches}/{variant.replace(' ', '-')}"  # Inductor's compiler doesn't quote names with spaces
     print(f"{variant} ...", file=sys.stderr, flush=True)
-    done = subprocess.run(command, env=os.environ | cache, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{variant} ended with status {done.returncode}, see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    output = common.run_command(
+        [*command, f"--started={time.time()}"],
+        capture=True,
+        TORCHINDUCTOR_CACHE_DIR=folder,
+        TRITON_CACHE_DIR=f"{folder}/triton",
+    )
+    return json.loads(output.splitlines()[-1])
 
 
 class TransformersLoss(nn.Module):
@@ -115,145 +135,194 @@ class TransformersLoss(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        self.gpt = GPT2LMHeadModel(GPT2Config(**asdict(config), **none, attn_implementation="sdpa"))
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        self.gpt = GPT2LMHeadModel(GPT2Config(**asdict(config), **dropout, attn_implementation="sdpa"))
 
     def forward(self, inputs: Tensor, _targets: Tensor) -> Tensor:
         return self.gpt(input_ids=inputs, labels=inputs, use_cache=False).loss
 
 
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """Rates, memory and times of the variant `only`."""
-    assert config.only is not None
-    shape = PRESETS[config.preset]
-    settings = resolve_computation(settings_of(config, config.only == "ours"), ranks)
-    raw: Any = TransformersLoss(shape) if "transformers" in config.only else GPT(shape)
-    raw = raw.to(ranks.device)
-    if config.only in ("ours", "compiled"):
-        model = loss_model(raw, settings, settings.compile == "on")
+    """Speed, memory and time to the first step of the variant `only`."""
+    timing, variant, shape = config.timing, str(config.only), PRESETS[config.timing.preset]
+    recipe, system = timing.recipe(), timing.system(ranks, fused=variant == "ours")
+    model: Any = TransformersLoss(shape) if "transformers" in variant else GPT(shape)
+    model = model.to(ranks.device)
+    if isinstance(model, GPT):
+        loss_fn, optimizer = build_loss(model, system), build_optimizer(model, recipe, ranks)
     else:
-        model = torch.compile(raw, dynamic=False) if "compiled" in config.only else raw
-    optimizer = optimizer_of(raw, settings, ranks)
-    optimizer.set_rate(1.0)
-    sequences = config.batch_tokens // config.seq_len
-    interrupts = Interrupts(3600, False)
-
-    def step(batches: Iterator[list[Tensor]]) -> None:
-        train_step(model, optimizer, batches, sequences, settings, ranks, interrupts)
-
-    resident = itertools.cycle(random_batches(config, ranks))
-    step(resident)
-    synchronize(ranks)
+        loss_fn = torch.compile(model, dynamic=False) if "compiled" in variant else model
+        optimizer = plain_adamw(model, recipe)
+    step_on = common.build_step(
+        loss_fn, optimizer, timing, accumulation=timing.micro_batches(1), dtype=system.dtype, ranks=ranks
+    )
+    step = partial(step_on, itertools.cycle(common.random_batches(timing, ranks)))
+    step()
+    common.synchronize(ranks)
     found: dict[str, Any] = {"first_step_s": time.time() - config.started, "versions": versions(ranks.device)}
-    for _ in range(WARM_UP - 1):
-        step(resident)
-    found |= timed(lambda: step(resident), config, ranks)
-    flops = shape.flops_per_token(config.seq_len) * found["tokens_per_second"]
+    for _ in range(common.WARM_UP_STEPS - 1):
+        step()
+    found |= time_steps(step, timing, ranks)
+    flops = shape.flops_per_token(timing.seq_len) * found["tokens_per_second"]
     found["mfu"] = flops / peak if (peak := peak_flops(ranks.device)) else None
-    if config.data and config.only == "ours":
-        dataset = open_dataset(config.data)
-        windows = Windows(dataset, "train", config.seq_len)
-        order = TokenOrder(dataset.manifest_hash, settings.seed, config.seq_len, len(windows))
-        schedule = Schedule(replace(settings, steps=config.steps + 1))
-        loader = open_loader(settings, schedule, ranks, windows, order, range(config.steps + 1))
-        step(loader)
-        found["with_loader"] = timed(lambda: step(loader), config, ranks)["tokens_per_second"]
-    if config.roofline and config.only == "ours" and ranks.device.type == "cuda":
-        found["parts_ms"] = profile_parts(lambda: step(resident))
-    interrupts.pause()
+    if variant == "ours" and config.data:
+        found["with_loader"] = time_loader(step_on, config, recipe, ranks)
+    if variant == "ours" and config.save_every:
+        found["with_saves"] = time_saves(step, config, model, optimizer, ranks)
+    if variant == "ours" and config.roofline:
+        found["parts_ms"] = profile_kernels(step)
     return found
 
 
-def optimizer_of(model: Any, settings: train.Config, ranks: Ranks) -> Optimizers:
-    if isinstance(model, GPT):
-        return optimizers(model, settings, ranks)
-    groups = [{"params": list(model.parameters()), "peak": settings.lr}]
-    return Optimizers(torch.optim.AdamW(groups, lr=0.0, weight_decay=settings.weight_decay, fused=True))
+def plain_adamw(model: nn.Module, recipe: Recipe) -> OptimizerGroup:
+    groups = [{"params": list(model.parameters()), "initial_lr": recipe.lr}]
+    return OptimizerGroup(torch.optim.AdamW(groups, lr=0.0, weight_decay=recipe.weight_decay, fused=True))
 
 
-def profile_parts(step: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of a step's kernels, by part."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+def time_loader(step_on: Callable[[Any], Any], config: Config, recipe: Recipe, ranks: Ranks) -> float:
+    """Tokens per second of the step on micro-batches of the data loader."""
+    timing, dataset = config.timing, open_dataset(str(config.data))
+    steps = range(timing.steps + 1)
+    loader = open_loader(dataset, recipe, seed=0, micro_batch=timing.micro_batch, ranks=ranks, steps=steps)
+    with closing(loader):
+        step_on(loader)
+        return time_steps(partial(step_on, loader), timing, ranks)["tokens_per_second"]
+
+
+def time_saves(
+    step: Callable[[], Any], config: Config, model: GPT, optimizer: OptimizerGroup, ranks: Ranks
+) -> dict[str, Any]:
+    """Seconds of all steps with a checkpoint after every `save_every`, and what each checkpoint took."""
+    dataset, numbers = open_dataset(str(config.data)), itertools.count(1)
+    Path("logs").mkdir(exist_ok=True)  # the disk of real checkpoints
+    with tempfile.TemporaryDirectory(dir="logs") as folder:
+        (Path(folder) / METRICS).touch()  # written to disk before each checkpoint appears
+        saver = Saver(Path(folder), dataset, ranks, keep=3, keep_multiple=0, step=0, log=lambda text: None)
+        saver.preallocate(model, {"step": 0, "optimizer": optimizer.state_dict()})
+
+        def step_and_save() -> None:
+            step()
+            if (number := next(numbers)) % config.save_every == 0:
+                saver.save(model, {"step": number, "optimizer": optimizer.state_dict()})
+
+        seconds = sum(time_steps(step_and_save, config.timing, ranks)["step_s"])
+        saver.finish()
+    return {"seconds": seconds, "blocked_s": saver.blocked_seconds, "write_s": saver.write_seconds}
+
+
+def profile_kernels(step: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of a step's kernels, by category."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    parts = dict.fromkeys([*PARTS, "other"], 0.0)
-    for event in recorded.key_averages():
-        fits = (part for part, names in PARTS.items() if any(name in event.key for name in names))
-        parts[next(fits, "other")] += event.self_device_time_total / 1000
-    return parts
+    times = dict.fromkeys([*CATEGORIES, "other"], 0.0)
+    for event in profile.key_averages():
+        matches = (category for category, names in CATEGORIES.items() if any(name in event.key for name in names))
+        times[next(matches, "other")] += event.self_device_time_total / 1000
+    return times
 
 
 def measure_roofline(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """The least milliseconds that each part of a step can take on this card: products and attention at the rate that
-    they reach alone, what only moves memory at the rate of a copy, each tensor read once and written once."""
-    shape, rows = PRESETS[config.preset], config.micro_batch * config.seq_len
+    """The minimum milliseconds of each part of a step on this GPU.
+
+    Matrix products and attention: their speed when they run alone. The rest: the speed of a copy, with each tensor read
+    once and written once.
+    """
+    timing, shape = config.timing, PRESETS[config.timing.preset]
     C, L, V = shape.n_embd, shape.n_layer, shape.padded_vocab_size
-    micro_steps = config.batch_tokens // rows
-    shapes = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C), "head": (C, V)}
+    rows, micro_batches = timing.micro_batch * timing.seq_len, timing.micro_batches(world_size=1)
+    sizes = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C), "head": (C, V)}
     tflops, products = {}, 0.0
-    for name, (inputs, outputs) in shapes.items():
-        times = product_times(rows, inputs, outputs, ranks)
+    for name, (inputs, outputs) in sizes.items():
+        times = time_linear(rows, inputs, outputs, ranks)
         tflops[name] = [2 * rows * inputs * outputs / ms / 1e9 for ms in times]
         products += sum(times) * (1 if name == "head" else L)
-    size = (config.micro_batch, config.seq_len, shape.n_head, C // shape.n_head)
-    q, k, v, dy = (random(ranks, *size).transpose(1, 2).requires_grad_() for _ in range(4))
+    size = (timing.micro_batch, timing.seq_len, shape.n_head, C // shape.n_head)
+    q, k, v, dy = (random_tensor(ranks, *size).transpose(1, 2).requires_grad_() for _ in range(4))
 
     def attention() -> None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch.autograd.grad(y, (q, k, v), dy)
 
     attention_ms = milliseconds(attention, ranks)
-    big = random(ranks, 2**30)
-    per_ms = 2 * big.nbytes / milliseconds(big.clone, ranks)  # bytes read and written
+    big = random_tensor(ranks, 2**30)
+    bytes_per_ms = 2 * big.nbytes / milliseconds(big.clone, ranks)  # read and written
     parameters = 12 * L * C * C + shape.vocab_size * C
+    packing = 2 * 2 * 3 * rows * C * L / bytes_per_ms  # of queries, keys and values, in both directions
     limits = {
-        "matrix products, GELU": products * micro_steps,
-        "attention": (attention_ms * L + 2 * 2 * 3 * rows * C * L / per_ms) * micro_steps,  # and q, k, v side by side
-        "loss": 2 * 2 * rows * V / per_ms * micro_steps,
-        "LayerNorm, residual stream": 2 * 2 * (4 + 4) * rows * C * L / per_ms * micro_steps,
-        "optimizer, clipping": (28 + 12) * parameters / per_ms,
+        "matrix products, GELU": products * micro_batches,
+        "attention": (attention_ms * L + packing) * micro_batches,
+        "loss": 2 * 2 * rows * V / bytes_per_ms * micro_batches,
+        "LayerNorm, residual stream": 2 * 2 * (4 + 4) * rows * C * L / bytes_per_ms * micro_batches,
+        "optimizer, clipping": (28 + 12) * parameters / bytes_per_ms,
     }
-    return {"limit_ms": limits, "tflops": tflops, "attention_ms": attention_ms, "copy_tb_per_s": per_ms / 1e9}
+    return {"limit_ms": limits, "tflops": tflops, "attention_ms": attention_ms, "copy_tb_per_s": bytes_per_ms / 1e9}
 
 
-def product_times(rows: int, inputs: int, outputs: int, ranks: Ranks) -> list[float]:
-    """Milliseconds of a linear layer's product, and of those that make its input's and its weight's gradient."""
-    x, w, dy = (random(ranks, *size) for size in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+def time_linear(rows: int, inputs: int, outputs: int, ranks: Ranks) -> list[float]:
+    """Milliseconds of a linear layer's products: forward, gradient of the input, gradient of the weight."""
+    x, w, dy = (random_tensor(ranks, *size) for size in ((rows, inputs), (outputs, inputs), (rows, outputs)))
     return [milliseconds(product, ranks) for product in (lambda: x @ w.T, lambda: dy @ w, lambda: dy.T @ x)]
 
 
-def random(ranks: Ranks, *size: int) -> Tensor:
+def random_tensor(ranks: Ranks, *size: int) -> Tensor:
     return torch.randn(*size, device=ranks.device, dtype=torch.bfloat16)
 
 
-def report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[str, Any]) -> None:
-    facts = rows[config.variants[0]]["versions"]
-    print(f"{config.preset}, {config.batch_tokens:,} tokens a step, micro-batch {config.micro_batch}, {facts}")
-    print(f"{'':24}  ktok/s  times     MFU   peak GiB   step ms (median, least, most)   first step after")
-    ours = rows.get("ours", rows[config.variants[0]])
-    for variant, row in rows.items():
-        rate, steps = row["tokens_per_second"], [1000 * s for s in row["step_s"]]
-        mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
-        peak = f"{row['peak_gib']:.1f}" if row["peak_gib"] else "-"
-        spread = f"{statistics.median(steps):.1f}, {min(steps):.1f}, {max(steps):.1f}"
-        warm = f", warm {row['first_step_warm_s']:.0f}" if "first_step_warm_s" in row else ""
-        times = ours["tokens_per_second"] / rate
-        first = f"{row['first_step_s']:.0f} s{warm}"
-        print(f"{variant:24}  {rate / 1e3:6.1f}  {times:5.3f}  {mfu:>6}  {peak:>9}   {spread:>29}   {first}")
-    print(f"times: ours over this. Waits for the device {ours['syncs']}, recompilations {ours['recompilations']}")
-    if "with_loader" in ours:
-        ratio = ours["with_loader"] / ours["tokens_per_second"]
-        print(f"with the real loader: {ours['with_loader'] / 1e3:.1f} ktok/s, {ratio:.4f} times the resident batches'")
+def print_report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[str, Any]) -> None:
+    """Print the figures. Speedups and details are those of this project, or else of the first variant."""
+    timing, own = config.timing, rows.get("ours", rows[config.variants[0]])
+    print(
+        f"{timing.preset}, {timing.batch_tokens:,} tokens per step, micro-batch {timing.micro_batch}, {own['versions']}"
+    )
+    print(f"\n{speed_table(rows, own)}\n")
+    print(f"{timing.steps} steps: {own['syncs']} host syncs, {own['recompilations']} recompilations")
+    if "with_loader" in own:
+        ratio = own["with_loader"] / own["tokens_per_second"]
+        print(f"with the data loader: {own['with_loader'] / 1e3:.1f} ktok/s, {ratio:.4f} of the speed on random tokens")
+    if "with_saves" in own:
+        seconds, blocked, written = (own["with_saves"][name] for name in ("seconds", "blocked_s", "write_s"))
+        print(f"with {len(blocked)} checkpoints: {seconds / sum(own['step_s']):.4f} times the seconds without")
+        median, most = 1000 * statistics.median(blocked), 1000 * max(blocked)
+        print(
+            f"each blocked training for {median:.0f} ms (median; max {most:.0f}), written in {max(written):.1f} s (max)"
+        )
     if limits:
-        parts = ours.get("parts_ms", {})
-        print(f"{'part of our step':28}  {'ms':>7}  {'limit':>7}")
-        for part, limit in (limits["limit_ms"] | {"other": 0.0}).items():
-            print(f"{part:28}  {parts.get(part, 0):7.1f}  {limit:7.1f}")
-        whole = sum(limits["limit_ms"].values())
-        print(f"{'all':28}  {sum(parts.values()):7.1f}  {whole:7.1f}: {config.batch_tokens / whole:.0f} ktok/s")
-        print(f"a copy moves {limits['copy_tb_per_s']:.2f} TB/s; attention {limits['attention_ms']:.2f} ms a layer")
-        for name, rates in limits["tflops"].items():
-            print(f"{name:12} TFLOP/s forward, input gradient, weight gradient: {', '.join(f'{r:.0f}' for r in rates)}")
+        print(f"\n{roofline_table(limits['limit_ms'], own.get('parts_ms', {}))}\n")
+        print(f"limit: {timing.batch_tokens / sum(limits['limit_ms'].values()):.0f} ktok/s")
+        print(f"copy: {limits['copy_tb_per_s']:.2f} TB/s | attention: {limits['attention_ms']:.2f} ms per layer")
+        for name, tflops in limits["tflops"].items():
+            print(
+                f"{name:12} TFLOP/s forward, input gradient, weight gradient: {', '.join(f'{t:.0f}' for t in tflops)}"
+            )
+
+
+def speed_table(rows: dict[str, dict[str, Any]], own: dict[str, Any]) -> str:
+    header = [
+        "variant",
+        "ktok/s",
+        "speedup of this project",
+        "MFU",
+        "peak GiB",
+        "step, ms (min to max)",
+        "first step, s",
+    ]
+    cells = []
+    for variant, row in rows.items():
+        ms = [1000 * seconds for seconds in row["step_s"]]
+        warm = f", with warm caches {row['first_step_warm_s']:.0f}" if "first_step_warm_s" in row else ""
+        speeds = [f"{row['tokens_per_second'] / 1e3:.1f}", f"{own['tokens_per_second'] / row['tokens_per_second']:.3f}"]
+        usage = [f"{row['mfu']:.1%}" if row["mfu"] else "", f"{row['peak_gib']:.1f}" if row["peak_gib"] else ""]
+        times = [f"{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})", f"{row['first_step_s']:.0f}{warm}"]
+        cells.append([VARIANTS[variant], *speeds, *usage, *times])
+    return markdown_table(header, cells)
+
+
+def roofline_table(limit_ms: dict[str, float], measured_ms: dict[str, float]) -> str:
+    rows = [(part, measured_ms.get(part, 0.0), limit) for part, limit in (limit_ms | {"other": 0.0}).items()]
+    rows.append(("all", sum(measured_ms.values()), sum(limit_ms.values())))
+    cells = [[part, f"{measured:.1f}", f"{limit:.1f}"] for part, measured, limit in rows]
+    return markdown_table(["part of the step", "ms", "limit, ms"], cells)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ import train
 from core import cli
 from model import GPT
 
-call, rank, forward, main = -1, int(os.environ.get("RANK", 0)), GPT.forward, train.train  # -1: the timed micro-batch
+call, rank, forward, main = -2, int(os.environ.get("RANK", 0)), GPT.forward, train.train  # two calls time a step
 
 def faulty(self, tokens, targets=None, cache=None):
     global call
@@ -167,6 +169,23 @@ def config_of(**options):
         if value is not None and value is not False:
             args += [cli.option_name(name)] + ([] if value is True else [str(value)])
     return cli.parse(train.Config, args=args)
+
+
+def tiny_config(**options):
+    """The Config of the options TRAIN and the data of `world`; `options` replace them."""
+    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
+    return config_of(**(tiny | {"data": "data/small"} | options))
+
+
+def option_names(config):
+    """The options of a dataclass and of its groups, as written on the command line."""
+    for field in fields(config):
+        hint = get_type_hints(config, include_extras=True)[field.name]
+        if is_dataclass(hint):
+            yield from option_names(hint)
+        else:
+            names = [annotation.name for annotation in getattr(hint, "__metadata__", ()) if hasattr(annotation, "name")]
+            yield cli.option_name(next((name for name in names if name), field.name))
 
 
 def resolved(world_size=1, shape=PRESETS["tiny"], micro_batch=1, recipe="original", **options):

@@ -1,15 +1,24 @@
-"""Promise 4 for whole folders: --verify finds what differs from the manifest, --adopt describes foreign shards."""
+"""Promise 4 for data folders: --verify finds differences from the manifest, --adopt describes foreign shards."""
 
+import contextlib
+import errno
 import json
+import pickle
+import resource
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import ENCODING, TRAIN, refused, run, train_here
 
-from core.data import tokenizer
-from core.data.shards import Windows, open_dataset
+from core import cli
+from core.data import audit, shards, tokenizer
+from core.data.shards import Windows, open_dataset, open_shard
+from core.distributed import Ranks
 from core.files import sha256
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -30,7 +39,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_good_folder_passes_and_is_left_as_it_is(world, data):
+def test_an_intact_folder_passes_and_does_not_change(world, data):
     before = contents(data)
     assert "sha256, tokens, documents, bytes of text" in verify(world, data).stdout
     assert contents(data) == before
@@ -43,10 +52,10 @@ def flip(path):
 
 
 @pytest.mark.parametrize(
-    "harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-2]), lambda path: path.unlink()]
+    "damage", [flip, lambda path: path.write_bytes(path.read_bytes()[:-2]), lambda path: path.unlink()]
 )
-def test_a_damaged_shard_is_named(world, data, harm):
-    harm(data / "train_000003.npy")
+def test_a_damaged_shard_is_named(world, data, damage):
+    damage(data / "train_000003.npy")
     assert "train_000003.npy" in refused(verify(world, data, check=False))
 
 
@@ -57,12 +66,12 @@ def change(data, alter):
 
 
 @pytest.mark.parametrize("key", ["tokens", "documents", "bytes", "sha256"])
-def test_a_manifest_that_says_another_count_is_found_out(world, data, key):
+def test_a_manifest_with_another_count_is_detected(world, data, key):
     change(data, lambda shards: shards[3].update({key: "0" * 64 if key == "sha256" else shards[3][key] + 1}))
     assert "train_000003.npy" in refused(verify(world, data, check=False))
 
 
-def test_shards_out_of_their_order_in_the_source_are_found_out(world, data):
+def test_shards_in_another_order_than_the_source_are_detected(world, data):
     def swap(shards):
         shards[3]["begin"], shards[4]["begin"] = shards[4]["begin"], shards[3]["begin"]
 
@@ -70,13 +79,84 @@ def test_shards_out_of_their_order_in_the_source_are_found_out(world, data):
     assert "train_000004.npy begins at" in refused(verify(world, data, check=False))
 
 
-def test_the_tokenizer_of_another_encoding_is_found_out(world, data):
+def test_the_tokenizer_of_another_encoding_is_detected(world, data):
     path = data / "tokenizer.json"
-    facts = json.loads(path.read_text())
-    vocab = facts["model"]["vocab"]
+    spec = json.loads(path.read_text())
+    vocab = spec["model"]["vocab"]
     vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
-    path.write_text(json.dumps(facts))
+    path.write_text(json.dumps(spec))
     assert "tokenizer.json is not the encoding" in refused(verify(world, data, check=False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw[:-9] + b"\xff" + raw[-8:],
+        lambda raw: raw.replace(b'"vocab_size": 664', b'"vocab_size": "' + b"6" * 10_000 + b'"'),
+        lambda raw: raw.replace(b'"tokens": 4000', b'"tokens": [' + b"4," * 10_000 + b"0]", 1),
+        lambda raw: raw[:-9],
+        lambda raw: b"[" * 100_000,
+    ],
+)
+def test_a_damaged_manifest_gives_a_short_error(data, change):
+    path = data / "manifest.json"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{path} is damaged") as error:
+        open_dataset(data)
+    assert len(str(error.value)) < 500
+
+
+def test_a_damaged_header_gives_a_short_error(data):
+    path = data / "train_000003.npy"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:8] + (5000).to_bytes(2, "little") + b"'" + b"a" * 4997 + b"'\n" + raw)
+    with pytest.raises(ValueError, match=f"{path} is not a shard of tokens") as error:
+        open_shard(path)
+    assert len(str(error.value)) < 500 + len(str(path))
+
+
+@contextlib.contextmanager
+def no_more_files():
+    """The process can't open another file: its limit is below the descriptors in use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "read, name",
+    [
+        (lambda dataset: open_dataset(dataset.folder), "manifest.json"),
+        (lambda dataset: open_shard(dataset.folder / "train_000003.npy", 4000), "train_000003.npy"),
+        (lambda dataset: Windows(dataset, "val", 64), "val_000000.npy"),
+        (lambda dataset: shards.verify(dataset, ALONE), "val_000000.npy"),
+    ],
+    ids=["manifest", "open_shard", "Windows", "verify"],
+)
+def test_too_many_open_files_is_not_reported_as_damage(data, read, name):
+    dataset = open_dataset(data)
+    with no_more_files(), pytest.raises(OSError) as error:
+        read(dataset)
+    assert error.value.errno == errno.EMFILE
+    assert cli.message(error.value).startswith(f"{data / name}: Too many open files")
+    assert cli.message(pickle.loads(pickle.dumps(error.value))) == cli.message(error.value)  # as ranks exchange it
+
+
+def test_verify_raises_an_error_of_the_machine_and_does_not_advise_to_overwrite(data, monkeypatch):
+    failure = OSError(errno.EIO, "Input/output error", str(data / "train_000003.npy"))
+
+    def fails(path):
+        if path.name == "train_000003.npy":
+            raise failure
+        return sha256(path)
+
+    monkeypatch.setattr(audit, "sha256", fails)
+    with pytest.raises(OSError) as error:
+        audit.verify(data)
+    assert error.value is failure
 
 
 def header(tokens, magic=20240520, version=1):
@@ -95,7 +175,7 @@ def as_npy(path, ids):
 
 @pytest.fixture(params=[as_npy, as_bin], ids=["npy", "bin"])
 def foreign(request, world, data, tmp_path):
-    """The same ids as other projects keep them: named otherwise, without a manifest."""
+    """The same ids in the form of other projects: with other file names, without a manifest."""
     folder = tmp_path / "foreign"
     folder.mkdir()
     for number, shard in enumerate(open_dataset(data).manifest["shards"]):
@@ -108,19 +188,19 @@ def adopt(world, folder, *arguments, check=True):
     return run("fineweb.py", "--adopt", folder, "--encoding", "data/stories", *arguments, cwd=world, check=check)
 
 
-def test_adopted_shards_stay_as_they_are_and_train_like_our_own(world, data, foreign):
+def test_adopted_shards_do_not_change_and_train_like_those_of_fineweb(world, data, foreign):
     before = contents(foreign)
     adopt(world, foreign)
     assert {name: contents(foreign)[name] for name in before} == before
     verify(world, foreign)
-    ours, theirs = (Windows(open_dataset(folder), "train", 64) for folder in (data, foreign))
-    assert len(ours) == len(theirs)
-    for i in (0, len(ours) // 2, len(ours) - 1):
-        assert ours.batch([i])[0].equal(theirs.batch([i])[0])
+    own, adopted = (Windows(open_dataset(folder), "train", 64) for folder in (data, foreign))
+    assert len(own) == len(adopted)
+    for i in (0, len(own) // 2, len(own) - 1):
+        assert own.batch([i])[0].equal(adopted.batch([i])[0])
     train_here(*TRAIN, "--data", foreign, "--run", foreign.parent.name, "--steps", 2, cwd=world)
 
 
-def test_training_refuses_an_adopted_shard_that_was_altered_since(world, foreign):
+def test_training_refuses_an_adopted_shard_that_was_altered(world, foreign):
     adopt(world, foreign)
     path = next(foreign.glob("*train_000003*"))
     flip(path)
@@ -128,24 +208,24 @@ def test_training_refuses_an_adopted_shard_that_was_altered_since(world, foreign
         train_here(*TRAIN, "--data", foreign, "--run", "altered", "--steps", 2, cwd=world)
 
 
-def test_a_folder_is_adopted_twice_only_on_demand(world, foreign):
+def test_a_folder_is_adopted_twice_only_on_request(world, foreign):
     adopt(world, foreign)
     assert "--overwrite" in refused(adopt(world, foreign, check=False))
     adopt(world, foreign, "--overwrite")
 
 
 IDS = np.array([ENCODING.eot_token, 1, 2, 3], dtype=np.uint16)
-NO_SHARDS = {
+INVALID_SHARDS = {
     "another header": ("x_train_1.bin", header(4, magic=1) + IDS.tobytes(), "its header begins with"),
     "uint32 ids": ("x_train_1.bin", header(4, 20240801, 7) + IDS.tobytes(), "its header begins with"),
     "cut short": ("x_train_1.bin", header(5) + IDS.tobytes(), "by its header's 5 tokens"),
-    "no npy": ("x_train_1.npy", b"text", "no shard of tokens"),
+    "not npy": ("x_train_1.npy", b"text", "not a shard of tokens"),
 }
 
 
-@pytest.mark.parametrize("case", NO_SHARDS)
-def test_what_is_no_shard_is_refused_by_name(world, tmp_path, case):
-    name, raw, reason = NO_SHARDS[case]
+@pytest.mark.parametrize("case", INVALID_SHARDS)
+def test_an_invalid_shard_is_refused_by_name(world, tmp_path, case):
+    name, raw, reason = INVALID_SHARDS[case]
     np.save(tmp_path / "x_val_0.npy", IDS)
     (tmp_path / name).write_bytes(raw)
     message = refused(adopt(world, tmp_path, check=False))
@@ -161,7 +241,7 @@ def test_what_is_no_shard_is_refused_by_name(world, tmp_path, case):
         (IDS[1:], "no end-of-text token"),
     ],
 )
-def test_ids_that_the_encoding_does_not_give_are_refused(world, tmp_path, ids, reason):
+def test_ids_of_another_encoding_or_type_are_refused(world, tmp_path, ids, reason):
     np.save(tmp_path / "x_val_0.npy", IDS)
     np.save(tmp_path / "x_train_1.npy", ids)
     message = refused(adopt(world, tmp_path, check=False))
@@ -172,10 +252,10 @@ def test_ids_that_the_encoding_does_not_give_are_refused(world, tmp_path, ids, r
 def test_a_folder_without_validation_is_refused(world, tmp_path):
     np.save(tmp_path / "x_train_1.npy", IDS)
     assert "no val shard" in refused(adopt(world, tmp_path, check=False))
-    assert "no val shard" in refused(adopt(world, tmp_path / "nowhere", check=False))
+    assert "no val shard" in refused(adopt(world, tmp_path / "missing", check=False))
 
 
-def test_the_hash_in_an_adopted_manifest_is_the_files(world, foreign):
+def test_an_adopted_manifest_has_the_hash_of_each_file(world, foreign):
     adopt(world, foreign)
     for shard in open_dataset(foreign).manifest["shards"]:
         assert shard["sha256"] == sha256(foreign / shard["file"])

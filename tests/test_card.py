@@ -1,4 +1,4 @@
-"""Every checkpoint has a model card, made of the run's own facts, that the hub can read."""
+"""Each checkpoint has a model card with the facts of the run, in the format of the Hugging Face hub."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 from conftest import train_here
 from huggingface_hub import ModelCard
 
-from core.checkpoint import problem
+from core.checkpoint import find_damage
 from core.train.model_card import model_card
 
 RUN = ("--data", "data/small", "--run", "carded", "--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048)
@@ -26,56 +26,58 @@ def trained(world, tmp_path_factory):
 
 
 def rows(card):
-    """The table of a card, by the first cell."""
+    """The table of a card as a dictionary by the first cell."""
     lines = [line for line in card.splitlines() if line.startswith("| ") and line != "| | |"]
     return dict(line.strip("| ").split(" | ", 1) for line in lines)
 
 
-def test_the_card_says_what_was_measured_at_its_step(trained):
+def test_the_card_has_the_measurements_of_its_step(trained):
     run = trained / "logs/carded"
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    manifest = json.loads((trained / "data/small/manifest.json").read_text())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    manifest = json.loads((trained / "data/small/manifest.json").read_text(encoding="utf-8"))
     train_tokens = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
     for step in (2, 4):
-        card = (run / f"checkpoints/step_{step:06d}/README.md").read_text()
+        card = (run / f"checkpoints/step_{step:06d}/README.md").read_text(encoding="utf-8")
         at_step = {line["split"]: line for line in metrics if line["step"] == step}
         found = rows(card)
         assert f"# carded, step {step}\n" in card
         assert f"trained from scratch, after step {step} of 4." in card
-        assert found["validation loss"].startswith(f"{at_step['val']['loss']:.4f} nats a token")
+        assert found["validation loss"].startswith(f"{at_step['val']['loss']:.4f} nats per token")
         assert f"({at_step['lambada']['correct']} of 40 in lambada.txt, step {step})" in found["LAMBADA, `openai`"]
-        assert found["tokens seen"] == f"{2048 * step:,}, {2048 * step / train_tokens:.2f} times the training tokens"
+        assert found["tokens seen"] == f"{2048 * step:,}, {2048 * step / train_tokens:.2f} epochs"
         assert found["data"] == f"stories.jsonl: {train_tokens:,} training tokens"
         assert "lr 0.0006" in found["recipe"]
         assert torch.__version__ in found["computed with"]
 
 
-def test_a_card_made_later_is_the_same(trained):
-    manifest = json.loads((trained / "data/small/manifest.json").read_text())
+def test_a_card_generated_later_is_the_same(trained):
+    manifest = json.loads((trained / "data/small/manifest.json").read_text(encoding="utf-8"))
     run = trained / "logs/carded"
     for step in (2, 4):
-        assert model_card(run, manifest, step) == (run / f"checkpoints/step_{step:06d}/README.md").read_text()
+        assert model_card(run, manifest, step) == (run / f"checkpoints/step_{step:06d}/README.md").read_text(
+            encoding="utf-8"
+        )
 
 
-def test_a_run_that_goes_on_without_lambada_has_a_card(trained, tmp_path):
+def test_a_run_resumed_without_lambada_has_a_card(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "logs/carded/checkpoints/step_000004")
     train_here(*RUN, cwd=tmp_path)
-    card = (tmp_path / "logs/carded/checkpoints/step_000004/README.md").read_text()
+    card = (tmp_path / "logs/carded/checkpoints/step_000004/README.md").read_text(encoding="utf-8")
     assert re.search(r"of 40, step 2\)", rows(card)["LAMBADA, `openai`"])
 
 
 def test_the_hub_reads_the_card(trained):
     card = ModelCard.load(trained / "logs/carded/checkpoints/step_000004/README.md")
-    card.validate = None  # which would ask the hub
+    card.validate = None  # it sends the card to the hub
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
 
 
-def test_a_card_that_cannot_be_made_costs_no_checkpoint(world, tmp_path, monkeypatch, capsys):
+def test_a_failing_card_does_not_prevent_the_checkpoint(world, tmp_path, monkeypatch, capsys):
     shutil.copytree(world / "data/small", tmp_path / "data/small")
     monkeypatch.setattr("core.train.model_card.SETTINGS", ("unknown",))
     train_here(*RUN, cwd=tmp_path)
     folder = tmp_path / "logs/carded/checkpoints/step_000004"
-    assert problem(folder) is None
+    assert find_damage(folder) is None
     assert not (folder / "README.md").exists()
-    assert "the checkpoint of step 4 has no model card: KeyError('unknown')" in capsys.readouterr().out
+    assert "the checkpoint of step 4 has no model card (KeyError: 'unknown')" in capsys.readouterr().out

@@ -70,8 +70,8 @@ TOKENS = st.one_of(WORDS, st.sampled_from(sorted({*MARKS, *ENDINGS, "--"})))
 @DRAWN
 @given(st.lists(TOKENS, max_size=15))
 def test_the_text_of_the_first_tokens_is_a_prefix_of_the_text(tokens):
-    whole = detokenize(tokens)
-    assert all(whole.startswith(detokenize(tokens[:k])) for k in range(len(tokens) + 1))
+    text = detokenize(tokens)
+    assert all(text.startswith(detokenize(tokens[:k])) for k in range(len(tokens) + 1))
 
 
 @DRAWN
@@ -121,7 +121,7 @@ def test_questions_are_read_from_blocks_of_21_lines(tmp_path, ending):
     assert second == Cloze(sentences, "Ana took the XXXXX .", "ring", TEN.split("|"))
 
 
-# \r ends a line where \n follows; \t and | stand between fields; a zero byte is refused.
+# \r ends a line where \n follows; \t and | separate fields; a zero byte is refused.
 FIELDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n\r\t|\0"), max_size=20)
 CLOZES = st.builds(
     Cloze,
@@ -273,7 +273,7 @@ def test_paper_scores_candidate_and_rest_after_the_sentences():
         ("XXXXX went home .", "Ana.", " Ben went home."),
         ("He said `` XXXXX '' .", 'Ana. He said "', 'Ben".'),
         ("-LRB- XXXXX -RRB- left", "Ana. (", "Ben) left"),
-        ("the old-XXXXX lamp", "Ana. the", " old-Ben lamp"),  # a word that holds the blank is part of what is scored
+        ("the old-XXXXX lamp", "Ana. the", " old-Ben lamp"),  # a word that contains the blank is scored
         ("Then came XXXXX", "Ana. Then came", " Ben"),
         ("He met XXXXX 's cook", "Ana. He met", " Ben's cook"),
     ],
@@ -298,8 +298,8 @@ def test_paper_splits_every_text_at_the_same_place(sentences, ends, glue, option
     found = cbt.requests("paper", cloze, ENCODING.encode_ordinary)
     assert len({tuple(request.context) for request in found}) == 1
     for request, option in zip(found, options, strict=True):
-        whole = " ".join([*cloze.sentences, question.replace(BLANK, option)])
-        assert ENCODING.decode(request.context + request.continuation) == detokenize(whole.split())
+        words = " ".join([*cloze.sentences, question.replace(BLANK, option)])
+        assert ENCODING.decode(request.context + request.continuation) == detokenize(words.split())
 
 
 def test_sentence_scores_the_unchanged_question_alone():
@@ -316,9 +316,9 @@ def scored(*logprobs):
 def test_paper_chooses_the_highest_sum_and_sentence_the_highest_mean():
     cloze = Cloze([], "XXXXX", "long", ["long", "short", "bad"])
     scores = scored([-1.0, -1.0, -1.0], [-1.5], [-9.0])
-    odd = {"warnings": ("not 10 candidates",)}
-    assert cbt.judge("paper", cloze, scores) == Verdict(False, chosen="short", **odd)
-    assert cbt.judge("sentence", cloze, scores) == Verdict(True, chosen="long", **odd)
+    irregular = {"warnings": ("not 10 candidates",)}
+    assert cbt.judge("paper", cloze, scores) == Verdict(False, chosen="short", **irregular)
+    assert cbt.judge("sentence", cloze, scores) == Verdict(True, chosen="long", **irregular)
 
 
 def test_scores_belong_to_the_distinct_candidates():
@@ -347,8 +347,8 @@ def values_by_hand(model, protocol, cloze):
         context = context[-(POSITIONS + 1 - max(map(len, ends))) :]  # the same for all; the last token is not an input
         halves = [(context, end) for end in ends]
     else:
-        wholes = [ENCODING.encode_ordinary(before + option + after) for option in cloze.options]
-        halves = [(whole[:1], whole[1:]) for whole in wholes]
+        sequences = [ENCODING.encode_ordinary(before + option + after) for option in cloze.options]
+        halves = [(ids[:1], ids[1:]) for ids in sequences]
     values = []
     for context, end in halves:
         logprobs = model(torch.tensor([[*context, *end[:-1]]]))[0, -len(end) :].log_softmax(-1)
@@ -440,7 +440,7 @@ LONG = ["Ana met Ben and Ben met Ana ."] * 20
 LONG_QUESTION = f"{'Ana met Ben and ' * 20}XXXXX ."  # too long to score, but not as a context
 LONG_REST = f"XXXXX met Ben {'and Ben met Ana ' * 20}."
 UNSCORED = {"answer": "the answer is not among the candidates", "few": "fewer than two candidates"}
-ODD = [  # sentences, question, answer, candidates; by protocol, the reason for no score; warnings
+IRREGULAR = [  # sentences, question, answer, candidates; by protocol, the reason for no score; warnings
     (SHORT, "Ben met XXXXX .", "Ana", NAMES, {}, ()),
     (SHORT, "Ben met XXXXX .", "Ana", NAMES[:9], {}, ("not 10 candidates",)),
     (SHORT, "Ben met XXXXX .", "Ana", [*NAMES[:8], "Ben", ""], {}, ("an empty candidate", "a repeated candidate")),
@@ -456,19 +456,19 @@ TRUNCATED = {"paper": [5, 6], "sentence": []}
 
 def test_every_question_counts_and_irregular_ones_are_reported(world, models, monkeypatch, capsys):
     monkeypatch.chdir(world)
-    clozes = [Cloze(*parts) for *parts, _, _ in ODD]
-    write(world / "odd.txt", clozes)
-    assert cbt.read(world / "odd.txt") == clozes
-    scoring = evaluate.ScoringConfig(ckpt=("models/one",), items="odd.jsonl", out="odd.json")
-    eval_cbt.main(eval_cbt.Config(CBTConfig(data=("odd.txt",), protocol=("all",)), scoring))
+    clozes = [Cloze(*parts) for *parts, _, _ in IRREGULAR]
+    write(world / "irregular.txt", clozes)
+    assert cbt.read(world / "irregular.txt") == clozes
+    scoring = evaluate.ScoringConfig(ckpt=("models/one",), items="irregular.jsonl", out="irregular.json")
+    eval_cbt.main(eval_cbt.Config(CBTConfig(data=("irregular.txt",), protocol=("all",)), scoring))
     printed = capsys.readouterr().out
-    items = [json.loads(line) for line in (world / "odd.jsonl").read_text().splitlines()]
-    rows = json.loads((world / "odd.json").read_text())
+    items = [json.loads(line) for line in (world / "irregular.jsonl").read_text().splitlines()]
+    rows = json.loads((world / "irregular.json").read_text())
     assert [row["protocol"] for row in rows] == ["paper", "sentence"]
     for row in rows:
         protocol, unscored, counts = row["protocol"], {}, {}
         chosen = [item for item in items if item["protocol"] == protocol]
-        for i, (item, (*_, reasons, warnings)) in enumerate(zip(chosen, ODD, strict=True)):
+        for i, (item, (*_, reasons, warnings)) in enumerate(zip(chosen, IRREGULAR, strict=True)):
             expected = [*warnings, *[CUT] * (i in TRUNCATED[protocol])]
             assert item.get("unscored") == reasons.get(protocol)
             assert item.get("remarks", []) == expected
@@ -481,13 +481,13 @@ def test_every_question_counts_and_irregular_ones_are_reported(world, models, mo
                 assert item["correct"] == (item["chosen"] == clozes[i].answer)
             counts |= {warning: counts.get(warning, 0) + 1 for warning in expected}
         assert (row["unscored"], row["remarks"]) == (unscored, counts)
-        assert row["total"] == len(ODD) == sum(unscored.values()) + sum("chosen" in item for item in chosen)
+        assert row["total"] == len(IRREGULAR) == sum(unscored.values()) + sum("chosen" in item for item in chosen)
         assert row["correct"] == sum(item["correct"] for item in chosen)
-        assert f" {row['correct']} of {len(ODD)} " in printed
+        assert f" {row['correct']} of {len(IRREGULAR)} " in printed
         for reason, n in unscored.items():
-            assert f"models/one, odd.txt, {protocol}: {n} not scored, counted as wrong: {reason}\n" in printed
+            assert f"models/one, irregular.txt, {protocol}: {n} not scored, counted as wrong: {reason}\n" in printed
         for warning, n in counts.items():
-            assert f"models/one, odd.txt, {protocol}: {n} scored with a warning: {warning}\n" in printed
+            assert f"models/one, irregular.txt, {protocol}: {n} scored with a warning: {warning}\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -543,10 +543,10 @@ def test_no_treebank_token_is_left_in_the_data_sets_own_files():
     for path in files:
         clozes = cbt.read(path)
         assert all(1 < len(cloze.options) <= 10 for cloze in clozes)
-        wholes = {cloze.question.replace(BLANK, cloze.answer) for cloze in clozes}
-        wholes |= {" ".join(cloze.sentences) for cloze in clozes[::10]}
-        for whole in wholes:
-            text = detokenize(whole.split())
+        texts = {cloze.question.replace(BLANK, cloze.answer) for cloze in clozes}
+        texts |= {" ".join(cloze.sentences) for cloze in clozes[::10]}
+        for original in texts:
+            text = detokenize(original.split())
             left = TREEBANK.findall(text)
             assert not left, (path.name, text, left)
 

@@ -1,6 +1,7 @@
-"""Promise 4: a checkpoint or shard cut short or altered is refused by name; transformers reads a whole checkpoint."""
+"""A truncated or altered checkpoint or shard is refused by name; transformers reads a valid checkpoint."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, on_ranks, refused, run, train_here
+from conftest import TRAIN, on_ranks, refused, run, tiny_config, train_here
 
 import train
 from core import checkpoint
@@ -21,7 +22,7 @@ from core.distributed import Ranks
 from core.files import sha256, write_json
 from model import GPT
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 FILES = (
     "README.md",
     "checksums.json",
@@ -34,9 +35,8 @@ FILES = (
 )
 
 
-def settings(**changes):
-    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
-    return train.Config(**(tiny | {"data": "data/small", "run": "short", "steps": 6, "save_every": 2} | changes))
+def settings(**options):
+    return tiny_config(**({"run": "short", "steps": 6, "save_every": 2} | options))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def flip(path):
 
 
 def flip_header(path):
-    """Change one bit in the header of an .npy file: the parenthesis that closes its shape opens another."""
+    """Change one bit in the header of an .npy file: the closing parenthesis of its shape becomes an opening one."""
     content = bytearray(path.read_bytes())
     content[content.index(b")")] ^= 1
     path.write_bytes(content)
@@ -79,11 +79,11 @@ def empty(path):
     path.write_bytes(b"")
 
 
-def test_a_folder_holds_what_it_must(finished):
+def test_a_checkpoint_folder_has_all_files(finished):
     for step in (2, 4, 6):
         folder = finished / f"logs/short/checkpoints/step_{step:06d}"
         assert tuple(sorted(path.name for path in folder.iterdir())) == FILES
-        assert checkpoint.problem(folder) is None
+        assert checkpoint.find_damage(folder) is None
 
 
 @torch.no_grad()
@@ -91,17 +91,17 @@ def test_transformers_reads_model_and_tokenizer(finished):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished / "logs/short/checkpoints/step_000006"
-    theirs, theirs_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ours, encoding = GPT.from_pretrained(folder), tokenizer.load(folder)
+    hf_model, hf_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, encoding = GPT.from_pretrained(folder), tokenizer.load(folder)
     end_of_text = open_dataset(finished / "data/small").manifest["end_of_text_id"]
-    assert theirs.config.eos_token_id == theirs.config.bos_token_id == end_of_text
-    assert theirs.generation_config.eos_token_id == theirs_tokenizer.eos_token_id == end_of_text
+    assert hf_model.config.eos_token_id == hf_model.config.bos_token_id == end_of_text
+    assert hf_model.generation_config.eos_token_id == hf_tokenizer.eos_token_id == end_of_text
     text = "One morning the fox, who was 12, ran.\n\n  Überall “Wörter”!"
     ids = encoding.encode(text)
-    assert theirs_tokenizer(text)["input_ids"] == ids
-    assert theirs_tokenizer.decode(ids) == encoding.decode(ids) == text
+    assert hf_tokenizer(text)["input_ids"] == ids
+    assert hf_tokenizer.decode(ids) == encoding.decode(ids) == text
     tokens = torch.tensor([[end_of_text, *ids]])
-    torch.testing.assert_close(ours(tokens), theirs.eval()(tokens).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(tokens), hf_model.eval()(tokens).logits, atol=1e-4, rtol=0)
 
 
 def test_the_training_state_is_plain_values_and_tensors(finished):
@@ -117,60 +117,82 @@ def test_the_training_state_is_plain_values_and_tensors(finished):
 
 @pytest.mark.parametrize("damage", [flip, cut, empty])
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_is_named_and_the_checkpoint_passed_over(here, file, damage):
+def test_a_damaged_file_is_named_and_the_checkpoint_skipped(here, file, damage):
     newest = Path("logs/short/checkpoints/step_000006")
     damage(newest / file)
-    found, passed_over = checkpoint.newest(Path("logs/short"))
+    found, warnings = checkpoint.newest_valid(Path("logs/short"))
     assert found == newest.with_name("step_000004")
-    assert len(passed_over) == 1
-    assert passed_over[0].startswith(f"passed over {newest}: ")
-    assert file in passed_over[0]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"warning: skipping {newest}: ")
+    assert file in warnings[0]
     assert checkpoint.resolve("logs/short") == str(found)
     with pytest.raises(ValueError, match=rf"--ckpt {newest}: .*{file}"):
         checkpoint.resolve(str(newest))
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_missing_file_is_named_and_the_checkpoint_passed_over(here, file):
+def test_a_missing_file_is_named_and_the_checkpoint_skipped(here, file):
     newest = Path("logs/short/checkpoints/step_000006")
     (newest / file).unlink()
-    found, (line,) = checkpoint.newest(Path("logs/short"))
+    found, (line,) = checkpoint.newest_valid(Path("logs/short"))
     assert found == newest.with_name("step_000004")
     assert file in line
 
 
-def test_resume_takes_the_checkpoint_before_a_damaged_one(here, finished, capsys):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE], ids=["permission", "open-files"])
+@pytest.mark.parametrize("file", ["checksums.json", "model.safetensors"])
+def test_a_file_that_cannot_be_read_is_not_reported_as_damage(here, monkeypatch, file, number):
+    """A resume from the checkpoint before would overwrite a valid one."""
+    path = Path("logs/short/checkpoints/step_000006", file)
+
+    def unreadable(function):
+        def reading(given, *args, **options):
+            if given == path:
+                raise OSError(number, os.strerror(number), str(path))
+            return function(given, *args, **options)
+
+        return reading
+
+    monkeypatch.setattr(checkpoint, "sha256", unreadable(sha256))
+    monkeypatch.setattr(Path, "read_text", unreadable(Path.read_text))
+    with pytest.raises(OSError, match=f"{os.strerror(number)}: '{path}'"):
+        checkpoint.find_damage(path.parent)
+    with pytest.raises(OSError, match=f"{os.strerror(number)}: '{path}'"):
+        train.main(settings())
+
+
+def test_resume_uses_the_checkpoint_before_a_damaged_one(here, finished, capsys):
     newest = Path("logs/short/checkpoints/step_000006/model.safetensors")
     flip(newest)
     train.main(settings())
-    said = capsys.readouterr().out
-    assert f"passed over {newest.parent}: model.safetensors was cut short or altered" in said
-    assert re.search("resuming .*step 4 of 6", said)
+    output = capsys.readouterr().out
+    assert f"warning: skipping {newest.parent}: model.safetensors is truncated or altered" in output
+    assert re.search("resuming from .* step 4/6 ", output)
     assert newest.read_bytes() == (finished / newest).read_bytes()
-    assert checkpoint.problem(newest.parent) is None
+    assert checkpoint.find_damage(newest.parent) is None
 
 
 def test_without_a_valid_checkpoint_there_is_none_to_evaluate(here):
     for folder in Path("logs/short/checkpoints").iterdir():
         flip(folder / "model.safetensors")
-    with pytest.raises(ValueError, match="--ckpt logs/short: the run has no checkpoint that verifies"):
+    with pytest.raises(ValueError, match="--ckpt logs/short: the run has no valid checkpoint"):
         checkpoint.resolve("logs/short")
 
 
-def test_the_newest_is_the_one_of_the_largest_step(here):
+def test_the_newest_checkpoint_has_the_largest_step(here):
     for step in ("step_999998", "step_1000000"):
         shutil.copytree("logs/short/checkpoints/step_000006", f"logs/short/checkpoints/{step}")
-    found, _ = checkpoint.newest(Path("logs/short"))
+    found, _ = checkpoint.newest_valid(Path("logs/short"))
     assert found.name == "step_1000000"
 
 
-def test_an_unfinished_checkpoint_is_none(here):
+def test_an_unfinished_checkpoint_is_ignored(here):
     folder = Path("logs/short/checkpoints")
     shutil.copytree(folder / "step_000006", folder / ".step_000008.unfinished")
-    assert checkpoint.newest(Path("logs/short")) == (folder / "step_000006", [])
+    assert checkpoint.newest_valid(Path("logs/short")) == (folder / "step_000006", [])
 
 
-def test_ckpt_takes_a_run_a_checkpoint_a_hugging_face_folder_or_a_hub_name(here):
+def test_ckpt_accepts_a_run_a_checkpoint_a_hugging_face_folder_or_a_hub_name(here):
     GPT.from_pretrained("logs/short/checkpoints/step_000002").save_pretrained("elsewhere")
     assert checkpoint.resolve("logs/short") == "logs/short/checkpoints/step_000006"
     assert checkpoint.resolve(str(here / "logs/short/")) == str(here / "logs/short/checkpoints/step_000006")
@@ -182,9 +204,9 @@ def test_ckpt_takes_a_run_a_checkpoint_a_hugging_face_folder_or_a_hub_name(here)
 @pytest.mark.parametrize(
     "ckpt, message",
     [
-        ("logs/long", "--ckpt logs/long is no folder; runs here: logs/short$"),
-        ("data/small", "--ckpt data/small holds neither checkpoints nor a config.json; runs here: logs/short$"),
-        ("data/small/manifest.json", "--ckpt data/small/manifest.json is no folder"),
+        ("logs/long", r"--ckpt logs/long is not a folder\. Runs here: logs/short$"),
+        ("data/small", r"--ckpt data/small contains neither checkpoints nor a config\.json\. Runs here: logs/short$"),
+        ("data/small/manifest.json", "--ckpt data/small/manifest.json is not a folder"),
     ],
 )
 def test_ckpt_refuses_anything_else_and_names_the_runs(here, ckpt, message):
@@ -193,13 +215,13 @@ def test_ckpt_refuses_anything_else_and_names_the_runs(here, ckpt, message):
 
 
 @pytest.mark.parametrize("altered", [lambda text: text[:-1], lambda text: "{}\n", lambda text: text.replace("\n", "")])
-def test_checksums_that_lost_a_line_or_their_last_byte_are_none(here, altered):
-    """What is left is JSON still, and all that it lists is there."""
+def test_checksums_that_lost_a_line_or_their_last_byte_are_damaged(here, altered):
+    """The rest is still valid JSON, and all files that it lists exist."""
     path = Path("logs/short/checkpoints/step_000006/checksums.json")
-    path.write_text(altered(path.read_text()))
-    found, (line,) = checkpoint.newest(Path("logs/short"))
+    path.write_text(altered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    found, (line,) = checkpoint.newest_valid(Path("logs/short"))
     assert found.name == "step_000004"
-    assert "checksums.json was cut short or altered" in line
+    assert "checksums.json is truncated or altered" in line
 
 
 def test_200_random_flips_and_cuts_are_each_refused_by_name(here):
@@ -207,53 +229,53 @@ def test_200_random_flips_and_cuts_are_each_refused_by_name(here):
     files = [*(checkpoints / "step_000006").iterdir(), *Path("data/small").glob("*.npy")]
     for _ in range(200):
         path = rng.choice(files)
-        whole = path.read_bytes()
-        place, bit = rng.randrange(len(whole)), rng.randrange(8)
-        flipped = whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
-        path.write_bytes(rng.choice([flipped, whole[:place]]))
+        intact = path.read_bytes()
+        place, bit = rng.randrange(len(intact)), rng.randrange(8)
+        flipped = intact[:place] + bytes([intact[place] ^ 1 << bit]) + intact[place + 1 :]
+        path.write_bytes(rng.choice([flipped, intact[:place]]))
         if path.suffix == ".npy":
             with pytest.raises(ValueError, match=path.name):
                 train.main(settings(run="new"))
         else:
-            found, (line,) = checkpoint.newest(Path("logs/short"))
+            found, (line,) = checkpoint.newest_valid(Path("logs/short"))
             assert found.name == "step_000004"
             assert path.name in line, (place, bit)
             with pytest.raises(ValueError, match=path.name):
                 checkpoint.resolve(str(path.parent))
-        path.write_bytes(whole)
+        path.write_bytes(intact)
     assert not Path("logs/new").exists()
-    assert checkpoint.newest(Path("logs/short")) == (checkpoints / "step_000006", [])
+    assert checkpoint.newest_valid(Path("logs/short")) == (checkpoints / "step_000006", [])
 
 
-class Evil:
+class Malicious:
     def __reduce__(self):
         return os.mkdir, ("ran",)
 
 
-def test_a_training_state_that_would_run_code_is_refused_and_not_run(here):
-    """Its checksums are right: who made it made them too."""
+def test_a_training_state_with_code_is_refused_and_not_executed(here):
+    """Its checksums are valid: its author computed them too."""
     folder = Path("logs/short/checkpoints/step_000006")
-    torch.save({"step": 6, "optimizer": Evil()}, folder / checkpoint.TRAINING_STATE)
-    checksums = json.loads((folder / checkpoint.CHECKSUMS).read_text())
+    torch.save({"step": 6, "optimizer": Malicious()}, folder / checkpoint.TRAINING_STATE)
+    checksums = json.loads((folder / checkpoint.CHECKSUMS).read_text(encoding="utf-8"))
     checksums[checkpoint.TRAINING_STATE] = sha256(folder / checkpoint.TRAINING_STATE)
     write_json(folder / checkpoint.CHECKSUMS, checksums)
-    assert checkpoint.problem(folder) is None
-    with pytest.raises(ValueError, match=rf"{checkpoint.TRAINING_STATE} holds more than plain values and tensors"):
+    assert checkpoint.find_damage(folder) is None
+    with pytest.raises(ValueError, match=rf"{checkpoint.TRAINING_STATE} contains more than plain values and tensors"):
         train.main(settings())
     assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("script", ["eval_lambada.py", "train.py"])
-def test_a_pickle_that_would_run_code_is_refused_as_a_model(here, world, script):
-    Path("evil").mkdir()
-    shutil.copy("logs/short/checkpoints/step_000006/config.json", "evil")
-    torch.save({"transformer.wte.weight": Evil()}, "evil/pytorch_model.bin")
+def test_a_model_pickle_with_code_is_refused_and_not_executed(here, world, script):
+    Path("malicious").mkdir()
+    shutil.copy("logs/short/checkpoints/step_000006/config.json", "malicious")
+    torch.save({"transformer.wte.weight": Malicious()}, "malicious/pytorch_model.bin")
     if script == "train.py":
-        arguments = [*TRAIN, "--data", "data/small", "--run", "evil", "--init-from", "evil"]
+        arguments = [*TRAIN, "--data", "data/small", "--run", "malicious", "--init-from", "malicious"]
     else:
         arguments = [
             "--ckpt",
-            "evil",
+            "malicious",
             "--data",
             world / "data/stories/lambada.txt",
             "--text",
@@ -261,29 +283,29 @@ def test_a_pickle_that_would_run_code_is_refused_as_a_model(here, world, script)
             "--device",
             "cpu",
         ]
-    said = refused(run(script, *arguments, cwd=here, check=False))
-    assert "evil/pytorch_model.bin is damaged or holds more than tensors" in said
+    message = refused(run(script, *arguments, cwd=here, check=False))
+    assert "malicious/pytorch_model.bin is damaged or contains more than tensors" in message
     assert not Path("ran").exists()
 
 
-def as_listed(folder, name, ids):
-    """Replace a shard by other ids, and let the manifest list them."""
+def replace_shard(folder, name, ids):
+    """Replace a shard by other ids, and update the manifest."""
     np.save(folder / name, ids)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for shard in manifest["shards"]:
         if shard["file"] == name:
             shard |= {"sha256": sha256(folder / name), "tokens": len(ids)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def outside_vocabulary(path):
     ids = np.load(path)
     ids[1000] = 664
-    as_listed(path.parent, path.name, ids)
+    replace_shard(path.parent, path.name, ids)
 
 
 def as_int64(path):
-    as_listed(path.parent, path.name, np.load(path).astype(np.int64))
+    replace_shard(path.parent, path.name, np.load(path).astype(np.int64))
 
 
 @pytest.mark.parametrize("verified_before", [False, True], ids=["new", "verified"])
@@ -302,8 +324,9 @@ def as_int64(path):
 )
 def test_a_damaged_shard_is_refused_by_name_before_the_first_step(here, name, damage, message, verified_before):
     if verified_before:
-        verify(open_dataset("data/small"), ALONE)
-        assert set(json.loads(Path("data/small", VERIFIED).read_text())) == {"val_000000.npy", "train_000001.npy"}
+        verify(open_dataset("data/small"), ONE_PROCESS)
+        stamps = json.loads(Path("data/small", VERIFIED).read_text(encoding="utf-8"))
+        assert set(stamps) == {"val_000000.npy", "train_000001.npy"}
     else:
         Path("data/small", VERIFIED).unlink()
     damage(Path("data/small", name))
@@ -313,57 +336,57 @@ def test_a_damaged_shard_is_refused_by_name_before_the_first_step(here, name, da
 
 
 def test_a_shard_verified_once_is_not_read_again(here):
-    """The memory is by size and time: with both kept, the next start trusts the file."""
+    """The cache compares size and modification time: while both are the same, the file is not read."""
     path = Path("data/small/train_000001.npy")
-    verify(open_dataset("data/small"), ALONE)
+    verify(open_dataset("data/small"), ONE_PROCESS)
     status = path.stat()
     flip(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    verify(open_dataset("data/small"), ALONE)
+    verify(open_dataset("data/small"), ONE_PROCESS)
     os.utime(path)
     with pytest.raises(ValueError, match=r"train_000001\.npy was cut short or altered"):
-        verify(open_dataset("data/small"), ALONE)
+        verify(open_dataset("data/small"), ONE_PROCESS)
 
 
-@pytest.mark.parametrize("memory", ["", "{", "[]", "null", '{"val_000000.npy": 3}'])
-def test_a_damaged_memory_only_costs_hashing_again(here, memory):
+@pytest.mark.parametrize("cache", ["", "{", "[]", "null", '{"val_000000.npy": 3}'])
+def test_a_damaged_cache_only_repeats_the_hashing(here, cache):
     path = Path("data/small", VERIFIED)
-    whole = path.read_text()
-    path.write_text(memory)
-    verify(open_dataset("data/small"), ALONE)
-    assert path.read_text() == whole
-    path.write_text(memory)
+    intact = path.read_text(encoding="utf-8")
+    path.write_text(cache, encoding="utf-8")
+    verify(open_dataset("data/small"), ONE_PROCESS)
+    assert path.read_text(encoding="utf-8") == intact
+    path.write_text(cache, encoding="utf-8")
     flip(Path("data/small/val_000000.npy"))
     with pytest.raises(ValueError, match=r"val_000000\.npy was cut short or altered"):
-        verify(open_dataset("data/small"), ALONE)
+        verify(open_dataset("data/small"), ONE_PROCESS)
 
 
 def test_no_verify_hashes_nothing(here):
     Path("data/small", VERIFIED).unlink()
     flip(Path("data/small/train_000001.npy"))
-    train.main(settings(run="unverified", steps=1, verify=False))
+    train.main(settings(run="unverified", steps=1, no_verify=True))
     assert Path("logs/unverified/checkpoints/step_000001").is_dir()
     assert not Path("data/small", VERIFIED).exists()
 
 
-ASKED = """
+RESOLVE_ON_RANKS = """
 import os
 from core import checkpoint
 from core.distributed import process_group
 
 if os.environ["RANK"] == "1":
-    listed = checkpoint.listed
-    checkpoint.listed = lambda run: listed(run)[:1]
+    list_checkpoints = checkpoint.list_checkpoints
+    checkpoint.list_checkpoints = lambda run: list_checkpoints(run)[:1]
 with process_group("cpu") as ranks:
-    print(checkpoint.resolve_init("logs/still-trains", ranks))
+    print(checkpoint.resolve_init("logs/in-training", ranks))
 """
 
 
-def test_all_ranks_begin_with_the_checkpoint_that_rank_0_finds(world, tmp_path):
-    """Rank 1 came before the second one was written."""
-    run = ("--run", "still-trains", "--steps", 2, "--save-every", 1, "--val-tokens", 640)
+def test_all_ranks_start_with_the_checkpoint_that_rank_0_finds(world, tmp_path):
+    """Rank 1 looked before the second one was written."""
+    run = ("--run", "in-training", "--steps", 2, "--save-every", 1, "--val-tokens", 640)
     train_here(*TRAIN, "--data", "data/small", *run, cwd=world)
-    script = tmp_path / "asks.py"
-    script.write_text(ASKED)
-    said = on_ranks(2, script, cwd=world).stdout.split()
-    assert said == ["logs/still-trains/checkpoints/step_000002"] * 2
+    script = tmp_path / "resolve_on_ranks.py"
+    script.write_text(RESOLVE_ON_RANKS, encoding="utf-8")
+    found = on_ranks(2, script, cwd=world).stdout.split()
+    assert found == ["logs/in-training/checkpoints/step_000002"] * 2

@@ -1,4 +1,4 @@
-"""The LAMBADA curve of a run: what eval_lambada.py finds at those steps, from all ranks, in metrics and the picture."""
+"""LAMBADA during training: equal to eval_lambada.py at those steps, for any number of ranks, in metrics and plot."""
 
 import contextlib
 import json
@@ -6,15 +6,16 @@ import time
 
 import pytest
 import torch
-from conftest import TRAIN, on_ranks, run
+from conftest import TRAIN, on_ranks, run, train_here
 
 import eval_lambada
 import report
 import train
 from core.distributed import Ranks
-from core.eval import scoring
+from core.eval import evaluate, scoring
+from core.eval.lambada import LambadaConfig
 from core.files import read_metrics
-from core.train.validation import LambadaCurve
+from core.train.validation import LambadaDuringTraining
 
 STEPS, EVERY = 12, 5
 RUNS = ("scored", "unscored")
@@ -24,57 +25,57 @@ SCORED = ("--eval-lambada", "data/stories/lambada.txt", "--eval-every", EVERY)
 
 @pytest.fixture(scope="module")
 def scored(world):
-    said = run("train.py", *RECIPE, *SCORED, "--run", "scored", cwd=world).stdout
-    return world / "logs/scored", said
+    output = run("train.py", *RECIPE, *SCORED, "--run", "scored", cwd=world).stdout
+    return world / "logs/scored", output
 
 
-def curve(folder):
+def lambada_lines(folder):
     return [line for line in read_metrics(folder) if line["split"] == "lambada"]
 
 
-def test_the_curve_is_what_the_script_finds_at_those_steps(world, scored, monkeypatch):
+def test_the_scores_equal_those_of_the_script_at_the_same_steps(world, scored, monkeypatch):
     monkeypatch.chdir(world)
-    folder, said = scored
-    lines = curve(folder)
+    folder, output = scored
+    lines = lambada_lines(folder)
     assert [line["step"] for line in lines] == [0, 5, 10, STEPS]
     for line in lines[1:]:
         checkpoint = f"logs/scored/checkpoints/step_{line['step']:06d}"
-        passages = {"data": "data/stories/lambada.txt", "text": "other"}
-        eval_lambada.main(eval_lambada.Config(ckpt=(checkpoint,), **passages, device="cpu", out="out.json"))
+        questions = LambadaConfig(data="data/stories/lambada.txt", text="other")
+        scoring_config = evaluate.ScoringConfig(ckpt=(checkpoint,), device="cpu", out="out.json")
+        eval_lambada.main(eval_lambada.Config(questions, scoring_config))
         (row,) = json.loads((world / "out.json").read_text())
         assert {name: row[name] for name in ("protocol", "correct", "total", "accuracy")}.items() <= line.items()
         assert line["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
-        assert f"LAMBADA openai {line['accuracy']:.2%}, {line['correct']} of {line['total']}, perplexity" in said
+        assert f"LAMBADA openai {line['accuracy']:.2%} ({line['correct']} of {line['total']}) | perplexity" in output
     assert len({line["perplexity"] for line in lines}) == len(lines)
 
 
-def test_scoring_changes_nothing_of_the_run_and_none_of_its_time(world, scored, monkeypatch):
+def test_scoring_changes_neither_the_steps_nor_their_time(world, scored, monkeypatch):
     monkeypatch.chdir(world)
-    in_this_process(run="unscored", steps=STEPS, lr=3e-3, warmup_steps=2, eval_lambada=None)
+    train_here(*RECIPE, "--run", "unscored", cwd=world)
     names = ("loss", "grad_norm", "lr")
     runs = [[line for line in read_metrics(world / "logs" / name) if line["split"] == "train"] for name in RUNS]
     assert len(runs[0]) == STEPS
     assert [[line[name] for name in names] for line in runs[0]] == [[line[name] for name in names] for line in runs[1]]
     before = {line["step"]: line["seconds"] for line in runs[0]}
-    assert all(line["seconds"] == before.get(line["step"], 0.0) for line in curve(scored[0]))
+    assert all(line["seconds"] == before.get(line["step"], 0.0) for line in lambada_lines(scored[0]))
 
 
-def in_this_process(**changes):
-    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
-    scored = {"data": "data/small", "steps": 4, "eval_lambada": "data/stories/lambada.txt", "eval_every": 2}
-    train.main(train.Config(**(tiny | scored | changes)))
+def train_scored(world, name, *options):
+    scored = ("--eval-lambada", "data/stories/lambada.txt", "--eval-every", 2)
+    train_here(*TRAIN, "--data", "data/small", "--steps", 4, *scored, "--run", name, *options, cwd=world)
 
 
-def test_slow_scoring_is_no_part_of_the_steps_time(world, monkeypatch):
+def test_slow_scoring_is_not_part_of_the_training_time(world, monkeypatch):
     monkeypatch.chdir(world)
-    score = LambadaCurve.run
+    score = LambadaDuringTraining.run
 
-    def slow(curve, model):
+    def slow(evaluation, model, **settings):
         time.sleep(1)
-        return score(curve, model)
+        return score(evaluation, model, **settings)
 
-    monkeypatch.setattr(LambadaCurve, "run", slow)
-    in_this_process(run="slowly-scored")
+    monkeypatch.setattr(LambadaDuringTraining, "run", slow)
+    train_scored(world, "slowly-scored")
     assert read_metrics(world / "logs/slowly-scored")[-1]["seconds"] < 1
 
 
@@ -82,52 +83,52 @@ def test_the_ranks_share_the_passages(world, monkeypatch):
     monkeypatch.chdir(world)
     shares = []
 
-    def score(model, groups, *, ranks, **how):
+    def score(model, groups, *, ranks, **settings):
         shares.append(ranks)
-        return scoring.score(model, groups, ranks=ranks, **how)
+        return scoring.score(model, groups, ranks=ranks, **settings)
 
     monkeypatch.setattr(evaluate, "score", score)
-    opened = Ranks(0, 1, torch.device("cpu"))
-    monkeypatch.setattr(train, "process_group", lambda *_: contextlib.nullcontext(opened))
-    in_this_process(run="shared")
-    assert [ranks is opened for ranks in shares] == [True] * 3
+    all_ranks = Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(train, "process_group", lambda *_: contextlib.nullcontext(all_ranks))
+    train_scored(world, "shared")
+    assert [ranks is all_ranks for ranks in shares] == [True] * 3
 
 
-def test_two_ranks_draw_the_same_curve(world, scored):
+def test_two_ranks_give_the_same_scores(world, scored):
     on_ranks(2, "train.py", *RECIPE, *SCORED, "--run-name", "scored-by-two", cwd=world)
-    ours, theirs = curve(world / "logs/scored-by-two"), curve(scored[0])
+    two, one = lambada_lines(world / "logs/scored-by-two"), lambada_lines(scored[0])
     for name in ("step", "tokens", "correct", "total"):
-        assert [line[name] for line in ours] == [line[name] for line in theirs]
-    assert [line["perplexity"] for line in ours] == pytest.approx([line["perplexity"] for line in theirs], rel=1e-4)
+        assert [line[name] for line in two] == [line[name] for line in one]
+    assert [line["perplexity"] for line in two] == pytest.approx([line["perplexity"] for line in one], rel=1e-4)
 
 
-def test_eval_only_scores_it_too(world, scored, monkeypatch, capsys):
+def test_eval_only_scores_lambada_too(world, scored, monkeypatch, capsys):
     monkeypatch.chdir(world)
-    in_this_process(run="scored", eval_only=True)
-    assert f"LAMBADA openai {curve(scored[0])[-1]['accuracy']:.2%}, " in capsys.readouterr().out
+    train_here(*RECIPE, *SCORED, "--run", "scored", "--eval-only", cwd=world)
+    assert f"LAMBADA openai {lambada_lines(scored[0])[-1]['accuracy']:.2%} " in capsys.readouterr().out
 
 
-def test_the_picture_has_the_curve(world, scored, monkeypatch):
+def test_the_plot_has_the_scores(world, scored, monkeypatch):
     monkeypatch.chdir(world)
     run = report.load_run("scored", None)
-    (panel,) = (axes for axes in report.picture([run]).axes if axes.get_ylabel() == "LAMBADA accuracy (%), openai")
-    lines = curve(scored[0])
+    (panel,) = (axes for axes in report.build_figure([run]).axes if axes.get_ylabel() == "LAMBADA accuracy (%), openai")
+    lines = lambada_lines(scored[0])
     assert list(panel.lines[0].get_xdata()) == [line["tokens"] for line in lines]
     assert list(panel.lines[0].get_ydata()) == [100 * line["accuracy"] for line in lines]
     run.lambada.clear()
-    assert not any("LAMBADA" in axes.get_ylabel() for axes in report.picture([run]).axes)
+    assert not any("LAMBADA" in axes.get_ylabel() for axes in report.build_figure([run]).axes)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "none.txt"), ("two words\nlonely\n", "none.txt, line 2: a passage has at least two words")],
+    [(None, "none.txt"), ("two words\nlonely\n", "none.txt, line 2 has fewer than two words")],
 )
-def test_a_file_that_cannot_be_scored_is_refused_before_the_first_step(world, monkeypatch, content, message):
+def test_a_damaged_file_is_refused_before_the_first_step(world, monkeypatch, content, message):
     monkeypatch.chdir(world)
     path = world / "none.txt"
     path.unlink(missing_ok=True)
     if content is not None:
         path.write_text(content)
-    with pytest.raises((ValueError, OSError), match=message):  # which core.cli makes a sentence and exit status 2
-        in_this_process(run="refused", eval_lambada="none.txt")
+    with pytest.raises((ValueError, OSError), match=message):  # core.cli prints one line and exits with status 2
+        train_scored(world, "refused", "--eval-lambada", "none.txt")
     assert not (world / "logs/refused").exists()

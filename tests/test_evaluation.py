@@ -1,11 +1,13 @@
 """Parts that all evaluations share: damaged files, tables with published figures, McNemar's test, and wrong options."""
 
 import contextlib
+import errno
 import json
 import math
 import re
+import sys
 import tracemalloc
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +15,13 @@ import torch
 from conftest import ENCODING, refused, run, save_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import eval_cbt
 import eval_hellaswag
 import eval_lambada
 from core import cli
 from core.distributed import Ranks
-from core.eval import cbt, evaluate, lambada, results
+from core.eval import cbt, evaluate, lambada, results, task
 from core.eval.cbt import CBTConfig
 from core.eval.evaluate import ScoringConfig
 from core.eval.results import Result
@@ -149,6 +150,27 @@ def test_a_folder_is_not_a_question_file(tmp_path, name):
         FORMATS[name][1](tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            ConnectionError("no route\nto the hub"),
+            ValueError,
+            r"owner/name can't be loaded .*no route\). Check the network",
+        ),
+        (RuntimeError("x" * 1000), ValueError, "x{200}\\)"),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError, "No space left on device"),
+    ],
+)
+def test_an_unreachable_hub_is_a_user_error_and_a_full_disk_is_not(monkeypatch, error, kind, message):
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(kind, match=message):
+        task.hub_rows("owner/name", "default", "test")
+
+
 def make_result(**changes):
     """The result of OpenAI's smallest model on the hub's LAMBADA."""
     facts = {"task": "lambada", "protocol": "openai", "model": "gpt2", "size": "gpt2", "dtype": "float32"}
@@ -187,8 +209,8 @@ def subset_of(figure):
 def test_the_published_sizes_are_presets_and_their_labels_the_numbers_of_parameters():
     for size, label in results.published_sizes().items():
         with torch.device("meta"):
-            model = GPT2LMHeadModel(GPT2Config(**asdict(PRESETS[size])))
-        assert label == f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M"
+            model = GPT(PRESETS[size], seed=None)
+        assert label == f"{model.num_parameters() / 1e6:.0f}M"
 
 
 @pytest.mark.parametrize("task", ["lambada", "cbt", "hellaswag"])
@@ -495,8 +517,8 @@ def test_models_scored_separately_compare_like_models_scored_together(call, mode
     _, data = SETS[name]
     together, _, _ = call(name, "--ckpt", *models[:2], *data, "--out", "x.json")
     for i in (0, 1):
-        alone, _, _ = call(name, "--ckpt", models[i], *data, "--out", "x.json", "--items", f"{i}.jsonl")
-        assert len(tables(alone)) == 1  # one model has no pair
+        output, _, _ = call(name, "--ckpt", models[i], *data, "--out", "x.json", "--items", f"{i}.jsonl")
+        assert len(tables(output)) == 1  # one model has no pair
     printed, _, status = call(name, "--compare", "0.jsonl", "1.jsonl")
     assert status == 0
     assert tables(printed) == [tables(together)[1]]
@@ -612,12 +634,12 @@ def test_results_whose_names_differ_in_punctuation_are_all_kept(tmp_path, monkey
 @pytest.mark.parametrize("name", SETS)
 def test_no_output_overwrites_another_file(call, world, models, name):
     data = SETS[name][1]
-    whole = (world / data[1]).read_bytes()
+    original = (world / data[1]).read_bytes()
     for wrong in (("--out", "same", "--items", "same"), ("--out", data[1]), ("--items", f"logs/../{data[1]}")):
         printed, error, status = call(name, "--ckpt", models[0], *data, *wrong)
         assert (status, printed) == (2, "")
         assert "would overwrite" in error
-    assert (world / data[1]).read_bytes() == whole
+    assert (world / data[1]).read_bytes() == original
     assert not (world / "same").exists()
 
 
@@ -741,10 +763,10 @@ def test_questions_are_identified_by_their_complete_text(world, models):
             ],
         ),
     ]
-    for task, questions in sets:
-        result = make_result(task=task.name)
+    for kind, questions in sets:
+        result = make_result(task=kind.name)
         verdicts = [Verdict(True)] * len(questions)
-        items = evaluate.build_items(task, result, QuestionSet(questions, ["openai"], "a", None), verdicts)
+        items = evaluate.build_items(kind, result, QuestionSet(questions, ["openai"], "a", None), verdicts)
         assert len({item["question"] for item in items}) == len(questions)
-        again = evaluate.build_items(task, result, QuestionSet(questions, ["openai"], "b", None), verdicts)
+        again = evaluate.build_items(kind, result, QuestionSet(questions, ["openai"], "b", None), verdicts)
         assert again == items

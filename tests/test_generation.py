@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import run
 
+from core import convert
 from core.data import tokenizer
 from core.generation import generate, sample_next
 from model import GPT, PRESETS
@@ -61,7 +62,7 @@ def test_greedy_equals_transformers(model):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     reference = GPT2LMHeadModel(GPT2Config(**asdict(model.config))).eval()
-    reference.load_state_dict(model.hf_state(), strict=False)
+    reference.load_state_dict(convert.hf_state(model), strict=False)
     settings = {"do_sample": False, "max_new_tokens": 61, "eos_token_id": None, "pad_token_id": 0}
     expected = reference.generate(torch.tensor([PROMPT]), **settings)[0, len(PROMPT) :].tolist()
     assert generate(model, PROMPT, 61, temperature=0) == [expected]
@@ -122,9 +123,9 @@ def test_each_row_samples_from_its_own_logits():
 
 
 def test_a_sample_ends_before_the_stop_id(model):
-    (whole,) = generate(model, PROMPT, 40, temperature=0)
-    stop = whole[25]
-    assert generate(model, PROMPT, 40, temperature=0, stop_id=stop) == [whole[: whole.index(stop)]]
+    (full,) = generate(model, PROMPT, 40, temperature=0)
+    stop = full[25]
+    assert generate(model, PROMPT, 40, temperature=0, stop_id=stop) == [full[: full.index(stop)]]
     free = generate(model, PROMPT, 40, samples=4, seed=2)
     stop = free[1][10]
     cut = [row[: row.index(stop)] if stop in row else row for row in free]

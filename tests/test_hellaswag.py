@@ -75,14 +75,14 @@ def test_each_protocol_chooses_by_its_own_rule(protocol, chosen):
 
 
 def test_irregular_endings_give_warnings_and_ties_are_marked():
-    odd = story(endings=["a.", "a.", "[x]"], label=1)
-    verdict = judge("harness", odd, [score(-1), score(-1), score(-2)])
+    irregular = story(endings=["a.", "a.", "[x]"], label=1)
+    verdict = judge("harness", irregular, [score(-1), score(-1), score(-2)])
     assert verdict.warnings == ("not 4 endings", "an empty ending", "a repeated ending")
     assert (verdict.correct, verdict.near_tie) == (False, True)  # the first of equals, like the harness
     with pytest.raises(UnscorableError, match="fewer than two endings"):
         requests("harness", story(endings=["a."]), ENCODING.encode_ordinary)
     with pytest.raises(UnscorableError, match="adds no token"):
-        requests("harness", odd, str.split)
+        requests("harness", irregular, str.split)
     with pytest.raises(UnscorableError, match="no context"):
         requests("completion", story(ctx=""), ENCODING.encode_ordinary)
 
@@ -202,9 +202,9 @@ folder, data, answers = sys.argv[1:]
 os.mkdir("tasks")
 include = pathlib.Path(tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"
 files = {"data_files": {"validation": os.path.abspath(data)}, "cache_dir": os.path.abspath("cache")}
-config = {"include": str(include), "task": "ours", "training_split": None, "dataset_path": "json"}
-pathlib.Path("tasks/ours.yaml").write_text(json.dumps(config | {"dataset_kwargs": files}))
-task = tasks.TaskManager(include_path="tasks", include_defaults=False).load("ours")["tasks"]["ours"]
+config = {"include": str(include), "task": "local", "training_split": None, "dataset_path": "json"}
+pathlib.Path("tasks/local.yaml").write_text(json.dumps(config | {"dataset_kwargs": files}))
+task = tasks.TaskManager(include_path="tasks", include_defaults=False).load("local")["tasks"]["local"]
 task.build_all_requests()
 found = HFLM(pretrained=folder, device="cpu", batch_size=4).loglikelihood(task.instances)
 docs = list(task.validation_docs())

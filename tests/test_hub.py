@@ -1,4 +1,4 @@
-"""Promise 1 over the network: a hub that drops, stalls and refuses gives the same shards, at one commit."""
+"""Promise 1 over the network: a hub that drops, stalls and refuses requests gives the same shards, of one commit."""
 
 import contextlib
 import hashlib
@@ -23,18 +23,18 @@ FAULTS = ("drop", "stall", 503, 429)
 
 
 class Hub(ThreadingHTTPServer):
-    """What of the hub's interface a dataset's files are found and read by; `fault` befalls each range once."""
+    """The hub's endpoints that list and read the files of a data set; each range fails once with `fault`."""
 
     daemon_threads = True
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Request)
         self.folder, self.commit, self.fault = folder, "a" * 40, None
-        self.asked, self.failed, self.served, self.paths = 0, set(), 0, []
+        self.failed, self.served, self.paths = set(), 0, []
         Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, *_):
-        """A client that went away is part of the test."""
+        """A closed connection is part of the test."""
 
     def facts(self, path):
         if (self.folder / path).is_dir():
@@ -73,8 +73,8 @@ class Request(BaseHTTPRequestHandler):
         if re.fullmatch(r"/api/datasets/owner/name(/revision/[^/]+)?", path):
             self.json({"id": "owner/name", "sha": server.commit, "siblings": []})
         elif found := re.fullmatch(r"/api/datasets/owner/name/tree/[^/]+/?(.*)", path):
-            inside = sorted((server.folder / found[1]).iterdir())
-            self.json([server.facts(str(entry.relative_to(server.folder))) for entry in inside])
+            entries = sorted((server.folder / found[1]).iterdir())
+            self.json([server.facts(str(entry.relative_to(server.folder))) for entry in entries])
         elif found := re.fullmatch(r"/datasets/owner/name/resolve/[^/]+/(.*)", path):
             self.file(server.folder / found[1])
         else:
@@ -104,8 +104,8 @@ def hub(tmp_path):
     (tmp_path / "hub/data").mkdir(parents=True)
     for number in range(2):
         texts = [" ".join(rng.choices(("Ana", "took", "the", "lamp"), k=rng.randint(1, 60))) for _ in range(60)]
-        ballast = [rng.randbytes(20_000).hex() for _ in texts]
-        table = pa.table({"ballast": ballast, "text": texts})
+        padding = [rng.randbytes(20_000).hex() for _ in texts]
+        table = pa.table({"padding": padding, "text": texts})
         pq.write_table(table, tmp_path / f"hub/data/{number:03d}_00000.parquet", row_group_size=20)
     with Hub(tmp_path / "hub") as server:
         yield server
@@ -137,7 +137,7 @@ def local(world, hub, tmp_path):
     return tmp_path / "local"
 
 
-def test_the_hubs_files_give_the_shards_that_local_ones_give_and_the_commit_is_recorded(world, hub, local, tmp_path):
+def test_the_hubs_files_give_the_shards_of_local_files_and_the_commit_is_recorded(world, hub, local, tmp_path):
     prepare(world, hub, tmp_path / "out")
     assert shards(tmp_path / "out") == shards(local)
     source, expected = manifest(tmp_path / "out").pop("source"), manifest(local)
@@ -151,31 +151,31 @@ def test_the_hubs_files_give_the_shards_that_local_ones_give_and_the_commit_is_r
     assert all(f"/resolve/{hub.commit}/" in path for path in resolved)
 
 
-def test_only_the_text_is_fetched_and_nothing_but_the_shards_is_kept(world, hub, tmp_path):
+def test_only_the_text_is_downloaded_and_only_the_shards_are_kept(world, hub, tmp_path):
     prepare(world, hub, tmp_path / "out")
     assert hub.served < sum(file.stat().st_size for file in (hub.folder / "data").iterdir()) / 4
-    kept = [path for path in tmp_path.rglob("*") if path.suffix == ".parquet" and path.parent != hub.folder / "data"]
-    assert not kept
+    other = [path for path in tmp_path.rglob("*") if path.suffix == ".parquet" and path.parent != hub.folder / "data"]
+    assert not other
     names = {"manifest.json", "tokenizer.json", "tokenizer_config.json", ".lock"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names | set(shards(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_request_for_a_range_may_fail_once(world, hub, local, tmp_path, fault):
+def test_each_request_for_a_range_can_fail_once(world, hub, local, tmp_path, fault):
     hub.fault = fault
     prepare(world, hub, tmp_path / "out", workers=6)
     assert shards(tmp_path / "out") == shards(local)
 
 
-def test_a_finished_folder_needs_no_hub_and_a_new_commit_changes_nothing(world, hub, tmp_path):
+def test_a_finished_folder_needs_no_hub_and_ignores_a_new_commit(world, hub, tmp_path):
     prepare(world, hub, tmp_path / "out")
     hub.commit = "b" * 40
     hub.paths.clear()
-    assert "finished already" in prepare(world, hub, tmp_path / "out").stdout
+    assert "already finished" in prepare(world, hub, tmp_path / "out").stdout
     assert not [path for path in hub.paths if "owner" in path]
 
 
-def test_a_run_that_failed_goes_on_at_its_commit(world, hub, local, tmp_path):
+def test_a_failed_run_resumes_at_its_commit(world, hub, local, tmp_path):
     hub.fault = 403
     assert "_00000.parquet" in refused(prepare(world, hub, tmp_path / "out", check=False))
     hub.fault, hub.commit = None, "b" * 40
@@ -184,14 +184,14 @@ def test_a_run_that_failed_goes_on_at_its_commit(world, hub, local, tmp_path):
     assert shards(tmp_path / "out") == shards(local)
 
 
-def test_what_is_not_on_the_hub_ends_in_a_sentence(world, hub, tmp_path):
+def test_a_source_that_is_not_on_the_hub_is_a_one_line_error(world, hub, tmp_path):
     for source in ("hf://datasets/owner/other/*.parquet", "hf://datasets/owner/name/data/*.jsonl"):
         message = refused(prepare(world, hub, tmp_path / "out", source, check=False))
         assert source in message
 
 
 def fails(times, error):
-    """A read that fails so often, and then gives its number of calls."""
+    """A read that fails `times` times and then returns its number of calls, and the list of calls."""
     calls = []
 
     def read():
@@ -209,11 +209,11 @@ class HttpError(Exception):
 
 
 @pytest.mark.parametrize("error", [TimeoutError("slow"), ConnectionError("gone"), HttpError(429), HttpError(503)])
-def test_a_remote_read_is_tried_again_until_the_pauses_are_used_up(monkeypatch, error):
+def test_a_remote_read_is_retried_until_the_last_pause(monkeypatch, error):
     monkeypatch.setattr(sources, "PAUSES", (0.001, 0.001, 0.001))
-    assert sources.persist(fails(3, error)[0], "hf://datasets/a/b/c.parquet") == 4
+    assert sources.retry(fails(3, error)[0], "hf://datasets/a/b/c.parquet") == 4
     with pytest.raises(OSError, match=r"hf://datasets/a/b/c.parquet can't be read"):
-        sources.persist(fails(4, error)[0], "hf://datasets/a/b/c.parquet")
+        sources.retry(fails(4, error)[0], "hf://datasets/a/b/c.parquet")
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_a_remote_read_is_tried_again_until_the_pauses_are_used_up(monkeypatch, 
         ("folder/c.parquet", TimeoutError("slow")),
     ],
 )
-def test_what_will_not_pass_is_not_tried_again(monkeypatch, url, error):
+def test_a_permanent_error_is_not_retried(monkeypatch, url, error):
     monkeypatch.setattr(sources, "PAUSES", (0.001,))
     read, calls = fails(1, error)
     with contextlib.suppress(OSError, ValueError):
-        sources.persist(read, url)
+        sources.retry(read, url)
     assert len(calls) == 1

@@ -69,9 +69,9 @@ def test_the_last_word_is_what_follows_the_last_space(protocol, passage, context
 def test_context_plus_target_is_the_passage(passage):
     for protocol in lambada.PROTOCOLS:
         normalized = "\n" + re.sub("``|''", '"', passage.replace("\u2019", "'"))
-        whole = normalized if protocol in ("last-token-norm", "stop-filter") else passage
+        expected = normalized if protocol in ("last-token-norm", "stop-filter") else passage
         found = request(protocol, passage)
-        assert ENCODING.decode(found.context + found.continuation) == whole
+        assert ENCODING.decode(found.context + found.continuation) == expected
 
 
 def test_context_and_target_are_encoded_separately():
@@ -301,7 +301,7 @@ def plain(model, protocol, passage, mask):
     """Whether each token of the target is the most likely one, the log-probability of the target, and whether the
     context was truncated; computed one token at a time."""
     context, target = by_hand(protocol, passage)
-    room = POSITIONS + 1 - len(target)  # the last token predicted is no input
+    room = POSITIONS + 1 - len(target)  # the last predicted token is not an input
     ids, correct, total = context[-room:], True, 0.0
     for i, token in enumerate(target):
         logprobs = next_logprobs(model, ids)
@@ -394,9 +394,9 @@ def test_the_results_equal_a_plain_computation(world, model, mask, passages, all
 def test_one_protocol_gives_the_same_results_as_all_together(world, all_protocols, monkeypatch, protocol):
     monkeypatch.chdir(world)
     questions = {"data": "data/passages.txt", "text": "openai", "protocol": (protocol,)}
-    score(**questions, ckpt=("models/a",), device="cpu", out="alone.json", items="alone.jsonl")
-    (row,) = json.loads((world / "alone.json").read_text())
-    items = [json.loads(line) for line in (world / "alone.jsonl").read_text().splitlines()]
+    score(**questions, ckpt=("models/a",), device="cpu", out="one.json", items="one.jsonl")
+    (row,) = json.loads((world / "one.json").read_text())
+    items = [json.loads(line) for line in (world / "one.jsonl").read_text().splitlines()]
     expected_rows, expected_items, _ = all_protocols
     (expected,) = (each for each in expected_rows if each["protocol"] == protocol)
     approximate = {"seconds": pytest.approx(row["seconds"], abs=1e6)}
@@ -425,22 +425,22 @@ def test_results_go_to_the_folder_that_the_report_reads(world, model, passages, 
 def test_passages_without_a_score_count_as_wrong_and_are_reported(world, model, monkeypatch, capsys):
     monkeypatch.chdir(world)
     texts = (world / "data/stories/lambada.txt").read_text().splitlines()[:3]
-    long_word = "Ana" * POSITIONS  # longer than the model's context by itself
-    (world / "odd.jsonl").write_text(
+    long_word = "Ana" * POSITIONS  # longer than the model's context without any other word
+    (world / "irregular.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ["two\nwords", *texts, f"Ana met {long_word}", "a\nb"])
     )
-    score(data="odd.jsonl", text="other", ckpt=("models/a",), items="odd-items.jsonl", out="odd.json")
+    score(data="irregular.jsonl", text="other", ckpt=("models/a",), items="irregular-items.jsonl", out="irregular.json")
     printed = capsys.readouterr().out
-    (row,) = json.loads((world / "odd.json").read_text())
-    items = [json.loads(line) for line in (world / "odd-items.jsonl").read_text().splitlines()]
+    (row,) = json.loads((world / "irregular.json").read_text())
+    items = [json.loads(line) for line in (world / "irregular-items.jsonl").read_text().splitlines()]
     none, long = "no context before the last word", f"longer than the model's context of {POSITIONS} tokens"
     assert [item.get("unscored") for item in items] == [none, None, None, None, long, none]
     assert not any(items[i]["correct"] for i in (0, 4, 5))
     assert (row["total"], row["unscored"]) == (6, {none: 2, long: 1})
     nats = -sum(item["logprob"] for item in items[1:4]) / 3
     assert row["perplexity"] == pytest.approx(math.exp(nats))
-    assert f"models/a, odd.jsonl, openai: 2 not scored, counted as wrong: {none}\n" in printed
-    assert f"models/a, odd.jsonl, openai: 1 not scored, counted as wrong: {long}\n" in printed
+    assert f"models/a, irregular.jsonl, openai: 2 not scored, counted as wrong: {none}\n" in printed
+    assert f"models/a, irregular.jsonl, openai: 1 not scored, counted as wrong: {long}\n" in printed
 
 
 def test_a_missing_text_is_a_one_line_error(world, model, passages):

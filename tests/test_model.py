@@ -1,4 +1,4 @@
-"""Promise 5: logits equal transformers' for the same weights, at all four sizes, and conversion works both ways."""
+"""Promise 5: logits equal those of transformers for the same weights, and conversion works in both directions."""
 
 import gc
 import io
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from core.convert import hf_state
 from model import GPT, PRESETS, KVCache
 
 TINY = replace(PRESETS["tiny"], vocab_size=663)  # padded to 768
@@ -20,7 +21,7 @@ WTE = "transformer.wte.weight"
 
 @torch.no_grad()
 def randomized(config, seed=0):
-    """A model whose biases and gains are random too: at 0 and 1 they would hide a wrong mapping."""
+    """A model with random biases and gains: with 0 and 1, a wrong mapping would have no effect."""
     model = GPT(config, seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     for p in model.parameters():
@@ -34,7 +35,7 @@ def random_tokens(vocab_size, length, rows=1, seed=0):
 
 
 def hf_model(config, weights=None):
-    """transformers' model of this shape, in eval mode, holding `weights` where given."""
+    """The model of transformers with this shape, in eval mode, with `weights` where given."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     hf_config = GPT2Config(**asdict(config))
@@ -50,7 +51,7 @@ def hf_model(config, weights=None):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A saved model of the tiny shape."""
+    """A saved model with the shape of the tiny preset."""
     randomized(TINY).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -61,7 +62,7 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors")
 
 
-def as_old_upload(folder, content):
+def as_pickle(folder, content):
     """Replace model.safetensors by a pytorch_model.bin."""
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
@@ -73,17 +74,17 @@ def test_logits_equal_transformers(name, layers):
     config = replace(PRESETS[name], n_layer=layers)
     model = randomized(config)
     tokens = random_tokens(config.vocab_size, 16)
-    ours = model(tokens)
-    weights = model.hf_state()
+    logits = model(tokens)
+    weights = hf_state(model)
     del model
-    theirs = hf_model(config, weights)(tokens).logits
+    expected = hf_model(config, weights)(tokens).logits
     del weights
     gc.collect()
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    assert ours.std() > 0.1  # all but equal logits would prove nothing
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert logits.std() > 0.1  # logits that are almost equal would test nothing
 
 
-def test_the_four_presets_are_the_published_ones():
+def test_presets_have_the_four_published_shapes():
     shapes = {name: tuple(asdict(config).values()) for name, config in PRESETS.items() if name.startswith("gpt2")}
     assert shapes == {
         "gpt2": (12, 12, 768, 1024, 50257),
@@ -94,49 +95,49 @@ def test_the_four_presets_are_the_published_ones():
 
 
 @torch.no_grad()
-def test_weights_that_transformers_saved_load(tmp_path):
-    theirs = hf_model(SHALLOW)
-    for p in theirs.parameters():
+def test_weights_saved_by_transformers_load(tmp_path):
+    hf = hf_model(SHALLOW)
+    for p in hf.parameters():
         p.add_(torch.empty_like(p).normal_(0.0, 0.02))
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path)
-    assert ours.config == SHALLOW
-    expected = dict(theirs.named_parameters())
-    for name, weight in ours.hf_state().items():
+    hf.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    assert model.config == SHALLOW
+    expected = dict(hf.named_parameters())
+    for name, weight in hf_state(model).items():
         assert torch.equal(weight, expected.pop(name)), name
     assert not expected
-    assert not ours.transformer.wte.weight[50257:].any()
+    assert not model.transformer.wte.weight[50257:].any()
     tokens = random_tokens(50257, 16)
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_transformers_loads_what_is_saved(tmp_path):
+def test_transformers_loads_saved_weights(tmp_path):
     from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-    ours = randomized(SHALLOW)
-    ours.save_pretrained(tmp_path, end_of_text_id=50256)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(theirs) is GPT2LMHeadModel
-    assert theirs.config.eos_token_id == theirs.config.bos_token_id == 50256
-    assert theirs.generation_config.eos_token_id == 50256
-    weights = ours.hf_state()
-    for name, p in theirs.named_parameters():
+    model = randomized(SHALLOW)
+    model.save_pretrained(tmp_path, end_of_text_id=50256)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(hf) is GPT2LMHeadModel
+    assert hf.config.eos_token_id == hf.config.bos_token_id == 50256
+    assert hf.generation_config.eos_token_id == 50256
+    weights = hf_state(model)
+    for name, p in hf.named_parameters():
         assert torch.equal(p, weights.pop(name)), name
     assert not weights
     tokens = random_tokens(50257, 16)
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(tokens), hf(tokens).logits, atol=1e-4, rtol=0)
 
 
-def test_saving_and_loading_changes_no_bit(folder):
+def test_saving_and_loading_preserves_every_bit(folder):
     loaded, original = GPT.from_pretrained(folder), randomized(TINY)
     assert loaded.config == original.config
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters(), strict=True))
 
 
-def test_initial_weights_have_the_papers_spread():
+def test_initial_weights_have_the_standard_deviation_of_the_paper():
     model = GPT(PRESETS["gpt2"])
-    for name, p in model.hf_state().items():
+    for name, p in hf_state(model).items():
         if ".ln_" in name:
             assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
         elif name.endswith(".bias"):
@@ -146,20 +147,20 @@ def test_initial_weights_have_the_papers_spread():
             std /= math.sqrt(2 * 12) if name.endswith("c_proj.weight") else 1
             assert p.std().item() == pytest.approx(std, rel=0.01), name
             assert abs(p.mean().item()) < 0.01 * std, name
-    assert model.num_parameters() == sum(p.numel() for p in model.hf_state().values()) == 124_439_808
+    assert model.num_parameters() == sum(p.numel() for p in hf_state(model).values()) == 124_439_808
 
 
-def test_the_seed_draws_the_weights():
+def test_seed_determines_the_initial_weights():
     first, same, other = (GPT(TINY, seed).transformer.wte.weight for seed in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
 
-def test_there_are_no_buffers():
+def test_model_has_no_buffers():
     assert not list(GPT(TINY).buffers())  # DistributedDataParallel would broadcast them
 
 
-def test_padded_rows_stay_zero_and_predict_nothing():
+def test_padding_rows_stay_zero_and_have_no_logits():
     model = GPT(TINY)
     wte = model.transformer.wte.weight
     assert wte.shape[0] == 768
@@ -178,7 +179,7 @@ def test_padded_rows_stay_zero_and_predict_nothing():
     assert model(tokens).shape == (4, 17, 663)
 
 
-def test_loss_is_the_cross_entropy_over_the_real_vocabulary():
+def test_loss_is_the_cross_entropy_without_padding():
     model, tokens = randomized(TINY), random_tokens(663, 17, rows=4)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logprobs = model(inputs).log_softmax(dim=-1)
@@ -186,57 +187,57 @@ def test_loss_is_the_cross_entropy_over_the_real_vocabulary():
     torch.testing.assert_close(model(inputs, targets), expected)
 
 
-def test_the_masked_loss_of_gpus_has_the_same_gradients():
+def test_masked_loss_for_gpus_has_the_same_gradients():
     model, tokens = randomized(TINY), random_tokens(663, 17, rows=4)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    cut, _ = gradients(model, inputs, targets)
+    sliced, _ = gradients(model, inputs, targets)
     logits = model.masked_logits(model.hidden(inputs))  # (4, 16, 768)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(loss, model(inputs, targets))
     loss.backward()
     masked = [p.grad for p in model.parameters()]
-    assert all(wte.shape[0] == 768 and not wte[663:].any() for wte in (cut[0], masked[0]))
-    for ours, theirs in zip(cut, masked, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    assert all(wte.shape[0] == 768 and not wte[663:].any() for wte in (sliced[0], masked[0]))
+    for found, expected in zip(sliced, masked, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def gradients(model, tokens, targets):
-    """Gradients of the loss, and the bytes that were kept for them."""
-    kept = {}  # by address, as a tensor may be kept more than once
+    """Gradients of the loss, and the bytes that were saved for the backward pass."""
+    saved = {}  # by address: a tensor may be saved more than once
 
-    def keep(tensor):
-        kept[tensor.data_ptr()] = tensor.nbytes
+    def save(tensor):
+        saved[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         loss = model(tokens, targets)
     loss.backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    return grads, sum(kept.values())
+    return grads, sum(saved.values())
 
 
-def test_activation_checkpointing_changes_no_bit_and_keeps_less():
+def test_activation_checkpointing_changes_no_bit_and_saves_memory():
     model = GPT(replace(PRESETS["tiny"], n_layer=6, vocab_size=128), seed=3)
     tokens, targets = torch.randint(128, (2, 16, 64), generator=torch.Generator().manual_seed(1)).unbind()
-    plain, kept = gradients(model, tokens, targets)
+    plain, plain_bytes = gradients(model, tokens, targets)
     model.activation_checkpointing = True
-    recomputed, kept_less = gradients(model, tokens, targets)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(recomputed, plain, strict=True))
-    assert kept_less < kept / 3
+    recomputed, recomputed_bytes = gradients(model, tokens, targets)
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, plain, strict=True))
+    assert recomputed_bytes < plain_bytes / 3
 
 
 @torch.no_grad()
-def test_cached_logits_equal_those_of_one_forward():
+def test_logits_with_a_cache_equal_those_of_one_forward_pass():
     model, tokens = randomized(TINY), random_tokens(663, 40, rows=3)
-    whole = model(tokens)
+    expected = model(tokens)
     cache = KVCache(TINY, batch_size=3, max_length=40, like=model.transformer.wte.weight)
-    parts = [model(part, cache=cache) for part in tokens.split([17, 5, 1, 1, 16], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+    logits = [model(chunk, cache=cache) for chunk in tokens.split([17, 5, 1, 1, 16], dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_no_logit_sees_a_later_token():
+def test_logits_depend_on_no_later_token():
     model, tokens = randomized(TINY), random_tokens(663, 32)
     changed = tokens.clone()
     changed[0, 20] = (changed[0, 20] + 1) % 663
@@ -262,10 +263,10 @@ def unknown(weights):
     [
         (wrong_shape, r"h\.0\.mlp\.c_fc\.weight has shape \(128, 32\).*\(32, 128\)"),
         (missing, r"lacks 1 tensors, such as transformer\.h\.1\.attn\.c_proj\.bias"),
-        (unknown, r"also holds 1 tensors, such as transformer\.h\.2\.ln_1\.weight"),
+        (unknown, r"also has 1 tensors, such as transformer\.h\.2\.ln_1\.weight"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(folder, change, message):
+def test_weights_that_do_not_match_are_refused(folder, change, message):
     change_weights(folder, change)
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(folder)
@@ -283,7 +284,7 @@ def test_weights_that_do_not_fit_are_refused(folder, change, message):
         ("n_head", 5),
     ],
 )
-def test_another_architecture_is_refused(folder, key, value):
+def test_other_architectures_are_refused(folder, key, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(ValueError, match=f"{key}.* {value!r}"):
@@ -291,47 +292,47 @@ def test_another_architecture_is_refused(folder, key, value):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"n_layer": 2,', '{"n_layer": "two"}'])
-def test_a_damaged_config_is_refused_by_name(folder, text):
+def test_damaged_config_is_refused_by_name(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json"):
         GPT.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_refused_by_name(folder, file):
+def test_missing_file_is_refused_by_name(folder, file):
     (folder / file).unlink()
     with pytest.raises(ValueError, match=file.replace(".", r"\.")):
         GPT.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_truncated_safetensors_are_refused_by_name(folder, kept):
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_truncated_safetensors_are_refused_by_name(folder, length):
     path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors is cut short or damaged"):
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged"):
         GPT.from_pretrained(folder)
 
 
-def test_an_old_upload_loads(folder):
-    """As OpenAI's: a pickle, no prefix, with the causal masks."""
+def test_older_format_loads(folder):
+    """As uploaded by OpenAI: a pickle without prefix, with the causal masks."""
     weights = load_file(folder / "model.safetensors")
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
-    as_old_upload(folder, {name.removeprefix("transformer."): w for name, w in weights.items()} | masks)
-    loaded = GPT.from_pretrained(folder).hf_state()
+    as_pickle(folder, {name.removeprefix("transformer."): w for name, w in weights.items()} | masks)
+    loaded = hf_state(GPT.from_pretrained(folder))
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-def test_a_pickle_that_holds_code_is_refused_and_not_run(folder, tmp_path):
-    trace = tmp_path / "the code ran"
+def test_pickle_that_contains_code_is_refused_and_not_executed(folder, tmp_path):
+    trace = tmp_path / "executed"
 
     class Evil:
         def __reduce__(self):
             return open, (str(trace), "w")
 
     weights = load_file(folder / "model.safetensors")
-    as_old_upload(folder, weights | {"evil": Evil()})
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged or holds more than tensors"):
+    as_pickle(folder, weights | {"evil": Evil()})
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged or contains more than tensors"):
         GPT.from_pretrained(folder)
     assert not trace.exists()
 
@@ -342,8 +343,8 @@ def saved(value):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", saved([1, 2])], ids=["empty", "text", "list"])
-def test_a_bin_that_holds_no_weights_is_refused_by_name(folder, content):
+@pytest.mark.parametrize("content", [b"", b"not a pickle", saved([1, 2])], ids=["empty", "text", "list"])
+def test_pickle_without_weights_is_refused_by_name(folder, content):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin"):

@@ -1,6 +1,6 @@
-"""The fused step computes what the plain model does: each kernel beside its twin, and the whole loss and its gradients.
+"""The fused loss equals that of the model: each kernel compared with plain PyTorch, then the loss and its gradients.
 
-Triton's interpreter runs the kernels on the CPU. It can't multiply bfloat16, so that float32 and float16 stand in.
+The interpreter of Triton runs the kernels on the CPU. It can't multiply bfloat16: the tests use float32 and float16.
 """
 
 import os
@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is there for Linux alone")
+pytest.importorskip("triton", reason="Triton exists only for Linux")
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,14 @@ from core import ops
 from core.ops import kernels
 from model import GPT, GPTConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # 1 / (1 + inf) is the zero it should be
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # 1 / (1 + inf) is 0, as intended
 SHAPE = GPTConfig(n_layer=2, n_head=3, n_embd=96, n_positions=32, vocab_size=300)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    monkeypatch.setattr(kernels, "NORM_PROGRAMS", 7)  # the interpreter runs one after the other
+    monkeypatch.setattr(kernels, "NORM_PROGRAMS", 7)  # the interpreter runs them sequentially
 
 
 @pytest.fixture(params=[torch.float32, torch.float16], ids=["float32", "float16"])
@@ -36,8 +36,9 @@ def draw(request):
     return lambda *size, scale=1.0: (torch.randn(*size) * scale).to(request.param)
 
 
-def error(found, wanted):
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+def error(found, expected):
+    """The relative error, by the Euclidean norm."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("rows, inputs, outputs", [(200, 96, 192), (128, 64, 128), (1, 32, 40), (150, 160, 200)])
@@ -45,9 +46,9 @@ def test_linear_gelu(draw, rows, inputs, outputs):
     x, weight, bias = draw(rows, inputs), draw(outputs, inputs, scale=0.3), draw(outputs)
     activation, slope = kernels.linear_gelu(x, weight, bias)
     u = (x.double() @ weight.double().T + bias.double()).requires_grad_()
-    wanted = F.gelu(u, approximate="tanh")
-    wanted.sum().backward()
-    assert error(activation, wanted) < TOLERANCE[x.dtype]
+    expected = F.gelu(u, approximate="tanh")
+    expected.sum().backward()
+    assert error(activation, expected) < TOLERANCE[x.dtype]
     assert error(slope, u.grad) < TOLERANCE[x.dtype]
 
 
@@ -55,9 +56,9 @@ def test_linear_gelu(draw, rows, inputs, outputs):
 def test_matmul_times(draw, rows, inputs, outputs):
     x, weight, factor = draw(rows, inputs), draw(inputs, outputs, scale=0.3), draw(rows, outputs)
     out, sums = kernels.matmul_times(x, weight, factor)
-    wanted = x.double() @ weight.double() * factor.double()
-    assert error(out, wanted) < TOLERANCE[x.dtype]
-    assert error(sums, wanted.sum(0)) < 1e-5  # summed in float32, before rounding
+    expected = x.double() @ weight.double() * factor.double()
+    assert error(out, expected) < TOLERANCE[x.dtype]
+    assert error(sums, expected.sum(0)) < 1e-5  # summed in float32, before rounding
 
 
 @pytest.mark.parametrize("rows, width", [(50, 96), (1, 32), (100, 160)])
@@ -68,8 +69,8 @@ def test_norm_backward(draw, rows, width):
     (normal * d_norm.double() + wide * d_stream.double()).sum().backward()
     dx, sums = kernels.norm_backward(x, mean.float(), rstd.float(), gain.float().detach(), d_norm, d_stream)
     assert error(dx, wide.grad) < TOLERANCE[x.dtype]
-    for found, wanted in zip(sums, (gain.grad, shift.grad, wide.grad.sum(0)), strict=True):
-        assert error(found, wanted) < 1e-4
+    for found, expected in zip(sums, (gain.grad, shift.grad, wide.grad.sum(0)), strict=True):
+        assert error(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["(B, T, H, D)", "(B, H, T, D)", "mixed"])
@@ -80,25 +81,25 @@ def test_pack(draw, layout):
     if layout == "mixed":
         parts[1] = parts[1].contiguous()
     packed, sums = kernels.pack(*parts)
-    wanted = torch.stack(parts).permute(1, 3, 0, 2, 4).reshape(B * T, 3 * H * D)
-    assert torch.equal(packed, wanted)
-    assert error(sums, wanted.double().sum(0)) < 1e-5
+    expected = torch.stack(parts).permute(1, 3, 0, 2, 4).reshape(B * T, 3 * H * D)
+    assert torch.equal(packed, expected)
+    assert error(sums, expected.double().sum(0)) < 1e-5
 
 
 @pytest.mark.parametrize("vocab, block", [(1000, 8192), (1000, 256), (1024, 256), (770, 256)])
 def test_cross_entropy(draw, monkeypatch, vocab, block):
-    """Losses and gradients, with columns that fill blocks and that don't; the padding gets no gradient."""
+    """Loss and gradients, for columns that fill all blocks or not. The padding has no gradient."""
     monkeypatch.setattr(kernels, "LOGITS_BLOCK", block)
     padded, C = 1024, 32
     hidden, weight = draw(9, C), draw(padded, C, scale=0.5)
     targets = torch.randint(vocab, (9,))
     targets[:2] = torch.tensor([0, vocab - 1])
     wide, head = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    wanted = F.cross_entropy((wide @ head.T)[:, :vocab], targets)
-    wanted.backward()
+    expected = F.cross_entropy((wide @ head.T)[:, :vocab], targets)
+    expected.backward()
     for chunk_rows in (4, 9):
         loss, d_hidden, d_weight = kernels.linear_cross_entropy(hidden, weight, targets, vocab, chunk_rows)
-        assert loss.item() == pytest.approx(wanted.item(), abs=1e-2 if hidden.dtype == torch.float16 else 1e-5)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-2 if hidden.dtype == torch.float16 else 1e-5)
         assert error(d_hidden, wide.grad) < 3 * TOLERANCE[hidden.dtype]
         assert error(d_weight, head.grad) < 3 * TOLERANCE[hidden.dtype]
         assert not d_weight[vocab:].any()
@@ -106,20 +107,20 @@ def test_cross_entropy(draw, monkeypatch, vocab, block):
 
 @pytest.mark.parametrize("offset", [-300.0, 0.0, 300.0])
 def test_cross_entropy_of_logits_far_from_zero(offset):
-    """No power of two overflows, nor do all of them vanish."""
+    """No exponential overflows, and not all of them underflow."""
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(4, 32) * 5, torch.randn(128, 32), torch.tensor([0, 5, 50, 99])
     hidden[:, 0], weight[:, 0] = offset, 1.0
     loss, d_hidden, _ = kernels.linear_cross_entropy(hidden, weight, targets, 100, 4)
     wide = hidden.double().requires_grad_()
-    wanted = F.cross_entropy((wide @ weight.double().T)[:, :100], targets)
-    wanted.backward()
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    expected = F.cross_entropy((wide @ weight.double().T)[:, :100], targets)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert error(d_hidden[:, 1:], wide.grad[:, 1:]) < 1e-4
 
 
-def test_the_operators_tell_the_compiler_the_truth():
-    """Shapes and dtypes that torch.compile is told are those that come out; nothing is written to an input."""
+def test_operators_declare_their_shapes_and_dtypes_to_the_compiler():
+    """Declared shapes and dtypes are those of the results; no operator writes to an input."""
 
     def draw(*size):
         return torch.randn(*size).half()
@@ -136,7 +137,7 @@ def test_the_operators_tell_the_compiler_the_truth():
 
 @pytest.fixture
 def model():
-    """A GPT whose biases, gains and residual projections have had some training, too."""
+    """A GPT with random biases, gains and residual projections."""
     torch.manual_seed(1)
     model = GPT(SHAPE, seed=1)
     with torch.no_grad():
@@ -147,7 +148,7 @@ def model():
 
 
 def gradients(loss, model, tokens):
-    """The loss on those tokens, and each parameter's gradient of a third of it, as of one of three micro-batches."""
+    """The loss on the tokens, and the gradients of a third of it, as for one of three micro-batches."""
     value = loss(tokens[:, :-1], tokens[:, 1:])
     (value / 3).backward()
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -162,17 +163,17 @@ def tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 1e-2)])
-def test_the_fused_loss_is_the_models(model, tokens, dtype, tolerance):
-    plain, wanted = gradients(model, model, tokens)
+def test_fused_loss_and_gradients_equal_those_of_the_model(model, tokens, dtype, tolerance):
+    plain, expected = gradients(model, model, tokens)
     fused, found = gradients(ops.FusedLoss(model, compiled=False, dtype=dtype), model, tokens)
     assert fused == pytest.approx(plain, rel=tolerance / 10)
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
-        assert error(gradient, wanted[name]) < tolerance, name
+        assert error(gradient, expected[name]) < tolerance, name
     assert not found["transformer.wte.weight"][SHAPE.vocab_size :].any()
 
 
-def test_without_gradients_the_fused_loss_is_the_same(model, tokens):
+def test_fused_loss_without_gradients_is_the_same(model, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with torch.no_grad():
         fused = ops.FusedLoss(model, compiled=False, dtype=torch.float32)(inputs, targets)
@@ -181,13 +182,13 @@ def test_without_gradients_the_fused_loss_is_the_same(model, tokens):
 
 def test_activation_checkpointing_changes_no_bit(model, tokens):
     plain = gradients(ops.FusedLoss(model, False, dtype=torch.float32), model, tokens)
-    again = gradients(ops.FusedLoss(model, False, True, dtype=torch.float32), model, tokens)
-    assert plain[0] == again[0]
-    assert all(torch.equal(gradient, again[1][name]) for name, gradient in plain[1].items())
+    recomputed = gradients(ops.FusedLoss(model, False, True, dtype=torch.float32), model, tokens)
+    assert plain[0] == recomputed[0]
+    assert all(torch.equal(gradient, recomputed[1][name]) for name, gradient in plain[1].items())
 
 
 def test_all_blocks_and_steps_share_one_compiled_block(model, tokens, monkeypatch):
-    """Three graphs: the embedding, a block, the loss. None is compiled again for another block or step."""
+    """Three graphs: the embedding, a block, the loss. Other blocks and steps compile no further graph."""
     compile_ = torch.compile
 
     def without_inductor(function=None, **options):
@@ -197,10 +198,10 @@ def test_all_blocks_and_steps_share_one_compiled_block(model, tokens, monkeypatc
     torch._dynamo.reset()
     counters.clear()
     loss = ops.FusedLoss(model, compiled=True, dtype=torch.float32)
-    wanted = gradients(ops.FusedLoss(model, compiled=False, dtype=torch.float32), model, tokens)
-    again = ops.FusedLoss(model, compiled=True, activation_checkpointing=True, dtype=torch.float32)
-    for compiled in (loss, loss, again):
+    expected = gradients(ops.FusedLoss(model, compiled=False, dtype=torch.float32), model, tokens)
+    recomputing = ops.FusedLoss(model, compiled=True, activation_checkpointing=True, dtype=torch.float32)
+    for compiled in (loss, loss, recomputing):
         found = gradients(compiled, model, tokens)
-        assert found[0] == pytest.approx(wanted[0], rel=1e-6)
-        assert all(error(found[1][name], gradient) < 2e-6 for name, gradient in wanted[1].items())
+        assert found[0] == pytest.approx(expected[0], rel=1e-6)
+        assert all(error(found[1][name], gradient) < 2e-6 for name, gradient in expected[1].items())
         assert counters["stats"]["unique_graphs"] == 3

@@ -18,12 +18,12 @@ from core.train.recipe import Schedule
 from core.train.setup import micro_batches
 
 SEQ_LEN = 16
-# Three epochs of ten windows, computed once: a change here would make every resumed run see other tokens.
+# Three epochs of ten windows, computed once. If they changed, every resumed run would train on other tokens.
 FROZEN = [7, 3, 2, 1, 9, 8, 6, 0, 4, 5, 8, 6, 1, 5, 4, 2, 0, 3, 7, 9, 1, 4, 8, 2, 6, 7, 5, 0, 3, 9]
 
 
 def write_dataset(folder, sizes):
-    """Train shards of these sizes in which each token is one more than the one before, over all shards."""
+    """Train shards of these sizes, with the token ids 0, 1, 2, ... over all shards."""
     shards, first = [], 0
     for number, size in enumerate(sizes):
         name = f"train_{number:06d}.npy"
@@ -34,9 +34,9 @@ def write_dataset(folder, sizes):
     return open_dataset(folder)
 
 
-# Exactly three windows; one token too few for three; shorter than a window; a single token; one over two.
+# Exactly three windows; one token too few for three; less than a window; a single token; one token more than two.
 @pytest.mark.parametrize("sizes", [[3 * SEQ_LEN + 1, 3 * SEQ_LEN, 5, 1, 2 * SEQ_LEN + 2], [SEQ_LEN + 1], [500, 1000]])
-def test_windows_show_each_token_but_a_shards_first_once_as_target(tmp_path, sizes):
+def test_each_token_except_the_first_of_a_shard_is_a_target_once(tmp_path, sizes):
     windows = Windows(write_dataset(tmp_path, sizes), "train", SEQ_LEN)
     inputs, targets = windows.batch(range(len(windows)))
     assert inputs.dtype == targets.dtype == torch.int64
@@ -51,29 +51,29 @@ def test_windows_show_each_token_but_a_shards_first_once_as_target(tmp_path, siz
     assert targets.flatten().tolist() == expected
 
 
-def test_an_epoch_shows_each_window_once_and_the_next_in_another_order():
+def test_epochs_contain_each_window_once_in_different_orders():
     order = TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=100)
     epochs = [order[range(100 * e, 100 * e + 100)].tolist() for e in range(4)]
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in [*epochs, range(100)]}) == 5
 
 
-def test_the_order_remembers_nothing():
-    whole = TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)[range(70)].tolist()
+def test_order_is_independent_of_earlier_accesses():
+    expected = TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)[range(70)].tolist()
     order = TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)
     for i in np.random.RandomState(0).permutation(70):
-        assert order[range(i, i + 1)].tolist() == [whole[i]]
-    assert order[range(33, 51)].tolist() == whole[33:51]
-    assert TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)[range(60, 64)].tolist() == whole[60:64]
+        assert order[range(i, i + 1)].tolist() == [expected[i]]
+    assert order[range(33, 51)].tolist() == expected[33:51]
+    assert TokenOrder("hash", seed=1, seq_len=SEQ_LEN, windows=7)[range(60, 64)].tolist() == expected[60:64]
 
 
-def test_the_order_depends_on_data_seed_and_sequence_length():
+def test_order_depends_on_data_seed_and_sequence_length():
     keys = [("hash", 1, 16), ("hasg", 1, 16), ("hash", 2, 16), ("hash", 1, 32)]
     orders = {tuple(TokenOrder(*key, windows=50)[range(50)].tolist()) for key in keys}
     assert len(orders) == len(keys)
 
 
-def test_the_order_is_the_one_that_earlier_runs_saw():
+def test_order_is_that_of_earlier_versions():
     order = TokenOrder("0123abcd", seed=1337, seq_len=1024, windows=10)
     assert order[range(30)].tolist() == FROZEN
 
@@ -84,19 +84,19 @@ def dataset(world):
 
 
 def as_tuples(inputs, targets):
-    """Sequences that can be counted: a window's inputs and its last target."""
+    """Sequences as hashable values: the inputs of a window and its last target."""
     return [(*i.tolist(), t[-1].item()) for i, t in zip(inputs, targets, strict=True)]
 
 
 def step_sequences(dataset, step, world_size, micro_batch):
-    """What each rank computes in a step: the sequences of all its micro-batches."""
-    config = resolved(batch_tokens=16 * 64, micro_batch=micro_batch, seed=5, steps=step + 1)
+    """The sequences of all micro-batches of a step, for each rank."""
+    recipe = resolved(batch_tokens=16 * 64, micro_batch=micro_batch, steps=step + 1)
     windows = Windows(dataset, "train", 64)
-    order = TokenOrder(dataset.manifest_hash, config.seed, 64, len(windows))
+    order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
     shares = []
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
-        batches = list(micro_batches(config, Schedule(config), ranks, windows, order, step))
+        batches = list(micro_batches(Schedule(recipe), micro_batch, ranks, windows, order, step))
         assert all(inputs.shape == targets.shape == (micro_batch, 64) for inputs, targets in batches)
         shares.append([sequence for batch in batches for sequence in as_tuples(*batch)])
     return shares
@@ -104,10 +104,10 @@ def step_sequences(dataset, step, world_size, micro_batch):
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_a_step_sees_the_same_sequences_for_any_ranks_and_micro_batch(dataset, world_size, micro_batch):
+def test_step_has_the_same_sequences_for_any_number_of_ranks_and_any_micro_batch(dataset, world_size, micro_batch):
     windows = Windows(dataset, "train", 64)
     order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
-    for step in (0, 1, len(windows) // 16):  # the last one goes on into the next epoch
+    for step in (0, 1, len(windows) // 16):  # the last one contains the end of an epoch
         shares = step_sequences(dataset, step, world_size, micro_batch)
         assert [len(share) for share in shares] == [16 // world_size] * world_size
         inputs, targets = windows.batch(order[range(16 * step, 16 * step + 16)])
@@ -120,8 +120,8 @@ def test_a_step_sees_the_same_sequences_for_any_ranks_and_micro_batch(dataset, w
     shares=st.lists(st.sampled_from([(w, m) for w in (1, 2, 3, 4, 6, 12) for m in (1, 2, 3, 4) if 12 % (w * m) == 0])),
     seed=st.integers(0, 2**32),
 )
-def test_each_window_of_an_epoch_is_seen_once_whatever_ranks_take_part_in_which_step(sizes, shares, seed):
-    """Steps of 12 sequences by ranks and micro-batches that change from step to step, as resumes may change them."""
+def test_epoch_contains_each_window_once_where_ranks_change_between_steps(sizes, shares, seed):
+    """Steps of 12 sequences; the number of ranks and the micro-batch change in each step, as in a resume."""
     hypothesis.assume(any(size > SEQ_LEN for size in sizes))
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder), sizes)
@@ -131,12 +131,12 @@ def test_each_window_of_an_epoch_is_seen_once_whatever_ranks_take_part_in_which_
         assert len(seen) == len(windows)
         for step in range(2 * len(windows)):
             world_size, micro_batch = shares[step % len(shares)] if shares else (1, 12)
-            config = resolved(batch_tokens=12 * SEQ_LEN, micro_batch=micro_batch, seq_len=SEQ_LEN, steps=step + 1)
-            schedule = Schedule(config)
+            recipe = resolved(batch_tokens=12 * SEQ_LEN, micro_batch=micro_batch, seq_len=SEQ_LEN, steps=step + 1)
+            schedule = Schedule(recipe)
             for rank in range(world_size):
                 ranks = Ranks(rank, world_size, torch.device("cpu"))
-                for inputs, targets in micro_batches(config, schedule, ranks, windows, order, step):
+                for inputs, targets in micro_batches(schedule, micro_batch, ranks, windows, order, step):
                     seen.update(as_tuples(inputs, targets))
             assert seen.total() == 12 * (step + 1)
-            assert max(seen.values()) - min(seen.values()) <= 1  # no second time before all others' first
+            assert max(seen.values()) - min(seen.values()) <= 1  # every window once before any window twice
         assert set(seen.values()) == {24}

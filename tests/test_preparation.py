@@ -484,7 +484,7 @@ def test_any_start_method_of_processes_writes_the_same_bytes(world, small, tmp_p
 
 @pytest.fixture(scope="module")
 def lanterns(world):
-    """A source in which each twelfth document, except in the first file, has the word on which a fake fastokens fails."""
+    """A source with the word on which a fake fastokens fails in each twelfth document, except in the first file."""
     folder = world / "preparation/lanterns"
     for number in range(3):
         texts = documents(number, 160, 60)
@@ -509,7 +509,7 @@ def test_a_mismatch_of_fastokens_is_an_error_and_its_remedy_works(world, lantern
     env = fake_fastokens(tmp_path / "fake", fault)
     message = refused(prepare(world, source, tmp_path / "out", workers=2, check=False, **env))
     place = {
-        "another id": "gives other ids than tiktoken in the document that begins with 'the lantern ",
+        "another id": "gives other ids than tiktoken in the document that begins with",
         "an error": "fails (RuntimeError: no such token)",
         "a panic": "fails (Panic: index out of bounds)",
     }
@@ -521,7 +521,7 @@ def test_a_mismatch_of_fastokens_is_an_error_and_its_remedy_works(world, lantern
 
 def test_the_remedy_for_a_mismatch_is_to_overwrite_shards_of_other_ranks_too(world, lanterns, tmp_path):
     source, _ = lanterns
-    env = fake_fastokens(tmp_path / "fake", "another id")
+    env = fake_fastokens(tmp_path / "fake", "an error")
     prepare(world, source, tmp_path, **env, **array_task(0, 3))
     message = refused(prepare(world, source, tmp_path, check=False, **env, **array_task(1, 3)))
     assert message.endswith("Use --encoder tiktoken --overwrite")
@@ -546,7 +546,7 @@ def test_the_files_of_an_unfinished_folder_keep_their_format(world, large, tmp_p
     progress = json.loads((tmp_path / "unfinished/000000/part.json").read_text())
     keys = "source others val_bytes shards before row token encoders complete last"
     assert list(progress) == keys.split()
-    assert list(progress["before"]) == "units rows empty broken tokens val_tokens val_bytes".split()
+    assert list(progress["before"]) == ["units", "rows", "empty", "broken", "tokens", "val_tokens", "val_bytes"]
 
 
 def test_a_damaged_progress_file_is_named_in_a_short_error(world, large, tmp_path):

@@ -1,5 +1,6 @@
-"""Promise 3: a run killed at any moment and started again by the same command ends as one never killed, bit for bit."""
+"""A run that is killed at any moment and started again by the same command ends bit for bit like an undisturbed one."""
 
+import json
 import os
 import re
 import shutil
@@ -10,57 +11,59 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, run, train_here
+from conftest import ROOT, TRAIN, resolved, run, tiny_config, train_here
 
 import train
 from core import checkpoint
-from core.files import METRICS, read_metrics
+from core.distributed import Ranks
+from core.files import METRICS, read_metrics, sha256, write_json
+from core.train.optim import build_optimizer
+from model import GPT, PRESETS
 
 STEPS = 24
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 6, "--warmup-steps", 3, "--keep", 99)
-TIMES = ("seconds", "tokens_per_second")  # the one thing that may differ
+TIMES = ("seconds", "tokens_per_second")  # only these may differ
 
 
 @pytest.fixture(scope="module")
-def whole(world):
-    """The run that nobody killed."""
+def undisturbed(world):
+    """A run without an interruption."""
     train_here(*COMMAND, "--save-every", 5, "--run", "whole", cwd=world)
     return world / "logs/whole"
 
 
 @pytest.fixture
-def copied(whole, tmp_path, monkeypatch):
-    """A copy of that run and its data in a folder of its own, for runs within this process."""
-    shutil.copytree(whole.parents[1] / "data/small", tmp_path / "data/small")
-    shutil.copytree(whole, tmp_path / "logs/whole")
+def copied(undisturbed, tmp_path, monkeypatch):
+    """A copy of that run and its data in a temporary folder, for runs within this process."""
+    shutil.copytree(undisturbed.parents[1] / "data/small", tmp_path / "data/small")
+    shutil.copytree(undisturbed, tmp_path / "logs/whole")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "logs/whole"
 
 
-def settings(**changes):
+def settings(**options):
     """The same command for a call within this process."""
-    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
-    mine = {"data": "data/small", "steps": STEPS, "val_every": 6, "warmup_steps": 3, "save_every": 5, "run": "whole"}
-    return train.Config(**(tiny | mine | {"keep": 99} | changes))
+    own = {"steps": STEPS, "val_every": 6, "warmup_steps": 3, "save_every": 5, "run": "whole", "keep": 99}
+    return tiny_config(**(own | options))
 
 
-def go_back(folder, step):
-    """Forget all checkpoints after a step."""
+def delete_after(folder, step):
+    """Delete all checkpoints after a step."""
     for path in (folder / "checkpoints").iterdir():
         if path.name > f"step_{step:06d}":
             shutil.rmtree(path)
 
 
-def start_and_kill(world, command, moment):
-    """Start training and kill it, as a power cut would, as soon as `moment` says so."""
+def start_and_kill(world, command, condition):
+    """Start training, and kill it without warning as soon as the condition is true."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "train.py", *map(str, command)]
     process = subprocess.Popen(command, cwd=world, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if moment():
+        if condition():
             process.send_signal(signal.SIGSTOP)
-            if moment():  # still so, now that it stands
+            if condition():  # still true now that the process is suspended
                 break
             process.send_signal(signal.SIGCONT)
         time.sleep(0.001)
@@ -72,51 +75,52 @@ def start_and_kill(world, command, moment):
 
 
 def reached(folder, step):
-    """Whether metrics.jsonl tells of a step."""
+    """Whether metrics.jsonl contains a step."""
     path = folder / METRICS
-    return path.is_file() and f'"step": {step},' in path.read_text()
+    return path.is_file() and f'"step": {step},' in path.read_text(encoding="utf-8")
 
 
-def assert_like(folder, whole, steps=STEPS):
+def assert_like(folder, expected, steps=STEPS):
+    """Assert that two runs of `steps` steps have the same weights and, except for times, the same metrics."""
     last = f"checkpoints/step_{steps:06d}"
-    assert (folder / last / "model.safetensors").read_bytes() == (whole / last / "model.safetensors").read_bytes()
-    ours, theirs = (read_metrics(run) for run in (folder, whole))
-    places = [[(line["step"], line["split"]) for line in lines] for lines in (ours, theirs)]
-    assert places[0] == places[1]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert {k: v for k, v in mine.items() if k not in TIMES} == {k: v for k, v in other.items() if k not in TIMES}
+    assert (folder / last / "model.safetensors").read_bytes() == (expected / last / "model.safetensors").read_bytes()
+    lines, expected_lines = (
+        [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(path)]
+        for path in (folder, expected)
+    )
+    places, expected_places = ([(line["step"], line["split"]) for line in each] for each in (lines, expected_lines))
+    assert places == expected_places
+    assert lines == expected_lines
     assert not list((folder / "checkpoints").glob(".*")), "remains of an unfinished checkpoint"
 
 
-def test_killed_at_three_moments_it_ends_as_if_undisturbed(world, whole):
-    """Before the first checkpoint; as soon as one shows, which must be whole; while one is written."""
+def test_a_run_killed_at_three_moments_ends_like_an_undisturbed_one(world, undisturbed):
+    """Before the first checkpoint; as soon as one appears, which must be complete; while one is written."""
     folder, command = world / "logs/killed", (*COMMAND, "--run", "killed")
-    shown = folder / "checkpoints/step_000010"
+    appeared = folder / "checkpoints/step_000010"
 
     def writing():
         return reached(folder, 14) and any((folder / "checkpoints").glob(".step_*.unfinished"))
 
     start_and_kill(world, (*command, "--save-every", 5), lambda: reached(folder, 2))
-    assert not shown.parent.exists()
-    start_and_kill(world, (*command, "--save-every", 5), shown.exists)
-    assert checkpoint.problem(shown) is None
+    assert not appeared.parent.exists()
+    start_and_kill(world, (*command, "--save-every", 5), appeared.exists)
+    assert checkpoint.find_damage(appeared) is None
     start_and_kill(world, (*command, "--save-every", 1), writing)
     assert writing()
-    assert "resuming " in run("train.py", *command, "--save-every", 1, cwd=world).stdout
-    assert_like(folder, whole)
+    assert "resuming from " in run("train.py", *command, "--save-every", 1, cwd=world).stdout
+    assert_like(folder, undisturbed)
 
 
-def test_a_finished_run_says_so_and_is_left_alone(world, whole):
-    before = (whole / METRICS).read_bytes()
-    said = run(
-        "train.py", *COMMAND, "--save-every", 5, "--run", "whole", cwd=world
-    ).stdout  # exit status 0, or it raises
-    assert f"logs/whole is finished: {STEPS} steps" in said
-    assert (whole / METRICS).read_bytes() == before
+def test_a_finished_run_is_not_changed(world, undisturbed):
+    before = (undisturbed / METRICS).read_bytes()
+    output = run("train.py", *COMMAND, "--save-every", 5, "--run", "whole", cwd=world).stdout  # exit status 0
+    assert f"logs/whole is finished: {STEPS} steps" in output
+    assert (undisturbed / METRICS).read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "change, was",
+    "change, before",
     [
         ({"preset": "demo"}, "tiny"),
         ({"seed": 7}, 1337),
@@ -134,35 +138,35 @@ def test_a_finished_run_says_so_and_is_left_alone(world, whole):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_setting_is_refused_with_both_values(copied, change, was):
+def test_a_changed_setting_is_refused_with_both_values(copied, change, before):
     ((name, now),) = change.items()
-    go_back(copied, 20)
-    with pytest.raises(
-        ValueError, match=f"whole was begun with {name} {was}, now it is {now}: .*--init-from logs/whole"
-    ):
+    delete_after(copied, 20)
+    message = rf"run whole was started with {name} {before}, now it is {now}\. .*--init-from logs/whole"
+    with pytest.raises(ValueError, match=message):
         train.main(settings(**change))
     assert not (copied / "checkpoints/step_000024").exists()
 
 
-def test_a_run_from_before_a_setting_existed_is_refused_with_a_way_on(copied):
-    with pytest.raises(ValueError, match="begun by an earlier version of this project, without polish: finish it with"):
+def test_a_run_from_before_a_setting_existed_is_refused_with_a_remedy(copied):
+    message = "started by an earlier version of this project, without the setting polish. Finish it with that version"
+    with pytest.raises(ValueError, match=message):
         checkpoint.load_training_state(copied / "checkpoints/step_000020", {"seed": 1337, "polish": 3})
 
 
 def test_other_data_are_refused_with_both_hashes(world, copied):
-    """The same tokens cut into other shards: their windows and their order are others."""
+    """The same tokens in other shards have other windows in another order."""
     source = ("--source", "data/stories/stories.jsonl", "--encoding", "data/stories", "--val-tokens", "6000")
     out = copied.parents[1] / "data/other"
     run("fineweb.py", *source, "--out", out, "--shard-tokens", "30000", "--workers", "1", cwd=world)
-    with pytest.raises(ValueError, match=r"begun with manifest_hash [0-9a-f]{64}, now it is [0-9a-f]{64}"):
+    with pytest.raises(ValueError, match=r"started with manifest_hash [0-9a-f]{64}, now it is [0-9a-f]{64}"):
         train.main(settings(data="data/other"))
 
 
-def test_free_settings_may_change(copied, capsys):
+def test_settings_without_influence_on_the_weights_may_change(copied, capsys):
     expected = read_metrics(copied)
-    go_back(copied, 15)
+    delete_after(copied, 15)
     train.main(settings(micro_batch=8, val_every=4, save_every=3, log_every=1))
-    assert re.search("resuming .*step 15 of 24", capsys.readouterr().out)
+    assert re.search("resuming from .* step 15/24 ", capsys.readouterr().out)
     metrics = read_metrics(copied)
     assert [line["step"] for line in metrics if line["split"] == "val"] == [0, 6, 12, 16, 20, 24]
     assert sorted(p.name for p in (copied / "checkpoints").iterdir())[-3:] == [
@@ -170,13 +174,15 @@ def test_free_settings_may_change(copied, capsys):
         "step_000021",
         "step_000024",
     ]
-    ours, theirs = ([line["loss"] for line in lines if line["split"] == "train"] for lines in (metrics, expected))
-    assert ours == pytest.approx(theirs, rel=5e-6)
+    losses, expected_losses = (
+        [line["loss"] for line in lines if line["split"] == "train"] for lines in (metrics, expected)
+    )
+    assert losses == pytest.approx(expected_losses, rel=5e-6)
 
 
-def test_what_a_kill_cut_short_in_the_metrics_is_dropped(copied):
+def test_an_incomplete_line_of_metrics_is_removed(copied):
     expected = read_metrics(copied)
-    go_back(copied, 20)
+    delete_after(copied, 20)
     path = copied / METRICS
     path.write_bytes(path.read_bytes()[:-40])
     train.main(settings())
@@ -185,25 +191,100 @@ def test_what_a_kill_cut_short_in_the_metrics_is_dropped(copied):
     ]
 
 
-def test_the_training_state_is_all_that_a_resume_needs(copied):
-    """The random state of the process that goes on has no effect."""
+def test_a_resume_needs_only_the_training_state(copied):
+    """The random state of the resuming process has no effect."""
     path = copied / "checkpoints/step_000024/model.safetensors"
     expected = path.read_bytes()
-    go_back(copied, 10)
+    delete_after(copied, 10)
     torch.manual_seed(99)
     train.main(settings())
     assert path.read_bytes() == expected
 
 
+# The keys of parameter groups and settings in checkpoints of November 2026; `peak` is now `initial_lr`, and `pieces`
+# is `splits`.
+EARLIER_KEYS = {"initial_lr": "peak", "splits": "pieces"}
+EARLIER_SETTINGS = {
+    *("preset", "seed", "seq_len", "val_tokens", "init_from", "steps", "optimizer", "lr", "embed_lr", "beta1", "beta2"),
+    *("momentum", "weight_decay", "grad_clip", "lr_schedule", "warmup_steps", "decay_fraction", "final_lr_fraction"),
+    *("batch_tokens", "first_batch_tokens", "short_tokens", "short_seq_len", "init", "manifest_hash"),
+}
+
+
+def to_earlier_keys(optimizer_state):
+    """Rename the keys of parameter groups, in place, to those of the earlier version."""
+    for member in optimizer_state.values():
+        groups = member["param_groups"]
+        assert all("initial_lr" in group for group in groups)
+        member["param_groups"] = [{EARLIER_KEYS.get(k, k): v for k, v in group.items()} for group in groups]
+
+
+def to_earlier_format(folder):
+    """Rewrite the training state of a checkpoint as the earlier version wrote it."""
+    path = folder / checkpoint.TRAINING_STATE
+    state = torch.load(path, weights_only=True)
+    assert state["settings"].keys() == EARLIER_SETTINGS
+    to_earlier_keys(state["optimizer"])
+    torch.save(state, path)
+    checksums = json.loads((folder / checkpoint.CHECKSUMS).read_text(encoding="utf-8"))
+    write_json(folder / checkpoint.CHECKSUMS, checksums | {path.name: sha256(path)})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_of_the_earlier_version_resumes(copied, capsys, optimizer):
+    options = {"run": f"earlier-{optimizer}", "optimizer": optimizer, "steps": 6, "save_every": 3}
+    train.main(settings(**options))
+    folder = copied.with_name(options["run"])
+    expected = (folder / "checkpoints/step_000006/model.safetensors").read_bytes()
+    delete_after(folder, 3)
+    to_earlier_format(folder / "checkpoints/step_000003")
+    capsys.readouterr()
+    train.main(settings(**options))
+    assert f"resuming from logs/{folder.name}/checkpoints/step_000003 | step 3/6" in capsys.readouterr().out
+    assert (folder / "checkpoints/step_000006/model.safetensors").read_bytes() == expected
+
+
+def hyperparameters(optimizer):
+    groups = [group for member in optimizer.members for group in member.param_groups]
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+@pytest.mark.parametrize("is_earlier", [False, True], ids=["current-keys", "earlier-keys"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_loaded_optimizer_keeps_the_hyperparameters_of_the_recipe(name, is_earlier):
+    model, ranks = GPT(PRESETS["tiny"], seed=1), Ranks(0, 1, torch.device("cpu"))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.01)
+    saved = build_optimizer(model, resolved(steps=9, optimizer=name, lr=1e-3, beta1=0.7, weight_decay=0.3), ranks)
+    saved.set_lr(0.5)
+    saved.step(skip=torch.tensor(0.0))
+    state = saved.state_dict()
+    if is_earlier:
+        to_earlier_keys(state)
+    loaded = build_optimizer(model, resolved(steps=9, optimizer=name, lr=2e-3, beta1=0.8, weight_decay=0.2), ranks)
+    before = hyperparameters(loaded)
+    assert before != hyperparameters(saved)
+    loaded.load_state_dict(state)
+    assert hyperparameters(loaded) == before
+    for member, expected in zip(loaded.members, saved.members, strict=True):
+        assert member.state.keys() == expected.state.keys()
+        for p, moments in expected.state.items():
+            assert moments
+            assert all(torch.equal(member.state[p][key], value) for key, value in moments.items())
+    loaded.set_lr(0.5)
+    assert [group["lr"] for group in hyperparameters(loaded)] == [group["initial_lr"] / 2 for group in before]
+    loaded.step(skip=torch.tensor(0.0))
+
+
 def test_resume_never_refuses_a_run_that_exists(copied):
-    with pytest.raises(ValueError, match=r"logs/whole holds a run already.*--run"):
+    with pytest.raises(ValueError, match=r"logs/whole already contains a run\. Use another --run"):
         train.main(settings(resume="never"))
 
 
 def test_resume_never_refuses_a_run_without_a_checkpoint(copied):
-    """Killed before its first one, it still has metrics to lose."""
+    """A run that was killed before its first checkpoint has metrics, which a new one would overwrite."""
     shutil.rmtree(copied / "checkpoints")
     before = (copied / METRICS).read_bytes()
-    with pytest.raises(ValueError, match=r"logs/whole holds a run already"):
+    with pytest.raises(ValueError, match=r"logs/whole already contains a run\."):
         train.main(settings(resume="never"))
     assert (copied / METRICS).read_bytes() == before

@@ -222,14 +222,14 @@ class SequentialRanks(Ranks):
 def test_ranks_share_the_batches_of_one_process(model, groups, seen, world_size, batch_tokens, monkeypatch):
     monkeypatch.setattr(SequentialRanks, "shares", [])
     expected = score(model, groups, batch_tokens=batch_tokens)
-    alone = [tokens.tolist() for tokens, _ in seen]
+    one_process = [tokens.tolist() for tokens, _ in seen]
     seen.clear()
     counts = []
     for rank in range(world_size):
         found = score(model, groups, batch_tokens=batch_tokens, ranks=SequentialRanks(rank, world_size, model.device))
         counts.append(len(seen) - sum(counts))
     assert found == expected
-    assert sorted(tokens.tolist() for tokens, _ in seen) == sorted(alone)
+    assert sorted(tokens.tolist() for tokens, _ in seen) == sorted(one_process)
     assert max(counts) - min(counts) <= 1
 
 
@@ -326,7 +326,7 @@ def given_requests(protocol, question, encode):
 
 
 def correct_by_a(protocol, question, scores):
-    return Verdict(protocol == "a", logprob=sum(one.total for one in scores), warnings=("odd",))
+    return Verdict(protocol == "a", logprob=sum(one.total for one in scores), warnings=("irregular",))
 
 
 TOY = Task(
@@ -375,7 +375,7 @@ def test_every_question_counts_once_and_unscored_ones_as_wrong(model):
         result = evaluate.summarize(TOY, model, "models/a", protocol, questions, outcome, "float32", 1.0)
         assert (result.correct, result.total) == (3 * is_correct, 6)
         assert result.unscored == {TOO_LONG: 2, "no requests": 1}
-        assert result.warnings == {"odd": 3, CUT: 1}
+        assert result.warnings == {"irregular": 3, CUT: 1}
         assert result.total == sum(result.unscored.values()) + sum(not verdict.unscored for verdict in outcome)
 
 

@@ -1,5 +1,6 @@
-"""Promise 1: same source, same settings -> byte-identical shards and manifest, whatever the number of workers."""
+"""Promise 1: same source, same settings -> byte-identical shards and manifest, for any number of workers."""
 
+import errno
 import hashlib
 import json
 import random
@@ -35,7 +36,7 @@ WORDS = (
 
 
 def write_texts(rng, count, length):
-    """Documents with a null, an empty one, one of a space and one that spells the special token among them."""
+    """Documents that include a null, an empty one, one of a space and one that spells the special token."""
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, length))) for _ in range(count)]
     texts[3:3] = [None, "Ben said <|endoftext|> and left<|endoftext|>", "", " "]
     return texts
@@ -54,8 +55,8 @@ def write_source(folder, kind, files):
 
 
 @dataclass
-class Made:
-    """A source, and what fineweb.py made of it."""
+class Output:
+    """The output of fineweb.py, and its source."""
 
     files: list[list[str | None]]
     arguments: tuple[Any, ...]
@@ -63,24 +64,24 @@ class Made:
     manifest: dict[str, Any]
     ids: list[np.ndarray]
 
-    def of(self, split):
+    def split(self, split):
         """Ids of all shards of a split, joined."""
         chosen = [ids for ids, shard in zip(self.ids, self.manifest["shards"], strict=True) if shard["split"] == split]
         return np.concatenate(chosen)
 
 
-def make(world, source, out, *arguments, workers=1, check=True):
+def prepare(world, source, out, *arguments, workers=1, check=True):
     common = ("--source", source, "--encoding", "data/stories", "--out", out, "--workers", workers)
     return run("fineweb.py", *common, *arguments, cwd=world, check=check)
 
 
-def opened(files, arguments, out):
+def read_output(files, arguments, out):
     manifest = json.loads((out / "manifest.json").read_text())
-    return Made(files, arguments, out, manifest, [np.load(out / shard["file"]) for shard in manifest["shards"]])
+    return Output(files, arguments, out, manifest, [np.load(out / shard["file"]) for shard in manifest["shards"]])
 
 
 @pytest.fixture(scope="module", params=["parquet", "jsonl", "txt"])
-def made(request, world):
+def output(request, world):
     rng = random.Random(7)
     files = [write_texts(rng, 40, 60) for _ in range(3)]
     if request.param == "txt":
@@ -88,9 +89,9 @@ def made(request, world):
     source = world / "sources" / request.param
     write_source(source, request.param, files)
     arguments = (source / f"*.{request.param}", "--shard-tokens", SHARD_TOKENS, "--val-tokens", VAL_TOKENS)
-    out = world / "made" / request.param
-    make(world, arguments[0], out, *arguments[1:])
-    return opened(files, arguments, out)
+    out = world / "output" / request.param
+    prepare(world, arguments[0], out, *arguments[1:])
+    return read_output(files, arguments, out)
 
 
 @pytest.fixture(scope="module")
@@ -108,33 +109,33 @@ def split_at(ids, end_of_text):
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_writes_the_same_bytes(made, world, tmp_path, workers):
-    source, *settings = made.arguments
-    make(world, source, tmp_path / "out", *settings, workers=workers)
-    assert contents(tmp_path / "out") == contents(made.out)
+def test_any_number_of_workers_writes_the_same_bytes(output, world, tmp_path, workers):
+    source, *settings = output.arguments
+    prepare(world, source, tmp_path / "out", *settings, workers=workers)
+    assert contents(tmp_path / "out") == contents(output.out)
 
 
-def test_leftovers_of_an_interrupted_call_make_no_difference(made, world, tmp_path):
-    (tmp_path / "train_000099.npy").write_bytes(b"of an earlier call")
+def test_files_of_an_interrupted_run_make_no_difference(output, world, tmp_path):
+    (tmp_path / "train_000099.npy").write_bytes(b"of an earlier run")
     (tmp_path / ".train_000001.npy.unfinished").write_bytes(b"half")
-    source, *settings = made.arguments
-    make(world, source, tmp_path, *settings)
-    assert contents(tmp_path) == contents(made.out)
+    source, *settings = output.arguments
+    prepare(world, source, tmp_path, *settings)
+    assert contents(tmp_path) == contents(output.out)
 
 
-def test_the_shards_hold_the_documents_in_order_and_the_special_id_only_before_them(made, encoding):
-    end_of_text = made.manifest["end_of_text_id"]
+def test_shards_have_the_documents_in_order_and_the_special_id_only_before_them(output, encoding):
+    end_of_text = output.manifest["end_of_text_id"]
     assert end_of_text == encoding.eot_token
-    documents = split_at(np.concatenate([made.of("val"), made.of("train")]), end_of_text)
-    texts = [text for file in made.files for text in file if text]
+    documents = split_at(np.concatenate([output.split("val"), output.split("train")]), end_of_text)
+    texts = [text for file in output.files for text in file if text]
     assert [encoding.decode(ids[1:]) for ids in documents] == texts
     assert [ids[1:] for ids in documents] == [encoding.encode_ordinary(text) for text in texts]
 
 
-def test_no_shard_spans_two_source_files_or_passes_the_limit(made, encoding):
-    shards = made.manifest["shards"]
-    for number, texts in enumerate(made.files):
-        of_file = [ids for ids, shard in zip(made.ids, shards, strict=True) if shard["source_file"] == number]
+def test_no_shard_spans_two_source_files_or_exceeds_the_limit(output, encoding):
+    shards = output.manifest["shards"]
+    for number, texts in enumerate(output.files):
+        of_file = [ids for ids, shard in zip(output.ids, shards, strict=True) if shard["source_file"] == number]
         ids = np.concatenate([*of_file, np.empty(0, dtype=np.uint16)])
         documents = split_at(ids, encoding.eot_token)
         assert [encoding.decode(ids[1:]) for ids in documents] == [text for text in texts if text]
@@ -144,164 +145,188 @@ def test_no_shard_spans_two_source_files_or_passes_the_limit(made, encoding):
             assert all(0 < size <= SHARD_TOKENS for size in sizes)
 
 
-def test_validation_is_whole_documents_from_the_start_of_the_first_file(made, encoding):
-    documents = split_at(made.of("val"), encoding.eot_token)
-    texts = [text for text in made.files[0] if text]
+def test_validation_is_complete_documents_from_the_start_of_the_first_file(output, encoding):
+    documents = split_at(output.split("val"), encoding.eot_token)
+    texts = [text for text in output.files[0] if text]
     assert [encoding.decode(ids[1:]) for ids in documents] == texts[: len(documents)]
     assert sum(map(len, documents[:-1])) < VAL_TOKENS
     assert sum(map(len, documents)) >= VAL_TOKENS or len(documents) == len(texts)
 
 
-def test_the_manifest_tells_what_each_shard_holds_and_where_it_begins(made, encoding):
-    shards = made.manifest["shards"]
-    for number, (shard, ids) in enumerate(zip(shards, made.ids, strict=True)):
+def test_the_manifest_lists_the_content_and_the_place_of_each_shard(output, encoding):
+    shards = output.manifest["shards"]
+    for number, (shard, ids) in enumerate(zip(shards, output.ids, strict=True)):
         assert shard["file"] == f"{shard['split']}_{number:06d}.npy"
         assert ids.dtype == np.uint16
         assert shard["tokens"] == len(ids)
-        assert shard["sha256"] == hashlib.sha256((made.out / shard["file"]).read_bytes()).hexdigest()
+        assert shard["sha256"] == hashlib.sha256((output.out / shard["file"]).read_bytes()).hexdigest()
         assert shard["documents"] == ids.tolist().count(encoding.eot_token)
         assert shard["bytes"] == len(encoding.decode_bytes([i for i in ids.tolist() if i != encoding.eot_token]))
-        texts, row, token = made.files[shard["source_file"]], shard["begin"]["row"], shard["begin"]["token"]
+        texts, row, token = output.files[shard["source_file"]], shard["begin"]["row"], shard["begin"]["token"]
         rest = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts[row:] if text]
         assert texts[row]
         assert 0 <= token < len(rest[0])
         assert ids.tolist() == [i for document in rest for i in document][token : token + len(ids)]
-    texts = [text for file in made.files for text in file]
+    texts = [text for file in output.files for text in file]
     assert sum(shard["documents"] for shard in shards) == sum(bool(text) for text in texts)
     assert sum(shard["bytes"] for shard in shards) == sum(len((text or "").encode()) for text in texts)
-    assert made.manifest["empty_documents"] == sum(not text for text in texts)
-    assert {path.name for path in made.out.glob("*.npy")} == {shard["file"] for shard in shards}
+    assert output.manifest["empty_documents"] == sum(not text for text in texts)
+    assert {path.name for path in output.out.glob("*.npy")} == {shard["file"] for shard in shards}
 
 
-def test_the_manifest_names_source_and_encoding(made, encoding):
-    source = made.manifest["source"]
-    files = sorted(made.arguments[0].parent.iterdir())
-    assert source["name"] == made.arguments[0].name
+def test_the_manifest_names_source_and_encoding(output, encoding):
+    source = output.manifest["source"]
+    files = sorted(output.arguments[0].parent.iterdir())
+    assert source["name"] == output.arguments[0].name
     assert source["revision"] is None
     assert [(file["name"], file["bytes"]) for file in source["files"]] == [(f.name, f.stat().st_size) for f in files]
     assert len({file["fingerprint"] for file in source["files"]}) == len(files)
-    assert (made.manifest["encoding"], made.manifest["vocab_size"]) == ("stories", encoding.n_vocab)
+    assert (output.manifest["encoding"], output.manifest["vocab_size"]) == ("stories", encoding.n_vocab)
 
 
 def test_validation_is_one_percent_of_the_source_by_default(world, tmp_path, encoding):
-    make(world, "data/stories/stories.jsonl", tmp_path / "out")
-    made = opened([], (), tmp_path / "out")
-    documents = split_at(made.of("val"), encoding.eot_token)
+    prepare(world, "data/stories/stories.jsonl", tmp_path / "out")
+    output = read_output([], (), tmp_path / "out")
+    documents = split_at(output.split("val"), encoding.eot_token)
     wanted = (world / "data/stories/stories.jsonl").stat().st_size / 100
     text_bytes = [len(encoding.decode(ids[1:]).encode()) for ids in documents]
     assert sum(text_bytes[:-1]) < wanted <= sum(text_bytes)
 
 
 @pytest.mark.parametrize("spare", [0, -1, 1])
-def test_max_tokens_ends_before_the_document_that_would_pass_it(world, tmp_path, encoding, spare):
+def test_max_tokens_ends_before_the_document_that_would_exceed_it(world, tmp_path, encoding, spare):
     lines = (world / "data/stories/stories.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    whole = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts]
-    limit = sum(map(len, whole[:50])) + spare
-    make(world, "data/stories/stories.jsonl", tmp_path / "out", "--max-tokens", limit, workers=2)
-    made = opened([], (), tmp_path / "out")
-    val = split_at(made.of("val"), encoding.eot_token)
-    assert val + split_at(made.of("train"), encoding.eot_token) == whole[: 49 if spare < 0 else 50]
+    encoded = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts]
+    limit = sum(map(len, encoded[:50])) + spare
+    prepare(world, "data/stories/stories.jsonl", tmp_path / "out", "--max-tokens", limit, workers=2)
+    output = read_output([], (), tmp_path / "out")
+    val = split_at(output.split("val"), encoding.eot_token)
+    assert val + split_at(output.split("train"), encoding.eot_token) == encoded[: 49 if spare < 0 else 50]
     assert sum(map(len, val[:-1])) < limit // 100 <= sum(map(len, val))
 
 
-def test_a_second_call_keeps_what_is_finished_refuses_other_settings_and_overwrites_on_demand(world, tmp_path):
+def test_a_second_run_keeps_a_finished_folder_refuses_other_settings_and_overwrites_on_request(world, tmp_path):
     source, out = "data/stories/stories.jsonl", tmp_path / "out"
-    make(world, source, out, "--val-tokens", 500)
+    prepare(world, source, out, "--val-tokens", 500)
     before = contents(out)
-    again = make(world, source, out, "--val-tokens", 500, workers=2)
-    assert "finished already" in again.stdout
+    again = prepare(world, source, out, "--val-tokens", 500, workers=2)
+    assert "already finished" in again.stdout
     for name, values, arguments in (
         ("val_tokens", ("500", "600"), ("--val-tokens", 600)),
         ("shard_tokens", ("100000000", "900"), ("--val-tokens", 500, "--shard-tokens", 900)),
         ("max_tokens", ("None", "9000"), ("--val-tokens", 500, "--max-tokens", 9000)),
     ):
-        message = refused(make(world, source, out, *arguments, check=False))
-        assert f"was made with {name} {values[0]}, now it is {values[1]}" in message
+        message = refused(prepare(world, source, out, *arguments, check=False))
+        assert f"was made with {name} {values[0]}, but this command has {values[1]}" in message
         assert "--overwrite" in message
     assert contents(out) == before
-    make(world, source, out, "--val-tokens", 600, "--shard-tokens", 9000, "--overwrite")
-    make(world, source, tmp_path / "fresh", "--val-tokens", 600, "--shard-tokens", 9000)
-    assert contents(out) == contents(tmp_path / "fresh")
+    prepare(world, source, out, "--val-tokens", 600, "--shard-tokens", 9000, "--overwrite")
+    prepare(world, source, tmp_path / "new", "--val-tokens", 600, "--shard-tokens", 9000)
+    assert contents(out) == contents(tmp_path / "new")
 
 
-def test_a_call_that_came_to_no_shard_binds_nobody(world, tmp_path):
-    """Other settings, another source may follow it; where another process is at work they may not."""
-    (tmp_path / "whole.txt").write_text("once upon a time " * 500)
+def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
+    """Another run can use another source, except while another process holds a lock."""
+    (tmp_path / "one.txt").write_text("once upon a time " * 500)
     (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
-    message = refused(make(world, tmp_path / "none.jsonl", tmp_path / "out", check=False))
-    assert "none.jsonl, the first file, leaves no val document" in message
+    message = refused(prepare(world, tmp_path / "none.jsonl", tmp_path / "out", check=False))
+    assert "none.jsonl, the first file, has no val document" in message
     source = "data/stories/stories.jsonl"
-    claims = FileLocks(tmp_path / "out")
-    claims.take(1)
-    message = refused(make(world, source, tmp_path / "out", check=False))
+    locks = FileLocks(tmp_path / "out")
+    locks.acquire(1)
+    message = refused(prepare(world, source, tmp_path / "out", check=False))
     assert "was made with source" in message
-    del claims
-    make(world, source, tmp_path / "out")
-    message = refused(make(world, tmp_path / "whole.txt", tmp_path / "text", check=False))
-    assert "leaves no train document: a .txt is one document: cut it, as by split " in message
+    del locks
+    prepare(world, source, tmp_path / "out")
+    message = refused(prepare(world, tmp_path / "one.txt", tmp_path / "text", check=False))
+    assert "has no train document. A .txt is one document: split it, e.g. split " in message
 
 
-def test_many_files_do_not_have_a_line_each(world, tmp_path):
+def test_many_files_do_not_log_a_line_each(world, tmp_path):
     for number in range(25):
         (tmp_path / f"{number:02}.txt").write_text("once upon a time")
-    said = make(world, tmp_path / "*.txt", tmp_path / "out").stdout
-    assert "00.txt: " in said
-    assert said.count(" tokens in 1 shards") < 20
+    log = prepare(world, tmp_path / "*.txt", tmp_path / "out").stdout
+    assert "00.txt: " in log
+    assert log.count(" tokens in 1 shards") < 20
 
 
 def test_another_source_is_refused_by_name(world, tmp_path):
-    make(world, "data/stories/stories.jsonl", tmp_path / "out")
+    prepare(world, "data/stories/stories.jsonl", tmp_path / "out")
     copy = tmp_path / "other.jsonl"
     copy.write_bytes((world / "data/stories/stories.jsonl").read_bytes())
-    message = refused(make(world, copy, tmp_path / "out", check=False))
+    message = refused(prepare(world, copy, tmp_path / "out", check=False))
     assert "was made with source" in message
     assert "other.jsonl" in message
 
 
-def test_a_folder_that_lost_a_shard_is_not_called_finished(world, tmp_path):
-    make(world, "data/stories/stories.jsonl", tmp_path / "out")
+def test_a_folder_without_one_of_its_shards_is_not_reported_as_finished(world, tmp_path):
+    prepare(world, "data/stories/stories.jsonl", tmp_path / "out")
     (tmp_path / "out/train_000001.npy").unlink()
-    again = make(world, "data/stories/stories.jsonl", tmp_path / "out", check=False)
-    assert "finished already" not in again.stdout
+    again = prepare(world, "data/stories/stories.jsonl", tmp_path / "out", check=False)
+    assert "already finished" not in again.stdout
 
 
-@pytest.mark.parametrize("range_bytes", [1, 7, 64, 1000, 10**6])
-def test_each_line_of_a_jsonl_file_falls_into_one_range(tmp_path, monkeypatch, range_bytes):
-    monkeypatch.setattr(sources, "JSONL_RANGE", range_bytes)
-    rng = random.Random(range_bytes)
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1000, 10**6])
+def test_each_line_of_a_jsonl_file_is_in_one_chunk(tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(sources, "JSONL_CHUNK", chunk_bytes)
+    rng = random.Random(chunk_bytes)
     texts = [rng.choice(WORDS) * rng.randint(0, 40) for _ in range(60)]
     lines = [json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5).encode() for text in texts]
     lines[7:7] = [b"", b"   "]
     path = tmp_path / "lines.jsonl"
     for ending in (b"", b"\n"):
         path.write_bytes(b"\n".join(lines) + ending)
-        units = sources.list_units(str(path), path.stat().st_size)
-        assert sum(unit.bytes for unit in units) == path.stat().st_size
-        assert [text for unit in units for text in sources.read_texts(unit)] == texts
+        chunks = sources.split_file(str(path), path.stat().st_size)
+        assert sum(chunk.bytes for chunk in chunks) == path.stat().st_size
+        assert [text for chunk in chunks for text in sources.read_texts(chunk)] == texts
         with fsspec.open(str(path)).open() as file:
-            places = [place for unit in units for place, _ in sources.json_lines(file, unit)]
+            places = [place for chunk in chunks for place, _ in sources.json_lines(file, chunk)]
         assert len(set(places)) == len(texts)
 
 
-def broken_sources():
+def invalid_sources():
     return {
         "no column.parquet": (lambda path: pq.write_table(pa.table({"words": ["a"]}), path), "words"),
         "numbers.parquet": (lambda path: pq.write_table(pa.table({"text": [1, 2]}), path), "text"),
-        "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), "cut short"),
+        "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and nothing else"), "cut short"),
         "no field.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"words": "b"}\n'), "byte 14"),
         "number.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": 3}\n'), "byte 14"),
         "half.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": "b'), "byte 14"),
+        "nested.jsonl": (lambda path: path.write_text('{"text": "a"}\n' + "[" * 100_000), "byte 14"),
         "lone surrogate.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n'), "byte 14"),
         "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), "UTF-8"),
         "page.html": (lambda path: path.write_text("a"), ".parquet"),
     }
 
 
-@pytest.mark.parametrize("name", broken_sources())
-def test_a_source_that_holds_no_text_is_refused_by_file_and_place(world, tmp_path, name):
-    write, place = broken_sources()[name]
+@pytest.mark.parametrize("name", invalid_sources())
+def test_a_source_without_valid_text_is_refused_with_file_and_place(world, tmp_path, name):
+    write, place = invalid_sources()[name]
     write(tmp_path / name)
-    message = refused(make(world, tmp_path / name, tmp_path / "out", check=False))
+    message = refused(prepare(world, tmp_path / name, tmp_path / "out", check=False))
     assert name in message
     assert place in message
+
+
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        (OSError(errno.EIO, "Input/output error"), OSError, "part.parquet can't be read"),
+        (OSError("Corrupt snappy compressed data"), ValueError, "part.parquet, row group 0 is damaged"),
+    ],
+)
+def test_an_error_of_the_machine_in_a_parquet_file_is_not_damage(tmp_path, monkeypatch, error, kind, message):
+    """pyarrow raises OSError for both; only an error of the machine has an errno."""
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    (chunk,) = sources.split_file(str(path), path.stat().st_size)
+
+    def read_row_group(*_, **__):
+        raise error
+
+    file, column = sources.open_parquet(str(path))
+    monkeypatch.setattr(file, "read_row_group", read_row_group)
+    monkeypatch.setattr(sources, "open_parquet", lambda url: (file, column))
+    with pytest.raises(kind, match=message):
+        sources.read_texts(chunk)

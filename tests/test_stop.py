@@ -1,4 +1,4 @@
-"""Stop and go: signals finish the step and save, on all ranks together; a rank that hangs ends the run in time."""
+"""Signals stop a run between two micro-batches, on all ranks together; a rank that hangs ends the run in time."""
 
 import contextlib
 import itertools
@@ -9,15 +9,23 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TRAIN, children, ended, faulty, lives, refused, run, started, wait_until
+import torch
+from conftest import TRAIN, children, ended, faulty, lives, on_ranks, refused, run, started, tiny_config, wait_until
 from test_resume import assert_like, reached
 
 import train
 from core import checkpoint
-from core.files import read_metrics
+from core.distributed import Ranks
+from core.files import METRICS, read_metrics
+from core.train import validation
+from core.train.interrupts import Interrupts
 
 STEPS = 16
+MICRO_BATCHES = 2  # per step
+VAL_BATCHES = 6  # per validation
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4)
+HUGE_STEP = ("--batch-tokens", 1_048_576)  # 1024 micro-batches: about 20 s on one CPU core
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -26,64 +34,117 @@ def here(world, monkeypatch):
     return world
 
 
-def settings(**changes):
-    tiny = {"preset": "tiny", "seq_len": 64, "batch_tokens": 2048, "micro_batch": 16, "device": "cpu"}
-    return train.Config(**(tiny | {"data": "data/small", "steps": STEPS, "val_every": 4, "log_every": 1} | changes))
+def settings(**options):
+    return tiny_config(**({"steps": STEPS, "val_every": 4, "log_every": 1} | options))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(world):
     with contextlib.chdir(world):
-        train.main(settings(run="unstopped"))
-    return world / "logs/unstopped"
+        train.main(settings(run="undisturbed"))
+    return world / "logs/undisturbed"
 
 
-def send_in_step(monkeypatch, number, step):
-    """Let this process send itself a signal in the middle of a step."""
-    train_step, steps = train.train_step, itertools.count(1)
+@pytest.fixture(scope="module")
+def undisturbed_ranks(world):
+    """The same run on two ranks, whose sums round differently."""
+    on_ranks(2, "train.py", *COMMAND, "--run-name", "undisturbed-ranks", cwd=world)
+    return world / "logs/undisturbed-ranks"
+
+
+def send_in_forward(monkeypatch, module, number, count):
+    """Make this process send itself a signal in a forward pass: the `count`-th that `module` computes."""
+    autocast, calls = module.autocast, itertools.count(1)
 
     def interrupted(*args):
-        if next(steps) == step:
+        if next(calls) == count:
             os.kill(os.getpid(), number)
-        return train_step(*args)
+        return autocast(*args)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(module, "autocast", interrupted)
 
 
-# The step after the one in which it came is launched already; at a multiple of 4 validation is due, and waits.
+def saved_steps(folder):
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder)]
+
+
+def lines_of(folder, split):
+    return [line["step"] for line in read_metrics(folder) if line["split"] == split]
+
+
+# A signal in the first micro-batch of a step abandons the step; in its last micro-batch the step completes.
 @pytest.mark.parametrize(
-    ("number", "step", "last"),
+    ("number", "step", "micro_batch", "saved"),
     [
-        (signal.SIGTERM, 1, 2),
-        (signal.SIGUSR1, 6, 7),
-        (signal.SIGINT, 7, 8),
-        (signal.SIGHUP, 8, 8),
-        (signal.SIGTERM, STEPS - 1, STEPS),
-        (signal.SIGTERM, STEPS, STEPS),
+        (signal.SIGTERM, 1, 1, 0),
+        (signal.SIGTERM, 1, 2, 1),
+        (signal.SIGUSR1, 6, 1, 5),
+        (signal.SIGINT, 7, 2, 7),
+        (signal.SIGHUP, 8, 2, 8),  # validation of step 8 waits for the resume
+        (signal.SIGTERM, 9, 1, 8),
+        (signal.SIGTERM, STEPS - 1, 2, STEPS - 1),
+        (signal.SIGTERM, STEPS, 1, STEPS - 1),
+        (signal.SIGTERM, STEPS, 2, STEPS),
     ],
 )
-def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(
-    here, undisturbed, monkeypatch, capsys, number, step, last
+def test_a_signal_saves_the_last_complete_step_and_the_same_command_resumes(
+    here, undisturbed, monkeypatch, capsys, number, step, micro_batch, saved
 ):
-    folder = Path(f"logs/stopped-{number.name}-{step}")
-    handlers = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
+    folder = Path(f"logs/stopped-{number.name}-{step}-{micro_batch}")
+    handlers = [signal.getsignal(name) for name in SIGNALS]
     with monkeypatch.context() as patch:
-        send_in_step(patch, number, step)
+        send_in_forward(patch, train, number, MICRO_BATCHES * (step - 1) + micro_batch)
         train.main(settings(run=folder.name))
-    assert [checkpoint.step_of(path) for path in checkpoint.listed(folder)] == [last]
-    said = capsys.readouterr().out
-    assert (f"stopped after step {last} of {STEPS}: the same command goes on" in said) == (last < STEPS)
-    assert read_metrics(folder)[-1]["split"] == ("train" if last < STEPS else "val")
+    assert saved_steps(folder) == ([saved] if saved else [])
+    output = capsys.readouterr().out
+    stopped = f"stopped after step {saved}/{STEPS}. Rerun the same command to resume"
+    assert (stopped in output) == (saved < STEPS)
+    assert lines_of(folder, "train") == list(range(1, saved + 1))
+    validated = [s for s in range(0, saved + 1, 4) if s < step or s == STEPS]
+    assert lines_of(folder, "val") == validated
     train.main(settings(run=folder.name))
-    said = capsys.readouterr().out
-    assert f"resuming logs/{folder.name}/checkpoints/step_{last:06d}: step {last} of {STEPS}" in said
+    output = capsys.readouterr().out
+    resuming = f"resuming from logs/{folder.name}/checkpoints/step_{saved:06d} | step {saved}/{STEPS}"
+    assert (resuming in output) == (saved > 0)
     assert_like(folder, undisturbed, STEPS)
-    after = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)]
-    assert after == handlers
+    assert [signal.getsignal(name) for name in SIGNALS] == handlers
+
+
+@pytest.mark.parametrize("step", [0, 8])
+def test_a_signal_ends_a_validation_and_the_resume_repeats_it(here, undisturbed, monkeypatch, step):
+    folder = Path(f"logs/stopped-validation-{step}")
+    with monkeypatch.context() as patch:
+        send_in_forward(patch, validation, signal.SIGTERM, VAL_BATCHES * step // 4 + 3)
+        train.main(settings(run=folder.name))
+    assert saved_steps(folder) == ([step] if step else [])
+    assert lines_of(folder, "train") == list(range(1, step + 1))
+    assert lines_of(folder, "val") == list(range(0, step, 4))
+    train.main(settings(run=folder.name))
+    assert_like(folder, undisturbed, STEPS)
+
+
+def test_a_signal_between_two_evaluations_repeats_only_the_missing_one(here, monkeypatch):
+    options = {"eval_lambada": "data/stories/lambada.txt", "eval_every": 4, "steps": 8}
+    train.main(settings(run="undisturbed-lambada", **options))
+    folder = Path("logs/stopped-lambada")
+    with monkeypatch.context() as patch:
+        send_in_forward(patch, validation, signal.SIGTERM, 2 * VAL_BATCHES)  # the last batch after step 4
+        train.main(settings(run=folder.name, **options))
+    assert (lines_of(folder, "val"), lines_of(folder, "lambada")) == ([0, 4], [0])
+    train.main(settings(run=folder.name, **options))
+    assert_like(folder, Path("logs/undisturbed-lambada"), 8)
+
+
+def test_the_evaluations_of_the_last_step_complete(here, undisturbed, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        send_in_forward(patch, validation, signal.SIGTERM, VAL_BATCHES * STEPS // 4 + 1)
+        train.main(settings(run="stopped-last"))
+    assert "stopped after" not in capsys.readouterr().out
+    assert_like(Path("logs/stopped-last"), undisturbed, STEPS)
 
 
 def stop(process, pick, number, folder, step=6):
-    """Send a signal to what `pick` takes of the processes once a step is reached; what it all ended with."""
+    """Send a signal to the processes that `pick` selects, once a step is reached; returns the result of the run."""
     assert wait_until(lambda: reached(folder, step), process)
     ranks = children(process.pid)
     for pid in pick(process.pid, ranks):
@@ -93,32 +154,109 @@ def stop(process, pick, number, folder, step=6):
     return result
 
 
+@pytest.mark.parametrize("ranks", [0, 2], ids=["one-process", "two-ranks"])
+def test_a_huge_step_ends_within_seconds_of_a_signal(world, ranks):
+    """The signal comes in step 1: nothing is saved, and a rerun starts with step 1."""
+    folder = world / f"logs/huge-{ranks}"
+    command = ("train.py", *COMMAND, *HUGE_STEP, "--steps", 100, "--run-name", folder.name)
+    with started(*command, cwd=world, ranks=ranks) as process:
+        assert wait_until(lambda: folder.joinpath(METRICS).is_file() and lines_of(folder, "val") == [0], process)
+        time.sleep(0.5)
+        start = time.monotonic()
+        os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
+        result = ended(process)
+    assert time.monotonic() - start < 5
+    assert result.returncode == 0, result.stderr
+    assert "stopped after step 0/100. Rerun the same command to resume" in result.stdout
+    assert not checkpoint.list_checkpoints(folder)
+    assert not lines_of(folder, "train")
+
+
+@pytest.mark.parametrize("ranks", [0, 2], ids=["one-process", "two-ranks"])
+def test_a_slow_step_is_abandoned_and_the_resume_repeats_it(world, tmp_path, undisturbed, undisturbed_ranks, ranks):
+    """From the second micro-batch of step 6 on, each takes 0.2 s; a step has 16, and the signal goes to one rank."""
+    folder, micro_batch = world / f"logs/slow-step-{ranks}", ("--micro-batch", 1 if ranks else 2)
+    marker = tmp_path / "in_step_6"
+    script = faulty(tmp_path / "slow.py", "call > 81", f"open({str(marker)!r}, 'w').close(); time.sleep(0.2)")
+    whole = world / f"logs/whole-step-{ranks}"
+    start_run = (lambda *args: on_ranks(ranks, *args, cwd=world)) if ranks else (lambda *args: run(*args, cwd=world))
+    start_run("train.py", *COMMAND, *micro_batch, "--run-name", whole.name)
+    with started(script, *COMMAND, *micro_batch, "--run-name", folder.name, cwd=world, ranks=ranks) as process:
+        assert wait_until(marker.is_file, process)
+        start = time.monotonic()
+        os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
+        result = ended(process)
+    assert time.monotonic() - start < 3
+    assert result.returncode == 0, result.stderr
+    assert f"stopped after step 5/{STEPS}" in result.stdout
+    assert saved_steps(folder) == [5]
+    start_run("train.py", *COMMAND, *micro_batch, "--run-name", folder.name)
+    assert_like(folder, whole, STEPS)
+
+
+SIGNAL_IN_VALIDATION = """
+import os, signal
+import train
+from core import cli
+from core.train import validation
+
+count, autocast = 0, validation.autocast
+
+def interrupted(*args):
+    global count
+    count += 1
+    if os.environ["RANK"] == "1" and count == 5:  # each rank has three batches per validation
+        os.kill(os.getpid(), signal.SIGTERM)
+    return autocast(*args)
+
+validation.autocast = interrupted
+cli.run(train.main, train.Config, "")
+"""
+
+
+def test_a_signal_to_one_rank_ends_the_validation_of_both(world, tmp_path, undisturbed_ranks):
+    script, folder = tmp_path / "in_validation.py", world / "logs/stopped-validation-ranks"
+    script.write_text(SIGNAL_IN_VALIDATION, encoding="utf-8")
+    command = (*COMMAND, "--run-name", folder.name)
+    assert f"stopped after step 4/{STEPS}" in on_ranks(2, script, *command, cwd=world).stdout
+    assert (lines_of(folder, "val"), saved_steps(folder)) == ([0], [4])
+    on_ranks(2, "train.py", *command, cwd=world)
+    assert_like(folder, undisturbed_ranks, STEPS)
+
+
+def test_several_gpus_complete_their_step():
+    """Their agreement is part of the step's own all_reduce; without a process group another one would fail."""
+    interrupts = Interrupts(hang_timeout=1, is_main=True)
+    interrupts.stop_requested = True
+    assert not interrupts.stop_now(Ranks(0, 2, torch.device("cuda")))
+    assert interrupts.stop_now(Ranks(0, 1, torch.device("cuda")))
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(world):
     folder, command = world / "logs/stopped-rank", ("train.py", *COMMAND, "--steps", 1000, "--run-name", "stopped-rank")
     with started(*command, cwd=world, ranks=2) as process:
         result = stop(process, lambda launcher, ranks: ranks[1:], signal.SIGUSR1, folder)
     assert result.returncode == 0, result.stderr
-    step = int(re.search(r"stopped after step (\d+) of 1,000", result.stdout)[1])
-    assert [checkpoint.step_of(path) for path in checkpoint.listed(folder)] == [step]
+    step = int(re.search(r"stopped after step (\d+)/1000\.", result.stdout)[1])
+    assert saved_steps(folder) == [step]
     assert reached(folder, step)
     assert not reached(folder, step + 1)
 
 
-def test_torchrun_passes_the_signal_on(world):
+def test_torchrun_forwards_the_signal(world):
     folder, command = world / "logs/stopped-all", ("train.py", *COMMAND, "--steps", 1000, "--run-name", "stopped-all")
     with started(*command, cwd=world, ranks=2) as process:
         result = stop(process, lambda launcher, ranks: [launcher], signal.SIGTERM, folder)
-    step = int(re.search(r"stopped after step (\d+) of 1,000", result.stdout)[1])
-    assert [checkpoint.step_of(path) for path in checkpoint.listed(folder)] == [step]
+    step = int(re.search(r"stopped after step (\d+)/1000\.", result.stdout)[1])
+    assert saved_steps(folder) == [step]
 
 
-def test_a_second_ctrl_c_quits_at_once(world):
-    folder = world / "logs/impatient"
-    slow = ("--batch-tokens", 1_048_576)  # a step of a minute
-    with started("train.py", *COMMAND, *slow, "--run", folder.name, cwd=world) as process:
-        assert wait_until((folder / "metrics.jsonl").is_file, process)
-        assert wait_until(lambda: "val" in (folder / "metrics.jsonl").read_text(), process)
-        time.sleep(0.5)
+def test_a_second_ctrl_c_quits_at_once(world, tmp_path):
+    """The first one waits for the micro-batch, which takes a minute."""
+    folder, marker = world / "logs/impatient", tmp_path / "in_step_1"
+    script = faulty(tmp_path / "slow.py", "call == 1", f"open({str(marker)!r}, 'w').close(); time.sleep(60)")
+    with started(script, *COMMAND, "--run", folder.name, cwd=world) as process:
+        assert wait_until(marker.is_file, process)
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert process.poll() is None
@@ -126,13 +264,13 @@ def test_a_second_ctrl_c_quits_at_once(world):
         process.wait(timeout=10)
         _, stderr = process.communicate()
     assert process.returncode == 130
-    assert "SIGINT: finishing the step, then saving; Ctrl-C again quits without saving" in stderr
-    assert not checkpoint.listed(folder)
+    assert "SIGINT: stopping, then saving a checkpoint; press Ctrl-C again to quit without saving" in stderr
+    assert not checkpoint.list_checkpoints(folder)
 
 
-def test_nohup_keeps_ignoring_sighup(world):
+def test_nohup_still_ignores_sighup(world):
     folder = world / "logs/nohup"
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the process started inherits it
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the started process inherits it
     try:
         with started("train.py", *COMMAND, "--run", folder.name, cwd=world) as process:
             assert "stopped" not in stop(process, lambda pid, ranks: [pid], signal.SIGHUP, folder).stdout
@@ -141,37 +279,36 @@ def test_nohup_keeps_ignoring_sighup(world):
     assert reached(folder, STEPS)
 
 
-def test_a_hung_rank_ends_the_run_within_the_time_stated(world, tmp_path):
-    """One of two ranks stands still and the other waits for it."""
+def test_a_hung_rank_ends_the_run_within_the_hang_timeout(world, tmp_path):
+    """One of two ranks hangs and the other waits for it."""
     script = faulty(tmp_path / "hangs.py", "rank == 1 and call == 6", "time.sleep(1000)")
     command = ("--steps", 1000, "--hang-timeout", 4, "--run-name", "hung")
     with started(script, *COMMAND, *command, cwd=world, ranks=2) as process:
         assert wait_until(lambda: reached(world / "logs/hung", 4), process)
-        begin = time.monotonic()
+        start = time.monotonic()
         result = ended(process)
-    assert 3 < time.monotonic() - begin < 14
+    assert 3 < time.monotonic() - start < 14
     assert result.returncode
     assert "Timeout (0:00:04)!" in result.stderr
-    assert "hangs.py" in result.stderr  # where it stood
+    assert "hangs.py" in result.stderr  # the stack trace shows where
 
 
-def test_a_rank_that_fails_says_so_before_it_waits_for_others(world, tmp_path):
-    """As it would for NCCL's group to be destroyed."""
+def test_a_rank_that_fails_reports_its_error_before_it_waits_for_others(world, tmp_path):
+    """Destroying a process group of NCCL waits for the other ranks."""
     script = faulty(tmp_path / "fails.py", "rank == 1 and call == 6", "raise ValueError('only here')")
-    script.write_text(
-        "import time, torch\ntorch.distributed.destroy_process_group = lambda: time.sleep(30)\n" + script.read_text()
-    )
+    slow_end = "import time, torch\ntorch.distributed.destroy_process_group = lambda: time.sleep(30)\n"
+    script.write_text(slow_end + script.read_text(encoding="utf-8"), encoding="utf-8")
     with started(script, *COMMAND, "--steps", 1000, "--run-name", "failed", cwd=world, ranks=2) as process:
         assert wait_until(lambda: reached(world / "logs/failed", 2), process)
-        begin = time.monotonic()
+        start = time.monotonic()
         result = ended(process)
     assert "error: only here" in result.stderr
     assert result.returncode
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - start < 20
 
 
-def test_a_run_that_goes_on_is_not_hung(world):
-    """However long it takes: each step is a multiple of the time allowed for a micro-batch, and so is the run."""
+def test_a_slow_run_is_not_hung(world):
+    """Each step takes a multiple of the timeout, which applies to one micro-batch."""
     command = ("--steps", 3, "--batch-tokens", 65_536, "--micro-batch", 16, "--hang-timeout", 0.4)
     run("train.py", *COMMAND, *command, "--run", "slow", cwd=world)
     seconds = [line["seconds"] for line in read_metrics(world / "logs/slow") if line["split"] == "train"]
@@ -183,9 +320,8 @@ def test_a_second_process_on_the_run_is_refused(world):
     command = ("train.py", *COMMAND, "--steps", 100_000, "--run", folder.name)
     with started(*command, cwd=world) as process:
         assert wait_until(lambda: reached(folder, 3), process)
-        said = refused(run(*command, cwd=world, check=False))
-        assert said.startswith("another process is writing logs/twice: ")
-        assert "--run" in said
-        before = reached(folder, 3)
-        assert before
+        message = refused(run(*command, cwd=world, check=False))
+        assert message.startswith("another process is writing logs/twice. ")
+        assert "--run" in message
+        assert reached(folder, 3)
         assert process.poll() is None

@@ -68,7 +68,7 @@ def open_dataset(folder: str | Path) -> Dataset:
         check_types(manifest, vocab_size=int, end_of_text_id=int, shards=list)
         for shard in manifest["shards"]:
             check_types(shard, file=str, split=str, tokens=int, sha256=str)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({short_reason(error)}). {REMEDY}") from None
     return Dataset(folder, manifest, hashlib.sha256(raw).hexdigest())
 

@@ -283,7 +283,7 @@ def json_lines(file: Any, chunk: Chunk) -> Iterator[tuple[int, bytes]]:
 def _read_json_line(line: bytes, place: str) -> str | InvalidDocument | None:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return InvalidDocument(place, f"not a JSON object with a `text` field ({short_reason(error)})")
     if text is not None and not isinstance(text, str):
         return InvalidDocument(place, f"`text` is {type(text).__name__}, not a string")

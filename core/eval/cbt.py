@@ -1,14 +1,15 @@
 """The Children's Book Test (Hill et al. 2016): choose which of ten words fills the blank.
 
 `paper` is the GPT-2 paper's protocol: the 20 sentences, then the question with each candidate in the blank; the
-highest sum of log-probabilities wins. `sentence` is the original project's: the question alone, the highest mean wins.
+highest sum of log-probabilities wins. `sentence` is the original project's: only the question, the highest mean wins.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from core import cli
 from core.eval import task
 from core.eval.scoring import Request, Score, highest
 from core.eval.task import Encode, QuestionSet, Task, UnscorableError, Verdict
@@ -27,14 +28,14 @@ LINES = 21  # per question
 class CBTConfig:
     """Questions and scoring rules."""
 
-    data: tuple[str, ...] = ()
+    data: Annotated[tuple[str, ...], cli.DEFAULT_IN_HELP] = ()
     """Files in the data set's own format (21 numbered lines per question). Default: the hub's data set."""
     types: tuple[Literal[TYPES], ...] = ("NE", "CN")  # type: ignore[valid-type]
     """Word types of the hub's data set: named entities, common nouns, verbs, prepositions."""
     split: Literal["validation", "test"] = "validation"
     """Split of the hub's data set. The GPT-2 paper reports validation."""
     protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("paper",)  # type: ignore[valid-type]
-    """Scoring protocols: paper scores the question after its 20 sentences, sentence the question alone."""
+    """Scoring protocols: paper scores the question after its 20 sentences, sentence only the question."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def detokenize(tokens: list[str]) -> str:
 
 
 def requests(protocol: str, cloze: Cloze, encode: Encode) -> list[Request]:
-    """One request per candidate: after a common context (`paper`), or after the first token alone (`sentence`)."""
+    """One request per candidate: after a common context (`paper`), or after its first token (`sentence`)."""
     if cloze.answer not in cloze.options:
         raise UnscorableError("the answer is not among the candidates")
     if len(cloze.options) < 2:
@@ -208,7 +209,7 @@ def requests(protocol: str, cloze: Cloze, encode: Encode) -> list[Request]:
     if not context:
         raise UnscorableError("no context before the blank")
     context_ids = encode(detokenize(context))
-    last = context[-1:]  # the last word alone decides whether a space follows the context
+    last = context[-1:]  # only the last word decides whether a space follows the context
     texts = [detokenize(last + (prefix + option + after).split()) for option in cloze.options]
     return [Request(context_ids, encode(text[len(detokenize(last)) :])) for text in texts]
 

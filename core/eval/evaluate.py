@@ -252,9 +252,7 @@ def save_and_print(options: ScoringConfig, found: list[Result], items: list[dict
         results.save_items(items, options.items)
     parts = [results.results_table(found), results.comparison_table(items)]
     if any(result.has_published for result in found):
-        parts.append(
-            "Published figures, accuracy % (perplexity). Weights are OpenAI's unless the source says otherwise:"
-        )
+        parts.append("Published figures, accuracy % (perplexity). OpenAI's weights, unless the source names others:")
         parts.append(results.published_table(found[0].task, [result.protocol for result in found]))
     parts += [results.footnotes(found), f"saved {saved}"]
     print("\n" + "\n\n".join(part for part in parts if part))

@@ -141,6 +141,8 @@ def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
 
     from datasets import load_dataset
 
+    from core.data.shards import short_reason
+
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below reports an unreachable hub
     try:
         return list(load_dataset(name, config, split=split))
@@ -148,8 +150,7 @@ def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
         is_network = isinstance(error, (ConnectionError, TimeoutError))
         if isinstance(error, OSError) and error.errno is not None and not is_network:
             raise  # of this machine, such as a full disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(
-            f"data set {name} can't be loaded from the Hugging Face hub ({reason}). "
+            f"data set {name} can't be loaded from the Hugging Face hub ({short_reason(error)}). "
             f"Check the network, or use a local file with --data"
         ) from None

@@ -284,26 +284,33 @@ def compile_shapes(loss_fn: Any, recipe: Recipe, system: System, micro_batch: in
 
     Where nothing is compiled, one micro-batch is timed instead, to log how long a slow step will take.
     """
-    start = time.perf_counter()
-    compiled = system.compile or system.fused
     shapes = Schedule(recipe).shapes(step)
-    sizes = list(
-        dict.fromkeys((micro_batch_size(sequences, micro_batch, ranks), seq_len) for sequences, seq_len in shapes)
-    )
-    if compiled:  # beyond its limit of 8 graphs, torch.compile leaves a function uncompiled; validation needs one too
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(sizes) + 8)
-    for size, seq_len in sizes if compiled else sizes[:1]:
-        tokens = torch.zeros(size * recipe.seq_len // seq_len, seq_len, dtype=torch.long, device=ranks.device)
-        with autocast(ranks, system.dtype):
-            loss = loss_fn(tokens, tokens.clone())  # one tensor for both would compile a graph of its own
-        loss.backward()
-        loss.item()  # waits for the device
+    sizes = [(micro_batch_size(sequences, micro_batch, ranks), seq_len) for sequences, seq_len in shapes]
+    if not system.compile and not system.fused:
+        (sequences, _), (size, seq_len) = shapes[0], sizes[0]
+        time_micro_batch(loss_fn, 1, recipe.seq_len, seq_len, system, ranks)  # loads libraries
+        seconds = time_micro_batch(loss_fn, size, recipe.seq_len, seq_len, system, ranks)
+        count = sequences // ranks.world_size // size
+        if seconds * count > 1:
+            ranks.log(f"expected time per step: {seconds * count:.0f} s ({count} micro-batches of {size} sequences)")
+        return
+    # Beyond its limit of 8 graphs, torch.compile leaves a function uncompiled; validation needs graphs too.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(sizes) + 8)
+    unique = dict.fromkeys(sizes)
+    seconds = sum(time_micro_batch(loss_fn, size, recipe.seq_len, seq_len, system, ranks) for size, seq_len in unique)
+    ranks.log(f"compiled in {seconds:.0f} s")
+
+
+def time_micro_batch(
+    loss_fn: Any, sequences: int, recipe_seq_len: int, seq_len: int, system: System, ranks: Ranks
+) -> float:
+    """Seconds of forward and backward on `sequences` of the recipe's length, split into those of `seq_len`."""
+    start = time.perf_counter()
+    tokens = torch.zeros(sequences * recipe_seq_len // seq_len, seq_len, dtype=torch.long, device=ranks.device)
+    with autocast(ranks, system.dtype):
+        loss = loss_fn(tokens, tokens.clone())  # one tensor for both would compile a graph of its own
+    loss.backward()
+    loss.item()  # waits for the device
     for p in loss_fn.parameters():
         p.grad = None
-    seconds = time.perf_counter() - start
-    if compiled:
-        return ranks.log(f"compiled in {seconds:.0f} s")
-    (sequences, _), (size, _) = shapes[0], sizes[0]
-    count = sequences // ranks.world_size // size
-    if seconds * count > 1:
-        ranks.log(f"expected time per step: {seconds * count:.0f} s ({count} micro-batches of {size} sequences)")
+    return time.perf_counter() - start
