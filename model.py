@@ -9,8 +9,11 @@
 Module names are Hugging Face's own (`transformer.h.0.attn.c_attn`), so that weights map by name.
 """
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from core import ops
 
 LAYER_NORM_EPSILON = 1e-5
 VOCAB_MULTIPLE = 128  # the product of the head is faster with a padded vocabulary: 50,257 -> 50,304
@@ -82,12 +87,16 @@ class KVCache:
         self.data = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
         """Store new keys and values of a layer (B, H, T, D); return all of them (B, H, S, D)."""
         end = self.length + k.size(2)
         self.data[layer, 0, :, :, self.length : end] = k
         self.data[layer, 1, :, :, self.length : end] = v
         return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+
+
+# Stores the keys and values (B, H, T, D) of new tokens; returns those of all tokens (B, H, S, D).
+AppendKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class CausalSelfAttention(nn.Module):
@@ -97,13 +106,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None, visible: Tensor | None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, H, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+    def forward(
+        self, x: Tensor, h: Tensor, norm: nn.Module, append: AppendKV | None, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x + attention(h), and norm of it; all (B, T, C)."""
+        q, k, v = ops.split_heads(h, self.c_attn, self.n_head)  # (B, H, T, D) each
+        if append is not None:
+            k, v = append(k, v)  # (B, H, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)  # (B, H, T, D)
+        return ops.add_linear(x, y.transpose(1, 2).reshape(x.shape), self.c_proj, norm)  # x + c_proj(y)
 
 
 class MLP(nn.Module):
@@ -112,8 +123,9 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+    def forward(self, x: Tensor, h: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """x + mlp(h), and norm of it; all (B, T, C)."""
+        return ops.add_mlp(x, h, self.c_fc, ops.gelu, self.c_proj, norm)  # x + c_proj(gelu(c_fc(h)))
 
 
 class Block(nn.Module):
@@ -124,9 +136,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None, visible: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), layer, cache, visible)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, x: Tensor, h: Tensor, next_norm: nn.Module, append: AppendKV | None, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x and h = ln_1(x), both (B, T, C) -> the stream after the block, and next_norm of it."""
+        x, h = self.attn(x, h, self.ln_2, append, visible)
+        return self.mlp(x, h, next_norm)
 
 
 class Transformer(nn.Module):
@@ -146,6 +161,7 @@ class GPT(nn.Module):
         """Random weights, the same on every device for a seed; seed None leaves them uninitialized, to be loaded."""
         super().__init__()
         self.config = config
+        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: float32, in training with autocast
         self.activation_checkpointing = False  # True: keep only the inputs of blocks, and recompute the rest
         with torch.device("meta"):  # skips the default initialization
             self.transformer = Transformer(config)
@@ -193,19 +209,47 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=tokens.device)  # (T,)
         if start:  # a query attends to the cached tokens and, causally, to the new ones
             visible = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S)
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
-        if torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
-            # With the residual stream in bfloat16 too, a training step is 5 % faster.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for layer, block in enumerate(self.transformer.h):
-            if recompute:  # no dropout, hence no random state to restore
-                x = checkpoint(block, x, layer, cache, visible, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, layer, cache, visible)
+        x, h = self.embed(tokens, positions)
+        norms = [*(block.ln_1 for block in self.transformer.h[1:]), self.transformer.ln_f]
+        for layer, (block, next_norm) in enumerate(zip(self.transformer.h, norms, strict=True)):
+            append = partial(cache.append, layer=layer) if cache is not None else None
+            run = partial(self.run_block, block)
+            if self.activation_checkpointing and torch.is_grad_enabled():  # no dropout: no random state to restore
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            x, h = run(x, h, next_norm, append, visible)
         if cache is not None:
             cache.length += T
-        return self.transformer.ln_f(x)
+        return h
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T) at their positions -> the residual stream, and ln_1 of the first block; both (B, T, C)."""
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)
+        if self.stream_dtype is not None:
+            x = x.to(self.stream_dtype)
+        elif torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
+            # With the residual stream in bfloat16 too, a training step is 5 % faster.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x, self.transformer.h[0].ln_1(x.float()).to(x.dtype)
+
+    def run_block(self, block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return block(*inputs)
+
+    def training_copy(
+        self, *, compiled: bool, stream_dtype: torch.dtype | None = None, activation_checkpointing: bool = False
+    ) -> "GPT":
+        """A GPT with the same weights, for training. `stream_dtype`: of the residual stream.
+
+        compiled: embedding, block and loss are compiled, each by itself. All blocks share one compiled function:
+        compile time doesn't depend on the depth, and DDP reduces gradients of one block during those of the next.
+        """
+        twin = copy.copy(self)
+        twin.stream_dtype, twin.activation_checkpointing = stream_dtype, activation_checkpointing
+        if compiled:
+            compiler = partial(torch.compile, dynamic=False)
+            twin.embed = compiler(twin.embed)  # type: ignore[method-assign]
+            twin.run_block = compiler(Block.forward)  # type: ignore[method-assign]
+            twin.cross_entropy = compiler(twin.cross_entropy)  # type: ignore[method-assign]
+        return twin
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied head without padding: (..., C) -> (..., vocab_size)."""
@@ -217,21 +261,8 @@ class GPT(nn.Module):
         return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of (B, T, C) on targets (B, T), in nats per token.
-
-        The padding rows of the head are excluded: they get no gradient and stay zero.
-        """
-        if hidden.is_cuda:  # slicing takes 1.05 times as long there; on a CPU, masking takes 1.2 times (LOG.md)
-            logits = self.masked_logits(hidden)
-        else:
-            logits = F.linear(hidden, self.transformer.wte.weight[: self.config.vocab_size])
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def masked_logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, padded_vocab_size), -inf for the padding."""
-        logits = F.linear(hidden, self.transformer.wte.weight)
-        padding = torch.arange(logits.size(-1), device=logits.device) >= self.config.vocab_size
-        return logits.masked_fill(padding, -torch.inf)
+        """Mean cross-entropy of (B, T, C) on targets (B, T), in nats per token."""
+        return ops.linear_cross_entropy(hidden, self.transformer.wte.weight, targets, self.config.vocab_size)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":

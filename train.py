@@ -66,19 +66,12 @@ def train(run: Run) -> None:
     schedule = Schedule(recipe)
     loss_fn = setup.build_loss(model, run.system)  # inputs and targets (B, T) -> mean cross-entropy
     evaluations = build_evaluations(
-        config,
-        run.dataset,
-        ranks,
-        loss_fn,
-        seq_len=recipe.seq_len,
-        n_positions=model.config.n_positions,
-        dtype=run.system.dtype,
-        micro_batch=run.micro_batch,
+        config.evaluation, run.dataset, ranks, model.config, loss_fn, recipe.seq_len, run.system.dtype, run.micro_batch
     )
     loss_fn = setup.wrap_ddp(loss_fn, ranks)
     setup.compile_shapes(loss_fn, recipe, run.system, run.micro_batch, ranks, run.step)
-    intervals = [*(evaluation.every for evaluation in evaluations), config.evaluation.sample_every]
-    intervals.append(config.checkpoints.save_every)
+    intervals = [evaluation.every for evaluation in evaluations]
+    intervals += [config.evaluation.sample_every, config.checkpoints.save_every]
     with open_session(run) as session:
         first_step, logger, interrupts = run.step, session.logger, session.interrupts
         evaluate(run, session, evaluations, session.already_logged)  # at step 0, or what a stopped run had left to do

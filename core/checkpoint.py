@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from core.convert import save_pretrained
 from core.distributed import Ranks
 from core.files import METRICS, json_text, sha256, write_json
 from model import GPT, PRESETS
@@ -29,14 +30,18 @@ def save(
     end_of_text_id: int | None = None,
     tokenizer_from: Path | None = None,
     card: str | None = None,
+    is_gpt2: bool | None = None,
 ) -> Path:
-    """Write `run`/checkpoints/step_NNNNNN and return it. `state`: plain values and tensors, with `step`."""
+    """Write `run`/checkpoints/step_NNNNNN and return it. `state`: plain values and tensors, with `step`.
+
+    `is_gpt2`: the result of convert.computes_gpt2; None: compute it here.
+    """
     folder = run / "checkpoints" / f"step_{state['step']:06d}"
     temporary = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        model.save_pretrained(temporary, end_of_text_id)
+        save_pretrained(model, temporary, end_of_text_id, is_gpt2)
         torch.save(state, temporary / TRAINING_STATE)
         for name in TOKENIZER_FILES:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():

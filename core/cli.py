@@ -21,6 +21,7 @@ REMEDIES = {  # for errors of the operating system that concern a path
     errno.ENOTDIR: "a file has the name of a folder on this path; choose another path",
     errno.EEXIST: "a file has the name of a folder on this path; choose another path",
     errno.EACCES: "choose another path, or change its permissions",
+    errno.EMFILE: "raise the limit on open files, as by ulimit -n 65536",
     errno.ENOSPC: "free disk space and rerun the same command",
 }
 # For an option whose default None is explained in its help text.

@@ -1,10 +1,15 @@
-"""Hugging Face's GPT-2 format, read and written: config.json, generation_config.json and model.safetensors."""
+"""Hugging Face's GPT-2 format, read and written: config.json, generation_config.json and model.safetensors.
+
+A network that was modified in model.py isn't a GPT-2 for other programs: its config.json gets another model type.
+"""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, LAYER_NORM_EPSILON, GPTConfig
@@ -24,6 +29,9 @@ HF_CONSTANTS = {
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
+# What config.json says of a network that computes something else than GPT-2: `transformers` knows neither value.
+MODIFIED = {"architectures": ["ModifiedGPT2"], "model_type": "gpt2_modified", "activation_function": "modified"}
+COMPARED_TOKENS = 384  # enough to notice attention that is limited to 256 tokens
 # Keys of config.json that determine the logits; an absent key has the value of HF_CONSTANTS.
 ARCHITECTURE_KEYS = (
     "model_type",
@@ -48,14 +56,20 @@ def load_pretrained(name_or_folder: str | Path) -> GPT:
     return model
 
 
-def save_pretrained(model: GPT, folder: str | Path, end_of_text_id: int | None = None) -> None:
-    """Write a folder that transformers.GPT2LMHeadModel.from_pretrained reads."""
+def save_pretrained(
+    model: GPT, folder: str | Path, end_of_text_id: int | None = None, is_gpt2: bool | None = None
+) -> None:
+    """Write a folder that transformers.GPT2LMHeadModel.from_pretrained reads, or refuses for a modified network.
+
+    `is_gpt2`: the result of `computes_gpt2`; None: compute it here.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id}
-    config = HF_CONSTANTS | asdict(model.config) | special
+    is_gpt2 = computes_gpt2(model) if is_gpt2 is None else is_gpt2
+    config = HF_CONSTANTS | asdict(model.config) | special | ({} if is_gpt2 else MODIFIED)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
     save_file(hf_state(model), folder / "model.safetensors", metadata={"format": "pt"})
@@ -74,9 +88,13 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f"{path} is not the config.json of a GPT-2: it isn't UTF-8 text") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the config.json of a GPT-2: {error}") from None
+    is_modified = (
+        hf.get("model_type") == MODIFIED["model_type"]
+    )  # by this project: the model.py that trained it loads it
+    expected = HF_CONSTANTS | (MODIFIED if is_modified else {})
     for key in ARCHITECTURE_KEYS:
-        if hf.get(key, HF_CONSTANTS[key]) != HF_CONSTANTS[key]:
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, but GPT-2 has {HF_CONSTANTS[key]!r}")
+        if hf.get(key, expected[key]) != expected[key]:
+            raise ValueError(f"{path}: {key} is {hf[key]!r}, but GPT-2 has {expected[key]!r}")
     if hf.get("n_inner") not in (None, 4 * config.n_embd):
         raise ValueError(f"{path}: n_inner is {hf['n_inner']}, but GPT-2 has {4 * config.n_embd}")
     return config
@@ -151,3 +169,43 @@ def hf_view(model: GPT, name: str, p: Tensor) -> Tensor:
         return p[: model.config.vocab_size]
     is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
     return p.T if is_linear else p  # Hugging Face's Conv1D stores (in, out)
+
+
+@torch.no_grad()
+def computes_gpt2(model: GPT, tolerance: float = 1e-3) -> bool:
+    """Whether the network in model.py computes GPT-2: its logits equal those of an independent forward.
+
+    Compared at the end of one random sequence, relative to the largest logit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = (1, min(model.config.n_positions, COMPARED_TOKENS))
+    tokens = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
+    logits, expected = model.logits(model.hidden(tokens)[:, -8:]), reference_logits(model, tokens, last=8)
+    difference = (logits - expected).abs().max()
+    return not difference > tolerance * expected.abs().max()  # NaN of a diverged model says nothing
+
+
+def reference_logits(model: GPT, tokens: Tensor, last: int) -> Tensor:
+    """GPT-2's logits (B, last, vocab_size) of the last tokens, with the weights of `model`, by a forward of its own."""
+    p, config = dict(model.named_parameters()), model.config
+    B, T = tokens.shape
+    C, H = config.n_embd, config.n_head
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (C,), p[f"transformer.{name}.weight"], p[f"transformer.{name}.bias"], LAYER_NORM_EPSILON)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ p[f"transformer.{name}.weight"].T + p[f"transformer.{name}.bias"]
+
+    mask = torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+    wte = p["transformer.wte.weight"][: config.vocab_size]
+    x = wte[tokens] + p["transformer.wpe.weight"][:T]
+    for i in range(config.n_layer):
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
+        q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in qkv.split(C, dim=-1))  # (B, H, T, D)
+        scores = (q @ k.mT / math.sqrt(C // H)).masked_fill(~mask, -math.inf)
+        x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C), f"h.{i}.attn.c_proj")
+        u = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)))
+        x = x + linear(gelu, f"h.{i}.mlp.c_proj")
+    return norm(x[:, -last:], "ln_f") @ wte.T

@@ -194,11 +194,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def runs_triton(device: torch.device) -> bool:
-    """Whether the kernels of core/ops run there: Triton on NVIDIA Hopper, or on B200, which is untested."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] not in (9, 10):
-        return False
-    return importlib.util.find_spec("triton") is not None
+def kernel_support(device: torch.device) -> str:
+    """Which kernels of core/ops run there: "on" (all), "portable" (those without TMA), or "off" (none).
+
+    All: NVIDIA Hopper, and B200, which is untested. Portable: other NVIDIA GPUs from compute capability 8.0 on.
+    """
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
+        return "off"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "on" if major in (9, 10) else "portable" if major >= 8 else "off"
 
 
 # Dense bf16 tensor-core FLOP/s from the data sheets of the vendor; of the SXM form where there are several.

@@ -162,10 +162,23 @@ def tokens(monkeypatch):
     return torch.randint(SHAPE.vocab_size, (3, 21), generator=torch.Generator().manual_seed(2))
 
 
+@pytest.fixture
+def build_fused(monkeypatch):
+    """Builds the training copy of a model that uses the kernels for a dtype."""
+
+    def build(model, compiled=False, activation_checkpointing=False, dtype=torch.float32):
+        monkeypatch.setattr(ops, "KERNEL_DTYPE", dtype)
+        return model.training_copy(
+            compiled=compiled, stream_dtype=dtype, activation_checkpointing=activation_checkpointing
+        )
+
+    return build
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 1e-2)])
-def test_fused_loss_and_gradients_equal_those_of_the_model(model, tokens, dtype, tolerance):
+def test_fused_loss_and_gradients_equal_those_of_the_model(build_fused, model, tokens, dtype, tolerance):
     plain, expected = gradients(model, model, tokens)
-    fused, found = gradients(ops.FusedLoss(model, compiled=False, dtype=dtype), model, tokens)
+    fused, found = gradients(build_fused(model, compiled=False, dtype=dtype), model, tokens)
     assert fused == pytest.approx(plain, rel=tolerance / 10)
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
@@ -173,21 +186,21 @@ def test_fused_loss_and_gradients_equal_those_of_the_model(model, tokens, dtype,
     assert not found["transformer.wte.weight"][SHAPE.vocab_size :].any()
 
 
-def test_fused_loss_without_gradients_is_the_same(model, tokens):
+def test_fused_loss_without_gradients_is_the_same(build_fused, model, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with torch.no_grad():
-        fused = ops.FusedLoss(model, compiled=False, dtype=torch.float32)(inputs, targets)
+        fused = build_fused(model, compiled=False, dtype=torch.float32)(inputs, targets)
         assert fused.item() == pytest.approx(model(inputs, targets).item(), abs=1e-5)
 
 
-def test_activation_checkpointing_changes_no_bit(model, tokens):
-    plain = gradients(ops.FusedLoss(model, False, dtype=torch.float32), model, tokens)
-    recomputed = gradients(ops.FusedLoss(model, False, True, dtype=torch.float32), model, tokens)
+def test_activation_checkpointing_changes_no_bit(build_fused, model, tokens):
+    plain = gradients(build_fused(model, False, dtype=torch.float32), model, tokens)
+    recomputed = gradients(build_fused(model, False, True, dtype=torch.float32), model, tokens)
     assert plain[0] == recomputed[0]
     assert all(torch.equal(gradient, recomputed[1][name]) for name, gradient in plain[1].items())
 
 
-def test_all_blocks_and_steps_share_one_compiled_block(model, tokens, monkeypatch):
+def test_all_blocks_and_steps_share_one_compiled_block(build_fused, model, tokens, monkeypatch):
     """Three graphs: the embedding, a block, the loss. Other blocks and steps compile no further graph."""
     compile_ = torch.compile
 
@@ -197,9 +210,9 @@ def test_all_blocks_and_steps_share_one_compiled_block(model, tokens, monkeypatc
     monkeypatch.setattr(torch, "compile", without_inductor)
     torch._dynamo.reset()
     counters.clear()
-    loss = ops.FusedLoss(model, compiled=True, dtype=torch.float32)
-    expected = gradients(ops.FusedLoss(model, compiled=False, dtype=torch.float32), model, tokens)
-    recomputing = ops.FusedLoss(model, compiled=True, activation_checkpointing=True, dtype=torch.float32)
+    loss = build_fused(model, compiled=True, dtype=torch.float32)
+    expected = gradients(build_fused(model, compiled=False, dtype=torch.float32), model, tokens)
+    recomputing = build_fused(model, compiled=True, activation_checkpointing=True, dtype=torch.float32)
     for compiled in (loss, loss, recomputing):
         found = gradients(compiled, model, tokens)
         assert found[0] == pytest.approx(expected[0], rel=1e-6)

@@ -26,7 +26,7 @@ from model import GPT, PRESETS
 
 COMMAND = (*TRAIN, "--data", "data/small", "--lr", "2e-3", "--val-tokens", "1280")
 CPU = Ranks(0, 1, torch.device("cpu"))
-PLAIN = System(dtype="float32", compile=False, fused=False, activation_checkpointing=False, micro_batch=None)
+PLAIN = System(dtype="float32", compile=False, fused="off", activation_checkpointing=False, micro_batch=None)
 
 
 def test_loader_yields_the_micro_batches_of_all_steps_in_order(world):

@@ -1,109 +1,122 @@
-"""The training loss of GPT-2 with fused kernels, in bfloat16, on NVIDIA Hopper GPUs.
+"""The operators that model.py is written in. Each has a plain PyTorch body of a few lines, and a kernel body.
 
-The result equals GPT.forward up to rounding. Matrix products and attention are the same; everything between them
-(biases, GELU, residual additions, LayerNorms, softmax, and their gradients) reads and writes memory once.
+A kernel body (Triton, with its own backward) computes the same up to rounding, and reads and writes memory less often.
+`select_kernels` decides once per run whether kernel bodies are used. An operator falls back to its plain body where a
+kernel doesn't apply: for another activation or normalization than GPT-2's, or in float32. The portable kernels don't
+use the tensor memory accelerator (TMA) of Hopper GPUs.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
 
-from core.ops import kernels
-
-if TYPE_CHECKING:
-    from model import GPT, Block, Transformer
-
+KERNEL_DTYPE: torch.dtype | None = None  # kernel bodies take tensors of this dtype; None: they aren't used
+USE_TMA = True
 CHUNK_ROWS = 32_768  # rows of logits in memory: 3.3 GB for any micro-batch
 
 
-class FusedLoss(nn.Module):
-    """The mean cross-entropy of a GPT, forward and backward. Its weights stay in the GPT, in float32."""
-
-    def __init__(
-        self, model: "GPT", compiled: bool, activation_checkpointing: bool = False, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
-        """`dtype`: of products and residual stream. Checkpointing keeps only the inputs of blocks."""
-        super().__init__()
-        self.model, self.dtype, self._checkpointed = model, dtype, activation_checkpointing
-        # All blocks share one compiled function: compile time doesn't depend on the depth, and DDP reduces gradients
-        # of one block while those of the next are computed.
-        compiler: Callable[[Any], Any] = torch.compile(dynamic=False) if compiled else lambda function: function
-        self._embed, self._block = compiler(embed), compiler(run_block)
-        self._loss, self._loss_alone = compiler(mean_loss), compiler(model.cross_entropy)
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """(B, T), (B, T) -> mean cross-entropy in nats per token."""
-        transformer = self.model.transformer
-        blocks = list(transformer.h)
-        next_norms = [block.ln_1 for block in blocks[1:]] + [transformer.ln_f]
-        x, h = self._embed(transformer, blocks[0].ln_1, tokens, self.dtype)
-        for block, next_norm in zip(blocks, next_norms, strict=True):
-            if self._checkpointed:
-                x, h = checkpoint(
-                    self._block, block, next_norm, x, h, len(tokens), use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, h = self._block(block, next_norm, x, h, len(tokens))
-        if not torch.is_grad_enabled():
-            return self._loss_alone(h.view(*tokens.shape, -1), targets)
-        return self._loss(h, transformer.wte.weight, targets, self.model.config.vocab_size)
+def select_kernels(dtype: torch.dtype | None, portable: bool = False) -> None:
+    """Use the kernel bodies for tensors of `dtype`; None: nowhere. `portable`: only those that don't use TMA."""
+    global KERNEL_DTYPE, USE_TMA
+    KERNEL_DTYPE, USE_TMA = dtype, not portable
 
 
-def embed(transformer: "Transformer", norm: nn.LayerNorm, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) -> the residual stream, and its LayerNorm; both (B T, C)."""
-    positions = torch.arange(tokens.size(1), device=tokens.device)
-    x = (transformer.wte(tokens) + transformer.wpe(positions)).flatten(0, 1).to(dtype)
-    return x, F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
+def gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as in GPT-2."""
+    return F.gelu(x, approximate="tanh")
 
 
-def run_block(block: "Block", next_norm: nn.LayerNorm, x: Tensor, h: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """The residual stream x and h = ln_1(x), both (B T, C) -> the stream after the block, and its next LayerNorm."""
-    attn, mlp, dtype = block.attn, block.mlp, x.dtype
-    q, k, v = Projection.apply(h, attn.c_attn.weight.to(dtype), attn.c_attn.bias.to(dtype), batch, attn.n_head)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-    branch = y.transpose(1, 2).reshape(x.shape) @ attn.c_proj.weight.to(dtype).T
-    x, h = AddNorm.apply(x, branch, attn.c_proj.bias, block.ln_2.weight, block.ln_2.bias, block.ln_2.eps)
-    branch = GeluMLP.apply(h, mlp.c_fc.weight.to(dtype), mlp.c_fc.bias.to(dtype), mlp.c_proj.weight.to(dtype))
-    return AddNorm.apply(x, branch, mlp.c_proj.bias, next_norm.weight, next_norm.bias, next_norm.eps)
+def split_heads(x: Tensor, linear: nn.Linear, n_head: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, each (B, H, T, D): linear(x) of x (B, T, C), split among the heads."""
+    B, T, C = x.shape
+    if (dtype := kernel_dtype(x)) is not None:
+        return SplitHeads.apply(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype), n_head)
+    return linear(x).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def mean_loss(hidden: Tensor, head: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    return LinearCrossEntropy.apply(hidden, head.to(hidden.dtype), targets.flatten(), vocab_size)
+def kernel_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of a kernel body with input x, which may be float32 with autocast; None: the plain body."""
+    is_selected = x.dtype == KERNEL_DTYPE or torch.is_autocast_enabled(x.device.type)
+    return KERNEL_DTYPE if is_selected else None
 
 
-class Projection(Function):
-    """Queries, keys and values (B, H, T, D) of x (B T, C). Backward packs and sums their gradients in one pass."""
+def add_linear(x: Tensor, y: Tensor, linear: nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """x + linear(y), and norm of it: the residual stream (B, T, C) and the input of the next layer, (B, T, C)."""
+    if x.dtype == KERNEL_DTYPE and type(norm) is nn.LayerNorm:
+        return add_norm(x, y.to(x.dtype).flatten(0, 1) @ linear.weight.to(x.dtype).T, linear.bias, norm)
+    x = x + linear(y)
+    return x, norm(x).to(x.dtype)
+
+
+def add_mlp(
+    x: Tensor, h: Tensor, fc: nn.Linear, activation: Callable[[Tensor], Tensor], proj: nn.Linear, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """x + proj(activation(fc(h))), and norm of it; both (B, T, C)."""
+    if x.dtype == KERNEL_DTYPE and USE_TMA and activation is gelu and type(norm) is nn.LayerNorm:
+        weights = (weight.to(x.dtype) for weight in (fc.weight, fc.bias, proj.weight))
+        return add_norm(x, GeluMLP.apply(h.to(x.dtype).flatten(0, 1), *weights), proj.bias, norm)
+    return add_linear(x, activation(fc(h)), proj, norm)
+
+
+def add_norm(x: Tensor, branch: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x (B, T, C) + branch (B T, C) + bias (C,), and its LayerNorm; both (B, T, C)."""
+    total, normal = AddNorm.apply(x.flatten(0, 1), branch, bias, norm.weight, norm.bias, norm.eps)
+    return total.view_as(x), normal.view_as(x)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Mean cross-entropy of the logits x @ weight.T on targets (B, T), in nats per token; x (B, T, C), weight (V, C).
+
+    Rows of the weight from `vocab_size` on are padding: they are excluded, get no gradient and stay zero.
+    """
+    if torch.is_grad_enabled() and (dtype := kernel_dtype(x)) is not None:
+        return LinearCrossEntropy.apply(x.to(dtype).flatten(0, 1), weight.to(dtype), targets.flatten(), vocab_size)
+    if x.is_cuda:  # slicing takes 1.05 times as long there; on a CPU, masking takes 1.2 times (LOG.md)
+        logits = F.linear(x, weight)
+        padding = torch.arange(logits.size(-1), device=logits.device) >= vocab_size
+        logits = logits.masked_fill(padding, -torch.inf)
+    else:
+        logits = F.linear(x, weight[:vocab_size])
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class SplitHeads(Function):
+    """The kernel body of `split_heads`. Backward packs and sums the gradients of q, k and v in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, batch: int, heads: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, n_head: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight)
-        rows, C = x.shape
-        qkv = F.linear(x, weight, bias).view(batch, rows // batch, 3, heads, C // heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        B, T, C = x.shape
+        return F.linear(x, weight, bias).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        from core.ops import kernels
+
         x, weight = ctx.saved_tensors
-        packed, sums = kernels.pack(dq, dk, dv)
-        return packed @ weight, packed.T @ x, sums.to(x.dtype), None, None
+        packed, sums = kernels.pack(dq, dk, dv)  # (B T, 3 C), (3 C,)
+        return (packed @ weight).view_as(x), packed.T @ x.flatten(0, 1), sums.to(x.dtype), None
 
 
 class GeluMLP(Function):
-    """tanh-GELU of c_fc(x), x (N, C), times the weight of c_proj: (N, C). Forward saves the derivative of GELU."""
+    """tanh-GELU of x @ fc.T + fc_bias, times proj.T; x (N, C). Forward saves the derivative of GELU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, fc: Tensor, fc_bias: Tensor, proj: Tensor) -> Tensor:
-        activation, slope = kernels.linear_gelu(x, fc, fc_bias)
+        from core.ops import kernels
+
+        activation, slope = kernels.linear_gelu(x, fc, fc_bias)  # (N, 4 C) each
         ctx.save_for_backward(x, activation, slope, fc, proj)
         return activation @ proj.T
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        from core.ops import kernels
+
         x, activation, slope, fc, proj = ctx.saved_tensors
         d, sums = kernels.matmul_times(dy, proj, slope)
         return d @ fc, d.T @ x, sums.to(x.dtype), dy.T @ activation
@@ -123,6 +136,8 @@ class AddNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, d_normal: Tensor) -> tuple[Tensor | None, ...]:
+        from core.ops import kernels
+
         total, mean, rstd, gain = ctx.saved_tensors
         dx, sums = kernels.norm_backward(total, mean, rstd, gain, d_normal, d_total)
         d_gain, d_shift, d_bias = sums.unbind(0)
@@ -130,15 +145,17 @@ class AddNorm(Function):
 
 
 class LinearCrossEntropy(Function):
-    """Mean cross-entropy of hidden (N, C) times the weight of the head. Forward computes the gradients too."""
+    """The kernel body of `linear_cross_entropy`, x (N, C). Forward computes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        loss, d_hidden, d_weight = kernels.linear_cross_entropy(hidden, weight, targets, vocab_size, CHUNK_ROWS)
-        ctx.save_for_backward(d_hidden, d_weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        from core.ops import kernels
+
+        loss, d_x, d_weight = kernels.linear_cross_entropy(x, weight, targets, vocab_size, CHUNK_ROWS)
+        ctx.save_for_backward(d_x, d_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return (d_hidden * d_loss).to(d_hidden.dtype), (d_weight * d_loss).to(d_hidden.dtype), None, None
+        d_x, d_weight = ctx.saved_tensors
+        return (d_x * d_loss).to(d_x.dtype), (d_weight * d_loss).to(d_x.dtype), None, None

@@ -128,8 +128,9 @@ class SystemConfig:
     """Bit-identical results on GPUs for a fixed number of ranks, also after a resume; 12 % slower on an H200."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the training step. auto: on with CUDA."""
-    fused: Literal["auto", "on", "off"] = "auto"
-    """Triton kernels of core/ops, for bfloat16 on NVIDIA Hopper and B200 GPUs. auto: on where supported."""
+    fused: Literal["auto", "on", "portable", "off"] = "auto"
+    """Triton kernels of core/ops, for bfloat16 on NVIDIA GPUs. on: all, for Hopper and B200. portable: those that also
+    run on Ampere, Ada and other Blackwell GPUs. auto: the most that the GPU supports."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     profile: bool = False
@@ -195,5 +196,6 @@ class Config:
         """All options by name, with the values of the resolved recipe: the settings of run.json."""
         groups = (self.run, self.system, self.evaluation, self.checkpoints)
         settings = asdict(recipe) | {key: value for group in groups for key, value in asdict(group).items()}
+        settings["verify"] = not settings.pop("no_verify")
         del settings["name"]
         return {"run": self.run.name, "recipe": recipe.name} | settings

@@ -9,7 +9,7 @@ from core.train.recipe import SETTINGS
 
 # Nothing here depends on interruptions of the run: an uninterrupted run has the same card.
 CARD = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags:
 - gpt2
@@ -23,18 +23,22 @@ A GPT-2 of {parameters:,} parameters, {start}, after step {step:,} of {steps:,}.
 |---|---|
 {rows}
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({folder!r})
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-```
+{usage}
 
 This is a base model: it continues text. It was not tuned to follow instructions or to be safe.
 """
 
+USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
+model = AutoModelForCausalLM.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+```"""
+MODIFIED_USAGE = """This network is a modified GPT-2, which `transformers` refuses. With the model.py of the revision
+above, `GPT.from_pretrained({folder!r})` loads it."""
+
+
+def model_card(run: Path, manifest: dict[str, Any], step: int, is_gpt2: bool = True) -> str:
     """The card of the checkpoint after `step`, with the latest evaluations up to that step."""
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     measured = {line["split"]: line for line in read_metrics(run) if line["step"] <= step}  # the last of each
@@ -65,12 +69,13 @@ def model_card(run: Path, manifest: dict[str, Any], step: int) -> str:
         )
     return CARD.format(
         title=f"{run.name}, step {step:,}",
+        library="transformers" if is_gpt2 else "pytorch",
         parameters=facts["parameters"],
         start=f"initialized from {facts['init_from']}" if facts["init_from"] else "trained from scratch",
         step=step,
         steps=facts["steps"],
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        folder=f"step_{step:06d}",
+        usage=(USAGE if is_gpt2 else MODIFIED_USAGE).format(folder=f"step_{step:06d}"),
     )
 
 

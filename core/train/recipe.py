@@ -117,6 +117,8 @@ def resolve_recipe(
     seq_len None: the context of the model. steps None: as many as `tokens` allow. Raises ValueError, with a value that
     works, for values that are out of range or don't divide.
     """
+    if name not in RECIPES:
+        raise ValueError(f"--recipe {name} is unknown. Choose from {', '.join(RECIPES)}")
     overrides = overrides or {}
     seq_len = shape.n_positions if seq_len is None else seq_len
     cli.check_positive(tokens=tokens, seq_len=seq_len)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from core import checkpoint
+from core.convert import computes_gpt2
 from core.data.shards import Dataset
 from core.distributed import DeviceClock, Ranks, SynchronizedError
 from core.train.model_card import model_card
@@ -42,6 +43,7 @@ class Saver:
         self.blocked_seconds: list[float] = []  # training waited this long for each snapshot
         self.write_seconds: list[float] = []
         self._clock = DeviceClock(ranks.device)
+        self._is_gpt2: bool | None = None  # compared before the first save, when no weight is zero any more
         self._model_copy: GPT | None = None
         self._state_copy: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
@@ -69,6 +71,13 @@ class Saver:
         self.saved_step = state["step"]
         if not self._ranks.is_main:
             return
+        if self._is_gpt2 is None:
+            self._is_gpt2 = computes_gpt2(model)
+            if not self._is_gpt2:
+                self._log(
+                    "warning: model.py doesn't compute GPT-2. Checkpoints are marked as gpt2_modified: transformers "
+                    "refuses them. This project reads them with the same model.py"
+                )
         start = self._clock.mark()
         self.wait()
         self._snapshot(model, state)
@@ -96,6 +105,7 @@ class Saver:
                 end_of_text_id=self._dataset.manifest["end_of_text_id"],
                 tokenizer_from=self._dataset.folder,
                 card=self._card(step),
+                is_gpt2=self._is_gpt2,
             )
             self._delete_old(step)
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
@@ -111,7 +121,7 @@ class Saver:
 
     def _card(self, step: int) -> str | None:
         try:
-            return model_card(self._run, self._dataset.manifest, step)
+            return model_card(self._run, self._dataset.manifest, step, is_gpt2=self._is_gpt2 is not False)
         except Exception as error:  # a checkpoint without a model card is better than none
             self._log(f"warning: the checkpoint of step {step} has no model card ({type(error).__name__}: {error})")
             return None

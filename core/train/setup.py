@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from core import checkpoint, cli
+from core import checkpoint, cli, ops
 from core.data.shards import Dataset, TokenOrder, Windows, prefetched
-from core.distributed import Ranks, autocast, runs_triton
+from core.distributed import Ranks, autocast, kernel_support
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
 from core.train.memory import largest_divisor, largest_micro_batch
@@ -32,14 +32,13 @@ class System:
 
     dtype: str  # bfloat16 or float32
     compile: bool
-    fused: bool
+    fused: str  # kernels of core/ops: on, portable or off
     activation_checkpointing: bool
     micro_batch: int | None  # None: to be chosen by memory
 
     def settings(self) -> dict[str, Any]:
         """As run.json records them."""
-        names = ("compile", "fused")
-        return {"dtype": self.dtype} | {name: "on" if getattr(self, name) else "off" for name in names}
+        return {"dtype": self.dtype, "compile": "on" if self.compile else "off", "fused": self.fused}
 
 
 @dataclass
@@ -133,15 +132,20 @@ def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
     """Replace "auto" by the value for this device. Raises ValueError for kernels that it doesn't support."""
     on_cuda = ranks.device.type == "cuda"
     dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
-    supported = dtype == "bfloat16" and runs_triton(ranks.device)
-    if config.fused == "on" and not supported:
+    supported = kernel_support(ranks.device) if dtype == "bfloat16" else "off"
+    if config.fused == "on" and supported != "on":
         raise ValueError(
             "--fused on needs --dtype bfloat16 and an NVIDIA Hopper or B200 GPU with Triton. Use --fused auto"
+        )
+    if config.fused == "portable" and supported == "off":
+        raise ValueError(
+            "--fused portable needs --dtype bfloat16 and an NVIDIA GPU of compute capability 8.0 or later with Triton. "
+            "Use --fused auto"
         )
     return System(
         dtype=dtype,
         compile=on_cuda if config.compile == "auto" else config.compile == "on",
-        fused=supported and config.fused != "off",
+        fused=supported if config.fused == "auto" else config.fused,
         activation_checkpointing=config.activation_checkpointing,
         micro_batch=None if config.micro_batch == "auto" else config.micro_batch,
     )
@@ -225,12 +229,15 @@ def build_loss(model: GPT, system: System, compiled: bool | None = None) -> Any:
     `compiled` replaces the system's choice.
     """
     compiled = system.compile if compiled is None else compiled
-    if system.fused:
-        from core.ops import FusedLoss  # needs Triton, which is a dependency of torch for CUDA only
-
-        return FusedLoss(model, compiled, system.activation_checkpointing)
-    model.activation_checkpointing = system.activation_checkpointing
-    return torch.compile(model, dynamic=False) if compiled else model
+    fused = system.fused != "off"
+    stream_dtype = torch.bfloat16 if fused else None
+    ops.select_kernels(stream_dtype, portable=system.fused == "portable")
+    loss_fn = model.training_copy(
+        compiled=compiled and fused,
+        stream_dtype=stream_dtype,
+        activation_checkpointing=system.activation_checkpointing,
+    )
+    return torch.compile(loss_fn, dynamic=False) if compiled and not fused else loss_fn
 
 
 def wrap_ddp(loss_fn: Any, ranks: Ranks) -> Any:
@@ -286,7 +293,7 @@ def compile_shapes(loss_fn: Any, recipe: Recipe, system: System, micro_batch: in
     """
     shapes = Schedule(recipe).shapes(step)
     sizes = [(micro_batch_size(sequences, micro_batch, ranks), seq_len) for sequences, seq_len in shapes]
-    if not system.compile and not system.fused:
+    if not system.compile and system.fused == "off":
         (sequences, _), (size, seq_len) = shapes[0], sizes[0]
         time_micro_batch(loss_fn, 1, recipe.seq_len, seq_len, system, ranks)  # loads libraries
         seconds = time_micro_batch(loss_fn, size, recipe.seq_len, seq_len, system, ranks)

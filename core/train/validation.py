@@ -13,9 +13,9 @@ from core.data import tokenizer
 from core.data.shards import Dataset, Windows, verify
 from core.distributed import Ranks, autocast
 from core.eval import evaluate, lambada
-from core.train.config import Config
+from core.train.config import Config, EvalConfig
 from core.train.setup import resolve_system
-from model import GPT
+from model import GPT, GPTConfig
 
 VAL_BATCH = 16  # maximum windows per forward pass, as logits are large
 
@@ -125,18 +125,16 @@ class LambadaDuringTraining:
 
 
 def build_evaluations(
-    config: Config,
+    options: EvalConfig,
     dataset: Dataset,
     ranks: Ranks,
+    shape: GPTConfig,
     loss_fn: Any,
-    *,
     seq_len: int,
-    n_positions: int,
     dtype: str,
-    micro_batch: int = VAL_BATCH,
+    micro_batch: int,
 ) -> list[Evaluation]:
-    """The evaluations of the options; validation, by `loss_fn`, is the first."""
-    options = config.evaluation
+    """The evaluations of the options for a model of this shape; validation, by `loss_fn`, is the first."""
     validation = Validation(
         dataset,
         ranks,
@@ -149,11 +147,10 @@ def build_evaluations(
     )
     if options.eval_lambada is None:
         return [validation]
-    every = options.eval_every
-    return [
-        validation,
-        LambadaDuringTraining(options.eval_lambada, dataset, ranks, n_positions=n_positions, dtype=dtype, every=every),
-    ]
+    lambada_evaluation = LambadaDuringTraining(
+        options.eval_lambada, dataset, ranks, n_positions=shape.n_positions, dtype=dtype, every=options.eval_every
+    )
+    return [validation, lambada_evaluation]
 
 
 def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Path) -> None:
@@ -182,17 +179,7 @@ def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Pa
     cli.check_positive(val_tokens=config.evaluation.val_tokens, micro_batch=micro_batch)
     if not config.run.no_verify:
         verify(dataset, ranks)
-    evaluations = build_evaluations(
-        config,
-        dataset,
-        ranks,
-        model,
-        seq_len=seq_len,
-        n_positions=shape.n_positions,
-        dtype=dtype,
-        micro_batch=micro_batch,
-    )
-    for evaluation in evaluations:
+    for evaluation in build_evaluations(config.evaluation, dataset, ranks, shape, model, seq_len, dtype, micro_batch):
         result = evaluation.run(model)
         assert result is not None  # nothing stops it
         perplexity = f" | perplexity {math.exp(result['loss']):.2f}" if evaluation.split == "val" else ""
