@@ -30,6 +30,8 @@ from train import train_step
 ROOT = Path(__file__).parent.parent
 WARM_UP_STEPS = 3  # not timed
 
+Fused = Literal["auto", "portable", "off"]
+
 
 @dataclass
 class TimingConfig:
@@ -66,12 +68,12 @@ class TimingConfig:
             world_size=world_size,
         )
 
-    def system(self, ranks: Ranks, fused: bool) -> System:
-        """The resolved system options, with the Triton kernels if they are `fused` and supported."""
+    def system(self, ranks: Ranks, fused: Fused = "auto") -> System:
+        """The resolved system options; `fused` as the option of train.py."""
         system = SystemConfig(
             micro_batch=self.micro_batch,
             activation_checkpointing=self.activation_checkpointing,
-            fused="auto" if fused else "off",
+            fused=fused,
             device=self.device,
         )
         return resolve_system(system, ranks)

@@ -20,8 +20,6 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from core import cli
-from core.data import encode, prepare, sources, tokenizer
+from core.data import sources
 from core.files import markdown_table
 
 ROOT = Path(__file__).parent.parent  # not from benchmarks.common, whose import of torch would delay the plain loop
@@ -63,11 +61,10 @@ def main(config: Config) -> None:
         seconds = time_commands(config, folder)
         memory = {"1x": peak_memory(config, folder, config.source)}
         memory["4x"] = peak_memory(config, folder, link_copies(files, folder, 4))
-        stages = {encoder: time_stages(files, folder, encoder) for encoder in ("fastokens", "tiktoken")}
     facts = {"text_bytes": text_bytes, "workers": config.workers, "python": platform.python_version()}
     rows = {name: summarize(seconds["plain loop"], each, text_bytes) for name, each in seconds.items()}
-    print_report(facts, rows, memory, stages)
-    figures = facts | {"results": rows, "memory": memory, "stages": stages}
+    print_report(facts, rows, memory)
+    figures = facts | {"results": rows, "memory": memory}
     Path(config.out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
@@ -170,38 +167,6 @@ def proportional_set_size(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
-def time_stages(files: list[sources.SourceFile], folder: Path, encoder_name: str) -> dict[str, float]:
-    """Seconds of each stage of the preparation of all files, without parallelism."""
-    seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[stage] += time.perf_counter() - start
-
-    tokenizer.save(tokenizer.load("gpt2"), folder)
-    encoder = encode.Encoder(encoder_name, "gpt2", folder)
-    for number, file in enumerate(files):
-        writer = prepare.ShardWriter(SHARD_TOKENS, tokenizer.token_bytes(folder))
-        writer.progress = prepare.SourceProgress(folder / encoder_name / str(number), {}, [], 0)
-        row = 0
-        for chunk in sources.split_file(file.url, file.bytes):
-            with timed("read"):
-                texts = [text for text in sources.read_texts(chunk) if isinstance(text, str) and text]
-            with timed("encode"):
-                ids, starts = encoder.encode(texts, number)
-            with timed("join"):
-                lengths = np.array([len(text.encode()) for text in texts])
-                writer.add("train", encode.Documents(ids, starts, row + np.arange(len(texts)), lengths))
-            row += len(texts)
-        with timed("write, sync, hash"):
-            writer.flush()
-            writer.wait()
-        writer.close()
-    return dict(seconds)
-
-
 def summarize(plain: list[float], seconds: list[float], text_bytes: int) -> dict[str, Any]:
     """Seconds, speed, and speedup over the plain loop in each round, sorted."""
     ratios = sorted(baseline / own for baseline, own in zip(plain, seconds, strict=True))
@@ -209,12 +174,7 @@ def summarize(plain: list[float], seconds: list[float], text_bytes: int) -> dict
     return {"seconds": seconds, "ratios": ratios, "megabytes_per_second": speed}
 
 
-def print_report(
-    facts: dict[str, Any],
-    rows: dict[str, dict[str, Any]],
-    memory: dict[str, dict[str, int]],
-    stages: dict[str, dict[str, float]],
-) -> None:
+def print_report(facts: dict[str, Any], rows: dict[str, dict[str, Any]], memory: dict[str, dict[str, int]]) -> None:
     cells = []
     for name, row in rows.items():
         seconds, ratios = row["seconds"], row["ratios"]
@@ -223,9 +183,6 @@ def print_report(
         cells.append([name, spread, f"{row['megabytes_per_second']:.1f}", speedup])
     print(f"\n{facts['text_bytes'] / 1e6:.0f} MB of text, {facts['workers']} processes, {platform.processor()}\n")
     print(markdown_table(["command", "seconds (min to max)", "MB/s", "speedup over the plain loop"], cells) + "\n")
-    for name, seconds_of in stages.items():
-        total = sum(seconds_of.values())
-        print(f"{name}: " + ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in seconds_of.items()))
     for size, peak in memory.items():
         print(
             f"{size} the source: peak memory {peak['all'] / 1e6:.0f} MB, {peak['largest'] / 1e6:.0f} MB in one process"

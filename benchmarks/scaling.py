@@ -97,7 +97,7 @@ def run_on(count: int) -> list[dict[str, Any]]:
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     """Seconds of this rank's steps in `with_sync` and `no_sync`, and milliseconds of an all-reduce of the gradient."""
     timing = config.scaled(ranks.world_size)
-    recipe, system = timing.recipe(ranks.world_size), timing.system(ranks, fused=True)
+    recipe, system = timing.recipe(ranks.world_size), timing.system(ranks)
     model = GPT(PRESETS[timing.preset]).to(ranks.device)
     loss_fn = build_loss(model, system)
     random_batches = common.random_batches(timing, ranks)

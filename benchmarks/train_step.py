@@ -1,7 +1,7 @@
 """Speed of a training step: this project, transformers' GPT-2, and torch.compile alone, in the same run.
 
     python -m benchmarks.train_step                                          # GPT-2 124M on one GPU
-    python -m benchmarks.train_step --roofline --data data/corpus            # limits of the GPU, and the data loader
+    python -m benchmarks.train_step --data data/corpus                       # with the data loader too
     python -m benchmarks.train_step --variants ours --data data/corpus --batch-tokens 65536 --steps 500 --save-every 250
     python -m benchmarks.train_step --preset tiny --seq-len 64 --micro-batch 4 --batch-tokens 512 --steps 3 --device cpu
 
@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.common import TimingConfig, milliseconds, time_steps
+from benchmarks.common import Fused, TimingConfig, time_steps
 from core import cli
 from core.data.shards import open_dataset
-from core.distributed import Ranks, peak_flops, pick_device, process_group
+from core.distributed import Ranks, peak_flops, process_group
 from core.files import METRICS, markdown_table
 from core.train.logging import versions
 from core.train.optim import OptimizerGroup, build_optimizer
@@ -44,30 +43,22 @@ VARIANTS = {
     "transformers": "transformers",
     "transformers compiled": "transformers, compiled",
     "compiled": "this model, compiled",
+    "portable": "this project, portable kernels",
     "ours": "this project",
 }
-# Categories of kernels by substrings of their names; the first match counts. Kernels without a match are `other`.
-CATEGORIES = {
-    "matrix products, GELU": ("nvjet", "gemm", "cutlass", "splitK", "linear_gelu", "matmul_times", "gelu"),
-    "attention": ("sdpa", "flash", "dot_do_o", "convert_dq", "pack_kernel"),
-    "loss": ("cross_entropy", "softmax", "nll_loss"),
-    "LayerNorm, residual stream": ("norm",),
-    "optimizer, clipping": ("multi_tensor", "Adam", "foreach"),
-}
+FUSED: dict[str, Fused] = {"portable": "portable", "ours": "auto"}  # --fused of a variant; "off" for the others
 
 
 @dataclass
 class Config:
     timing: TimingConfig = field(default_factory=TimingConfig)
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    """Variants to time: transformers, transformers compiled, compiled (this model with torch.compile only), and ours,
-    which is this project."""
+    variants: tuple[str, ...] = ("transformers", "transformers compiled", "compiled", "ours")
+    """Variants to time: transformers, transformers compiled, compiled (this model with torch.compile only), portable
+    (with the kernels that also run on Ampere GPUs; not timed by default), and ours, which is this project."""
     data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """Folder of shards, to time this project with the data loader too. Default: random tokens only."""
     save_every: int = 0
     """Steps between checkpoints, to time this project with checkpoints too; needs --data. 0: no checkpoints."""
-    roofline: bool = False
-    """Measure each matrix shape and attention alone, and compare the parts of this project's step with them."""
     out: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File for all figures (JSON). Default: not written."""
     only: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
@@ -81,27 +72,23 @@ def main(config: Config) -> None:
     check_options(config)
     if config.only:
         with process_group(config.timing.device) as ranks:
-            found = measure_roofline(config, ranks) if config.only == "roofline" else measure(config, ranks)
-        return ranks.log(json.dumps(found))
+            return ranks.log(json.dumps(measure(config, ranks)))
     rows = {}
     with tempfile.TemporaryDirectory() as caches:
         for variant in config.variants:
             rows[variant] = run_variant(config, variant, caches)
         if "ours" in config.variants:
-            quick = replace(config, timing=replace(config.timing, steps=1), data=None, save_every=0, roofline=False)
+            quick = replace(config, timing=replace(config.timing, steps=1), data=None, save_every=0)
             rows["ours"]["first_step_warm_s"] = run_variant(quick, "ours", caches)["first_step_s"]
-        limits = run_variant(config, "roofline", caches) if config.roofline else {}
-    print_report(config, rows, limits)
+    print_report(config, rows)
     if config.out:
         found = {"config": asdict(config), "versions": rows[config.variants[0]]["versions"], "variants": rows}
-        Path(config.out).write_text(json.dumps(found | {"limits": limits}, indent=1) + "\n", encoding="utf-8")
+        Path(config.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def check_options(config: Config) -> None:
     """Raise ValueError for options that can't work, before anything is timed."""
     config.timing.recipe()
-    if config.roofline and pick_device(config.timing.device).type != "cuda":
-        raise ValueError("--roofline measures a GPU, but --device is not a CUDA GPU. Remove --roofline")
     if unknown := set(config.variants) - set(VARIANTS):
         raise ValueError(f"--variants {' '.join(unknown)} is unknown. Choose from {', '.join(VARIANTS)}")
     if config.save_every:
@@ -113,10 +100,9 @@ def check_options(config: Config) -> None:
 def run_variant(config: Config, variant: str, caches: str) -> dict[str, Any]:
     """The figures of a variant, from its own process."""
     options = asdict(config.timing) | {"data": config.data, "save_every": config.save_every}
-    flags = {"activation_checkpointing": options.pop("activation_checkpointing"), "roofline": config.roofline}
-    command = [sys.executable, "-m", "benchmarks.train_step", f"--only={variant}"]
+    recompute = ["--activation-checkpointing"] * options.pop("activation_checkpointing")
+    command = [sys.executable, "-m", "benchmarks.train_step", f"--only={variant}", *recompute]
     command += [f"{cli.option_name(name)}={value}" for name, value in options.items() if value]
-    command += [cli.option_name(name) for name, is_set in flags.items() if is_set]
     folder = f"{caches}/{variant.replace(' ', '-')}"  # Inductor's compiler doesn't quote names with spaces
     print(f"{variant} ...", file=sys.stderr, flush=True)
     output = common.run_command(
@@ -145,7 +131,7 @@ class TransformersLoss(nn.Module):
 def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
     """Speed, memory and time to the first step of the variant `only`."""
     timing, variant, shape = config.timing, str(config.only), PRESETS[config.timing.preset]
-    recipe, system = timing.recipe(), timing.system(ranks, fused=variant == "ours")
+    recipe, system = timing.recipe(), timing.system(ranks, FUSED.get(variant, "off"))
     model: Any = TransformersLoss(shape) if "transformers" in variant else GPT(shape)
     model = model.to(ranks.device)
     if isinstance(model, GPT):
@@ -169,8 +155,6 @@ def measure(config: Config, ranks: Ranks) -> dict[str, Any]:
         found["with_loader"] = time_loader(step_on, config, recipe, ranks)
     if variant == "ours" and config.save_every:
         found["with_saves"] = time_saves(step, config, model, optimizer, ranks)
-    if variant == "ours" and config.roofline:
-        found["parts_ms"] = profile_kernels(step)
     return found
 
 
@@ -210,66 +194,7 @@ def time_saves(
     return {"seconds": seconds, "blocked_s": saver.blocked_seconds, "write_s": saver.write_seconds}
 
 
-def profile_kernels(step: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of a step's kernels, by category."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    times = dict.fromkeys([*CATEGORIES, "other"], 0.0)
-    for event in profile.key_averages():
-        matches = (category for category, names in CATEGORIES.items() if any(name in event.key for name in names))
-        times[next(matches, "other")] += event.self_device_time_total / 1000
-    return times
-
-
-def measure_roofline(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """The minimum milliseconds of each part of a step on this GPU.
-
-    Matrix products and attention: their speed when they run alone. The rest: the speed of a copy, with each tensor read
-    once and written once.
-    """
-    timing, shape = config.timing, PRESETS[config.timing.preset]
-    C, L, V = shape.n_embd, shape.n_layer, shape.padded_vocab_size
-    rows, micro_batches = timing.micro_batch * timing.seq_len, timing.micro_batches(world_size=1)
-    sizes = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C), "head": (C, V)}
-    tflops, products = {}, 0.0
-    for name, (inputs, outputs) in sizes.items():
-        times = time_linear(rows, inputs, outputs, ranks)
-        tflops[name] = [2 * rows * inputs * outputs / ms / 1e9 for ms in times]
-        products += sum(times) * (1 if name == "head" else L)
-    size = (timing.micro_batch, timing.seq_len, shape.n_head, C // shape.n_head)
-    q, k, v, dy = (random_tensor(ranks, *size).transpose(1, 2).requires_grad_() for _ in range(4))
-
-    def attention() -> None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.autograd.grad(y, (q, k, v), dy)
-
-    attention_ms = milliseconds(attention, ranks)
-    big = random_tensor(ranks, 2**30)
-    bytes_per_ms = 2 * big.nbytes / milliseconds(big.clone, ranks)  # read and written
-    parameters = 12 * L * C * C + shape.vocab_size * C
-    packing = 2 * 2 * 3 * rows * C * L / bytes_per_ms  # of queries, keys and values, in both directions
-    limits = {
-        "matrix products, GELU": products * micro_batches,
-        "attention": (attention_ms * L + packing) * micro_batches,
-        "loss": 2 * 2 * rows * V / bytes_per_ms * micro_batches,
-        "LayerNorm, residual stream": 2 * 2 * (4 + 4) * rows * C * L / bytes_per_ms * micro_batches,
-        "optimizer, clipping": (28 + 12) * parameters / bytes_per_ms,
-    }
-    return {"limit_ms": limits, "tflops": tflops, "attention_ms": attention_ms, "copy_tb_per_s": bytes_per_ms / 1e9}
-
-
-def time_linear(rows: int, inputs: int, outputs: int, ranks: Ranks) -> list[float]:
-    """Milliseconds of a linear layer's products: forward, gradient of the input, gradient of the weight."""
-    x, w, dy = (random_tensor(ranks, *size) for size in ((rows, inputs), (outputs, inputs), (rows, outputs)))
-    return [milliseconds(product, ranks) for product in (lambda: x @ w.T, lambda: dy @ w, lambda: dy.T @ x)]
-
-
-def random_tensor(ranks: Ranks, *size: int) -> Tensor:
-    return torch.randn(*size, device=ranks.device, dtype=torch.bfloat16)
-
-
-def print_report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[str, Any]) -> None:
+def print_report(config: Config, rows: dict[str, dict[str, Any]]) -> None:
     """Print the figures. Speedups and details are those of this project, or else of the first variant."""
     timing, own = config.timing, rows.get("ours", rows[config.variants[0]])
     print(
@@ -287,14 +212,6 @@ def print_report(config: Config, rows: dict[str, dict[str, Any]], limits: dict[s
         print(
             f"each blocked training for {median:.0f} ms (median; max {most:.0f}), written in {max(written):.1f} s (max)"
         )
-    if limits:
-        print(f"\n{roofline_table(limits['limit_ms'], own.get('parts_ms', {}))}\n")
-        print(f"limit: {timing.batch_tokens / sum(limits['limit_ms'].values()):.0f} ktok/s")
-        print(f"copy: {limits['copy_tb_per_s']:.2f} TB/s | attention: {limits['attention_ms']:.2f} ms per layer")
-        for name, tflops in limits["tflops"].items():
-            print(
-                f"{name:12} TFLOP/s forward, input gradient, weight gradient: {', '.join(f'{t:.0f}' for t in tflops)}"
-            )
 
 
 def speed_table(rows: dict[str, dict[str, Any]], own: dict[str, Any]) -> str:
@@ -316,13 +233,6 @@ def speed_table(rows: dict[str, dict[str, Any]], own: dict[str, Any]) -> str:
         times = [f"{statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f})", f"{row['first_step_s']:.0f}{warm}"]
         cells.append([VARIANTS[variant], *speeds, *usage, *times])
     return markdown_table(header, cells)
-
-
-def roofline_table(limit_ms: dict[str, float], measured_ms: dict[str, float]) -> str:
-    rows = [(part, measured_ms.get(part, 0.0), limit) for part, limit in (limit_ms | {"other": 0.0}).items()]
-    rows.append(("all", sum(measured_ms.values()), sum(limit_ms.values())))
-    cells = [[part, f"{measured:.1f}", f"{limit:.1f}"] for part, measured, limit in rows]
-    return markdown_table(["part of the step", "ms", "limit, ms"], cells)
 
 
 if __name__ == "__main__":

@@ -166,8 +166,9 @@ def tokens(monkeypatch):
 def build_fused(monkeypatch):
     """Builds the training copy of a model that uses the kernels for a dtype."""
 
-    def build(model, compiled=False, activation_checkpointing=False, dtype=torch.float32):
+    def build(model, compiled=False, activation_checkpointing=False, dtype=torch.float32, portable=False):
         monkeypatch.setattr(ops, "KERNEL_DTYPE", dtype)
+        monkeypatch.setattr(ops, "USE_TMA", not portable)
         return model.training_copy(
             compiled=compiled, stream_dtype=dtype, activation_checkpointing=activation_checkpointing
         )
@@ -175,10 +176,17 @@ def build_fused(monkeypatch):
     return build
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 1e-2)])
-def test_fused_loss_and_gradients_equal_those_of_the_model(build_fused, model, tokens, dtype, tolerance):
+@pytest.mark.parametrize(
+    "dtype, tolerance, portable",
+    [(torch.float32, 2e-6, False), (torch.float16, 1e-2, False), (torch.float32, 2e-6, True)],
+)
+def test_fused_loss_and_gradients_equal_those_of_the_model(
+    build_fused, monkeypatch, model, tokens, dtype, tolerance, portable
+):
     plain, expected = gradients(model, model, tokens)
-    fused, found = gradients(build_fused(model, compiled=False, dtype=dtype), model, tokens)
+    if portable:
+        monkeypatch.delattr(kernels, "linear_gelu")  # needs TMA
+    fused, found = gradients(build_fused(model, dtype=dtype, portable=portable), model, tokens)
     assert fused == pytest.approx(plain, rel=tolerance / 10)
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
