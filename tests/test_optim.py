@@ -215,8 +215,10 @@ def test_new_matrix_of_a_block_is_trained(world, monkeypatch, name):
             super().__init__(config)
             self.extra = nn.Linear(config.n_embd, config.n_embd)
 
-        def forward(self, x, *args):
-            return super().forward(x, *args) + self.extra(x)
+        def forward(self, x, h, next_norm, *args):
+            x, _ = super().forward(x, h, next_norm, *args)
+            x = x + self.extra(h)
+            return x, next_norm(x)
 
     monkeypatch.setattr("model.Block", BlockWithMatrix)
     command = (*TRAIN, "--data", "data/small", "--val-tokens", 640, "--steps", 4, "--save-every", 1, "--keep", 9)

@@ -157,7 +157,7 @@ def test_samples_are_logged_when_due(here, capsys):
 def test_run_json_has_all_settings_and_what_determines_the_numbers(finished):
     facts = json.loads((finished / "run.json").read_text())
     options = {name.removeprefix("--").replace("-", "_") for name in option_names(train.Config)}
-    assert facts.keys() >= options - {"quiet"}
+    assert facts.keys() >= options - {"quiet", "no_verify"} | {"verify"}
     given = {"data": "data/small", "run": "features", "preset": "tiny", "steps": STEPS, "lr": 2e-3, "seed": 1337}
     resolved = {"recipe": "original", "warmup_steps": 0, "dtype": "float32", "compile": "off", "world_size": 1}
     assert {key: facts[key] for key in (*given, *resolved)} == given | resolved
