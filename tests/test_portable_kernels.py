@@ -10,7 +10,8 @@ from conftest import execute
 # Not imported here: test_ops.py sets TRITON_INTERPRET before the first import of triton.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton exists for Linux only")
 
-# Compiles a kernel, with the arguments that a step of GPT-2 124M gives it, to machine code; prints its size.
+# Compiles kernels, with the arguments that a step of GPT-2 124M gives them, to machine code; prints shared memory and
+# size by kernel and compute capability.
 COMPILE = """
 import json, sys
 import triton
@@ -18,11 +19,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from core.ops import kernels
 
-name, capability, signature, constants, warps = json.loads(sys.argv[1])
-signature |= dict.fromkeys(constants, "constexpr")
-source = ASTSource(fn=getattr(kernels, name), signature=signature, constexprs=constants)
-compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-print(compiled.metadata.shared, len(compiled.asm["cubin"]))
+kernels_, capabilities = json.loads(sys.argv[1])
+found = {}
+for name, (signature, constants, warps) in kernels_.items():
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=getattr(kernels, name), signature=signature, constexprs=constants)
+    for capability in capabilities:
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        found[f"{name} {capability}"] = compiled.metadata.shared, len(compiled.asm["cubin"])
+print(json.dumps(found))
 """
 NORM = {"x": "*bf16", "mean": "*fp32", "rstd": "*fp32", "gain": "*fp32", "d_norm": "*bf16", "d_stream": "*bf16"}
 NORM |= {"dx": "*bf16", "sums": "*fp32", "rows": "i32"}
@@ -37,13 +43,20 @@ KERNELS = {  # signature, constants, warps
 SHARED_MEMORY = 99 * 1024  # bytes per block on compute capability 8.6, 8.9 and 12.0, the smallest of these
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+CAPABILITIES = (80, 86, 89, 90, 120)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", COMPILE, json.dumps([KERNELS, CAPABILITIES])]
+    return json.loads(execute(command, folder, True, env).stdout)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_portable_kernels_compile(tmp_path, name, capability):
-    signature, constants, warps = KERNELS[name]
-    argument = json.dumps([name, capability, signature, constants, warps])
-    env = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    printed = execute([sys.executable, "-c", COMPILE, argument], tmp_path, True, env).stdout
-    shared, size = map(int, printed.split())
+def test_the_portable_kernels_compile(compiled, name, capability):
+    shared, size = compiled[f"{name} {capability}"]
     assert size > 1000
     assert shared <= SHARED_MEMORY

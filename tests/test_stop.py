@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TRAIN, children, ended, faulty, lives, on_ranks, refused, run, started, tiny_config, wait_until
+from conftest import (
+    TRAIN,
+    children,
+    ended,
+    faulty,
+    lives,
+    on_ranks,
+    refused,
+    run,
+    started,
+    tiny_config,
+    train_here,
+    wait_until,
+)
 from test_resume import assert_like, reached
 
 import train
@@ -24,6 +37,7 @@ STEPS = 16
 MICRO_BATCHES = 2  # per step
 VAL_BATCHES = 6  # per validation
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4)
+RANKS_COMMAND = (*COMMAND, "--micro-batch", 2)  # 8 micro-batches per step and rank, 24 batches per validation
 HUGE_STEP = ("--batch-tokens", 1_048_576)  # 1024 micro-batches: about 20 s on one CPU core
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -47,8 +61,8 @@ def undisturbed(world):
 
 @pytest.fixture(scope="module")
 def undisturbed_ranks(world):
-    """The same run on two ranks, whose sums round differently."""
-    on_ranks(2, "train.py", *COMMAND, "--run-name", "undisturbed-ranks", cwd=world)
+    """The run on two ranks, whose sums round differently."""
+    on_ranks(2, "train.py", *RANKS_COMMAND, "--run-name", "undisturbed-ranks", cwd=world)
     return world / "logs/undisturbed-ranks"
 
 
@@ -172,26 +186,34 @@ def test_a_huge_step_ends_within_seconds_of_a_signal(world, ranks):
     assert not lines_of(folder, "train")
 
 
-@pytest.mark.parametrize("ranks", [0, 2], ids=["one-process", "two-ranks"])
-def test_a_slow_step_is_abandoned_and_the_resume_repeats_it(world, tmp_path, undisturbed, undisturbed_ranks, ranks):
-    """From the second micro-batch of step 6 on, each takes 0.2 s; a step has 16, and the signal goes to one rank."""
-    folder, micro_batch = world / f"logs/slow-step-{ranks}", ("--micro-batch", 1 if ranks else 2)
+def stop_in_slow_step(world, tmp_path, name, command, micro_batches, ranks=0):
+    """Run a training whose micro-batches take 1 s from the second one of step 6 on, and stop one of its ranks there."""
     marker = tmp_path / "in_step_6"
-    script = faulty(tmp_path / "slow.py", "call > 81", f"open({str(marker)!r}, 'w').close(); time.sleep(0.2)")
-    whole = world / f"logs/whole-step-{ranks}"
-    start_run = (lambda *args: on_ranks(ranks, *args, cwd=world)) if ranks else (lambda *args: run(*args, cwd=world))
-    start_run("train.py", *COMMAND, *micro_batch, "--run-name", whole.name)
-    with started(script, *COMMAND, *micro_batch, "--run-name", folder.name, cwd=world, ranks=ranks) as process:
+    fault = f"open({str(marker)!r}, 'w').close(); time.sleep(1)"
+    script = faulty(tmp_path / "slow.py", f"call > {5 * micro_batches + 1}", fault)
+    with started(script, *command, "--run-name", name, cwd=world, ranks=ranks) as process:
         assert wait_until(marker.is_file, process)
         start = time.monotonic()
         os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
         result = ended(process)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 5
     assert result.returncode == 0, result.stderr
-    assert f"stopped after step 5/{STEPS}" in result.stdout
-    assert saved_steps(folder) == [5]
-    start_run("train.py", *COMMAND, *micro_batch, "--run-name", folder.name)
-    assert_like(folder, whole, STEPS)
+    assert f"stopped after step 5/{STEPS}." in result.stdout
+    assert saved_steps(world / "logs" / name) == [5]
+
+
+def test_a_slow_step_is_abandoned_and_the_resume_repeats_it(world, tmp_path):
+    command = (*COMMAND, "--micro-batch", 4)
+    stop_in_slow_step(world, tmp_path, "slow-step", command, micro_batches=8)
+    for name in ("slow-step", "fast-step"):
+        train_here(*command, "--run", name, cwd=world)
+    assert_like(world / "logs/slow-step", world / "logs/fast-step", STEPS)
+
+
+def test_a_signal_to_one_of_two_ranks_abandons_the_step_of_both(world, tmp_path, undisturbed_ranks):
+    stop_in_slow_step(world, tmp_path, "slow-step-ranks", RANKS_COMMAND, micro_batches=8, ranks=2)
+    on_ranks(2, "train.py", *RANKS_COMMAND, "--run-name", "slow-step-ranks", cwd=world)
+    assert_like(world / "logs/slow-step-ranks", undisturbed_ranks, STEPS)
 
 
 SIGNAL_IN_VALIDATION = """
@@ -205,7 +227,7 @@ count, autocast = 0, validation.autocast
 def interrupted(*args):
     global count
     count += 1
-    if os.environ["RANK"] == "1" and count == 5:  # each rank has three batches per validation
+    if os.environ["RANK"] == "1" and count == 24 + 5:  # in the second validation, after step 4
         os.kill(os.getpid(), signal.SIGTERM)
     return autocast(*args)
 
@@ -217,7 +239,7 @@ cli.run(train.main, train.Config, "")
 def test_a_signal_to_one_rank_ends_the_validation_of_both(world, tmp_path, undisturbed_ranks):
     script, folder = tmp_path / "in_validation.py", world / "logs/stopped-validation-ranks"
     script.write_text(SIGNAL_IN_VALIDATION, encoding="utf-8")
-    command = (*COMMAND, "--run-name", folder.name)
+    command = (*RANKS_COMMAND, "--run-name", folder.name)
     assert f"stopped after step 4/{STEPS}" in on_ranks(2, script, *command, cwd=world).stdout
     assert (lines_of(folder, "val"), saved_steps(folder)) == ([0], [4])
     on_ranks(2, "train.py", *command, cwd=world)

@@ -141,7 +141,8 @@ def resolve_recipe(
             f"Use --tokens {values.first_batch_tokens} or more"
         )
     tokens = batches.sequences_before(steps) * seq_len
-    values = replace(values, **scaled_to_length(name, values, steps, tokens) | overrides_of_length(overrides))
+    scaled = scaled_to_length(name, values, steps, tokens)
+    values = replace(values, **{key: value for key, value in scaled.items() if key not in overrides})
     cli.check_between(0, steps, warmup_steps=values.warmup_steps)
     cli.check_between(0, 2**63 - 1, short_tokens=values.short_tokens)
     if values.short_tokens >= tokens and values.short_seq_len < seq_len:
@@ -177,10 +178,6 @@ def scaled_to_length(name: str, values: RecipeValues, steps: int, tokens: int) -
         "warmup_steps": min(values.warmup_steps, steps // 10),
         "short_tokens": min(values.short_tokens, 4 * tokens // 10),
     }
-
-
-def overrides_of_length(overrides: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in overrides.items() if key in ("warmup_steps", "short_tokens")}
 
 
 def check_values(values: RecipeValues) -> None:
