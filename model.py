@@ -242,14 +242,14 @@ class GPT(nn.Module):
         compiled: embedding, block and loss are compiled, each by itself. All blocks share one compiled function:
         compile time doesn't depend on the depth, and DDP reduces gradients of one block during those of the next.
         """
-        twin = copy.copy(self)
-        twin.stream_dtype, twin.activation_checkpointing = stream_dtype, activation_checkpointing
+        training = copy.copy(self)
+        training.stream_dtype, training.activation_checkpointing = stream_dtype, activation_checkpointing
         if compiled:
             compiler = partial(torch.compile, dynamic=False)
-            twin.embed = compiler(twin.embed)  # type: ignore[method-assign]
-            twin.run_block = compiler(Block.forward)  # type: ignore[method-assign]
-            twin.cross_entropy = compiler(twin.cross_entropy)  # type: ignore[method-assign]
-        return twin
+            training.embed = compiler(training.embed)  # type: ignore[method-assign]
+            training.run_block = compiler(training.run_block)  # type: ignore[method-assign]
+            training.cross_entropy = compiler(training.cross_entropy)  # type: ignore[method-assign]
+        return training
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The tied head without padding: (..., C) -> (..., vocab_size)."""

@@ -130,7 +130,7 @@ def train_step(
     loss_sum = torch.zeros((), device=ranks.device)
     for i in range(accumulation):
         interrupts.heartbeat()
-        if interrupts.stop_now(ranks):
+        if interrupts.stop_step(ranks):
             return None
         inputs, targets = ranks.to_device(*next(batches))  # (B, T)
         is_last = i == accumulation - 1
@@ -169,7 +169,7 @@ def evaluate(
 ) -> None:
     """Run and log the evaluations that are due at this step, except those that are `already_logged`.
 
-    A signal ends them: a resume runs them again. The evaluations of the last step complete.
+    A signal ends them, LAMBADA before it starts: a resume runs them again. Those of the last step complete.
     """
 
     def stop() -> bool:

@@ -5,6 +5,7 @@ A folder appears by rename, complete or not at all, and contains the sha256 of e
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,11 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
     path, run = folder / TRAINING_STATE, folder.parent.parent
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a malicious pickle can make the reader raise anything
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} contains more than plain values and tensors. Use another checkpoint") from None
+    except RuntimeError as error:  # also a lack of memory
         raise ValueError(
-            f"{path} contains more than plain values and tensors ({type(error).__name__}). Delete this checkpoint"
+            f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
     for name, value in fixed_settings.items():
         if name not in state["settings"]:

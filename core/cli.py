@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import tyro
 from tqdm import tqdm
 
-Config = TypeVar("Config")
+Options = TypeVar("Options")
 REMEDIES = {  # for errors of the operating system that concern a path
     errno.ENOENT: "check the path",
     errno.EISDIR: "name a file in it",
@@ -40,7 +40,7 @@ class Terminal:
 terminal = Terminal()
 
 
-def run(main: Callable[[Config], None], config_type: type[Config], description: str | None) -> None:
+def run(main: Callable[[Options], None], config_type: type[Options], description: str | None) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
     ValueError and OSError are errors that a user can cause: they end in one line and exit status 2. With TRACEBACK=1
@@ -60,7 +60,7 @@ def run(main: Callable[[Config], None], config_type: type[Config], description: 
         sys.exit(130)
 
 
-def parse(config_type: type[Config], description: str | None = None, args: list[str] | None = None) -> Config:
+def parse(config_type: type[Options], description: str | None = None, args: list[str] | None = None) -> Options:
     """The command line, or `args`, as a `config_type`. Exits with status 2 on an unknown option or value."""
     return tyro.cli(config_type, description=description, args=args, config=STYLE)
 

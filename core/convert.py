@@ -3,8 +3,11 @@
 A network that was modified in model.py isn't a GPT-2 for other programs: its config.json gets another model type.
 """
 
+import inspect
 import json
 import math
+import pickle
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +34,6 @@ HF_CONSTANTS = {
 }
 # What config.json says of a network that computes something else than GPT-2: `transformers` knows neither value.
 MODIFIED = {"architectures": ["ModifiedGPT2"], "model_type": "gpt2_modified", "activation_function": "modified"}
-COMPARED_TOKENS = 384  # enough to notice attention that is limited to 256 tokens
 # Keys of config.json that determine the logits; an absent key has the value of HF_CONSTANTS.
 ARCHITECTURE_KEYS = (
     "model_type",
@@ -53,9 +55,32 @@ def load_pretrained(name_or_folder: str | Path) -> GPT:
         folder = download(str(name_or_folder))
     model = GPT(read_config(folder / "config.json"), seed=None)
     load_hf_state(model, read_weights(folder))
+    check_network(model, folder / "config.json")
     return model
 
 
+@torch.no_grad()
+def check_network(model: GPT, path: Path) -> None:
+    """Raise ValueError where a folder was written by a modified network, and model.py computes another one."""
+    saved = json.loads(path.read_text(encoding="utf-8")).get("modified_logits")
+    if saved is None:
+        return
+    logits, expected = sample_logits(model), torch.tensor(saved)
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+        raise ValueError(
+            f"{path.parent} was trained with a modified model.py, and this model.py computes another network. "
+            f"Use {path.with_name('model.py')} in its place"
+        )
+
+
+def sample_logits(model: GPT) -> Tensor:
+    """The logits of the first 64 ids after one random sequence of the full context, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, model.config.n_positions), generator=generator)
+    return model.logits(model.hidden(tokens.to(model.device))[0, -1])[:64].cpu()
+
+
+@torch.no_grad()
 def save_pretrained(
     model: GPT, folder: str | Path, end_of_text_id: int | None = None, is_gpt2: bool | None = None
 ) -> None:
@@ -68,8 +93,11 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = {"bos_token_id": end_of_text_id, "eos_token_id": end_of_text_id}
+    config = HF_CONSTANTS | asdict(model.config) | special
     is_gpt2 = computes_gpt2(model) if is_gpt2 is None else is_gpt2
-    config = HF_CONSTANTS | asdict(model.config) | special | ({} if is_gpt2 else MODIFIED)
+    if not is_gpt2:
+        config |= MODIFIED | {"modified_logits": sample_logits(model).tolist()}
+        shutil.copyfile(str(inspect.getsourcefile(type(model))), folder / "model.py")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
     save_file(hf_state(model), folder / "model.safetensors", metadata={"format": "pt"})
@@ -88,9 +116,7 @@ def read_config(path: Path) -> GPTConfig:
         raise ValueError(f"{path} is not the config.json of a GPT-2: it isn't UTF-8 text") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the config.json of a GPT-2: {error}") from None
-    is_modified = (
-        hf.get("model_type") == MODIFIED["model_type"]
-    )  # by this project: the model.py that trained it loads it
+    is_modified = hf.get("model_type") == MODIFIED["model_type"]
     expected = HF_CONSTANTS | (MODIFIED if is_modified else {})
     for key in ARCHITECTURE_KEYS:
         if hf.get(key, expected[key]) != expected[key]:
@@ -115,10 +141,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)
             return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        except OSError:
+        except (OSError, MemoryError):
             raise
-        except Exception as error:  # a malicious pickle can make the reader raise anything
-            raise ValueError(f"{pickled} is damaged or contains more than tensors ({type(error).__name__})") from None
+        except pickle.UnpicklingError:
+            raise ValueError(f"{pickled} contains more than tensors. Use a file of tensors only") from None
+        except Exception as error:  # a damaged file can make the reader raise anything
+            raise ValueError(f"{pickled} can't be read as tensors ({type(error).__name__}). Fetch it again") from None
     raise ValueError(f"{folder} contains neither model.safetensors nor pytorch_model.bin")
 
 
@@ -175,10 +203,10 @@ def hf_view(model: GPT, name: str, p: Tensor) -> Tensor:
 def computes_gpt2(model: GPT, tolerance: float = 1e-3) -> bool:
     """Whether the network in model.py computes GPT-2: its logits equal those of an independent forward.
 
-    Compared at the end of one random sequence, relative to the largest logit.
+    Compared at the end of one random sequence of the full context, relative to the largest logit.
     """
     generator = torch.Generator().manual_seed(0)
-    size = (1, min(model.config.n_positions, COMPARED_TOKENS))
+    size = (1, model.config.n_positions)
     tokens = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
     logits, expected = model.logits(model.hidden(tokens)[:, -8:]), reference_logits(model, tokens, last=8)
     difference = (logits - expected).abs().max()

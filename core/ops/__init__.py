@@ -2,8 +2,8 @@
 
 A kernel body (Triton, with its own backward) computes the same up to rounding, and reads and writes memory less often.
 `select_kernels` decides once per run whether kernel bodies are used. An operator falls back to its plain body where a
-kernel doesn't apply: for another activation or normalization than GPT-2's, or in float32. The portable kernels don't
-use the tensor memory accelerator (TMA) of Hopper GPUs.
+kernel doesn't apply: for another activation, normalization or linear layer than GPT-2's, or in float32. The portable
+kernels don't use the tensor memory accelerator (TMA) of Hopper GPUs.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def gelu(x: Tensor) -> Tensor:
 def split_heads(x: Tensor, linear: nn.Linear, n_head: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, each (B, H, T, D): linear(x) of x (B, T, C), split among the heads."""
     B, T, C = x.shape
-    if (dtype := kernel_dtype(x)) is not None:
+    if (dtype := kernel_dtype(x)) is not None and is_plain(linear):
         return SplitHeads.apply(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype), n_head)
     return linear(x).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -44,9 +44,21 @@ def kernel_dtype(x: Tensor) -> torch.dtype | None:
     return KERNEL_DTYPE if is_selected else None
 
 
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether each is a Linear or LayerNorm of PyTorch with weight and bias: what a kernel body computes."""
+    return all(
+        type(module) in (nn.Linear, nn.LayerNorm)
+        and module.weight is not None
+        and module.bias is not None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        for module in modules
+    )
+
+
 def add_linear(x: Tensor, y: Tensor, linear: nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """x + linear(y), and norm of it: the residual stream (B, T, C) and the input of the next layer, (B, T, C)."""
-    if x.dtype == KERNEL_DTYPE and type(norm) is nn.LayerNorm:
+    if x.dtype == KERNEL_DTYPE and is_plain(linear, norm):
         return add_norm(x, y.to(x.dtype).flatten(0, 1) @ linear.weight.to(x.dtype).T, linear.bias, norm)
     x = x + linear(y)
     return x, norm(x).to(x.dtype)
@@ -56,13 +68,13 @@ def add_mlp(
     x: Tensor, h: Tensor, fc: nn.Linear, activation: Callable[[Tensor], Tensor], proj: nn.Linear, norm: nn.Module
 ) -> tuple[Tensor, Tensor]:
     """x + proj(activation(fc(h))), and norm of it; both (B, T, C)."""
-    if x.dtype == KERNEL_DTYPE and USE_TMA and activation is gelu and type(norm) is nn.LayerNorm:
+    if x.dtype == KERNEL_DTYPE and USE_TMA and activation is gelu and is_plain(fc, proj, norm):
         weights = (weight.to(x.dtype) for weight in (fc.weight, fc.bias, proj.weight))
         return add_norm(x, GeluMLP.apply(h.to(x.dtype).flatten(0, 1), *weights), proj.bias, norm)
     return add_linear(x, activation(fc(h)), proj, norm)
 
 
-def add_norm(x: Tensor, branch: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def add_norm(x: Tensor, branch: Tensor, bias: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """x (B, T, C) + branch (B T, C) + bias (C,), and its LayerNorm; both (B, T, C)."""
     total, normal = AddNorm.apply(x.flatten(0, 1), branch, bias, norm.weight, norm.bias, norm.eps)
     return total.view_as(x), normal.view_as(x)

@@ -1,4 +1,6 @@
-"""The Triton kernels of core/ops, for NVIDIA Hopper GPUs, each registered as an operator for torch.compile.
+"""The Triton kernels of core/ops, each registered as an operator for torch.compile.
+
+linear_gelu and matmul_times use TMA: they need NVIDIA Hopper or B200. The others run from compute capability 8.0 on.
 
 With TRITON_INTERPRET=1 they run on the CPU, where tests compare each with plain PyTorch. LOG.md has their speedups.
 """

@@ -8,7 +8,16 @@ import tyro
 from core import cli
 from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS
 from core.train.optim import OPTIMIZERS
-from core.train.recipe import FIRST_PHASE_STEPS, INITIALIZERS, LR_SCHEDULES, RECIPES, Recipe, RecipeValues
+from core.train.recipe import (
+    FIRST_PHASE_STEPS,
+    INITIALIZERS,
+    LR_SCHEDULES,
+    RECIPES,
+    SMALL_BATCH_TOKENS,
+    SMALL_FIRST_BATCH_TOKENS,
+    Recipe,
+    RecipeValues,
+)
 from model import PRESETS, GPTConfig
 
 
@@ -84,14 +93,17 @@ class RecipeConfig:
     ] = None
     batch_tokens: Annotated[
         int | None,
-        recipe_option("batch_tokens", "Maximum tokens per optimizer step, over all ranks; demo and tiny: 8192."),
+        recipe_option(
+            "batch_tokens",
+            f"Maximum tokens per optimizer step, over all ranks; {SMALL_BATCH_TOKENS} for demo and tiny.",
+        ),
     ] = None
     first_batch_tokens: Annotated[
         int | None,
         recipe_option(
             "first_batch_tokens",
             f"Tokens per step in the first {FIRST_PHASE_STEPS} steps. The batch doubles each time the tokens seen "
-            f"quadruple.",
+            f"quadruple. speedrun with demo and tiny: {SMALL_FIRST_BATCH_TOKENS}.",
         ),
     ] = None
     short_tokens: Annotated[

@@ -36,13 +36,17 @@ class Interrupts:
         """Stop the hang timer before slow work. Collectives keep the timeout of the process group."""
         faulthandler.cancel_dump_traceback_later()
 
-    def stop_now(self, ranks: Ranks) -> bool:
+    def stop_step(self, ranks: Ranks) -> bool:
         """Whether to stop in the middle of a step; the same on every rank. All ranks must call it.
 
         Several GPUs complete their step first: agreement would make the host wait for the device.
         """
         if ranks.world_size > 1 and ranks.device.type == "cuda":
             return False
+        return self.stop_now(ranks)
+
+    def stop_now(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop; the same on every rank. All ranks must call it."""
         return ranks.all_reduce([self.stop_requested])[0] > 0
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:

@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 ```"""
-MODIFIED_USAGE = """This network is a modified GPT-2, which `transformers` refuses. With the model.py of the revision
-above, `GPT.from_pretrained({folder!r})` loads it."""
+MODIFIED_USAGE = """This network is a modified GPT-2, which `transformers` refuses. With the model.py in this folder,
+`GPT.from_pretrained({folder!r})` loads it."""
 
 
 def model_card(run: Path, manifest: dict[str, Any], step: int, is_gpt2: bool = True) -> str:

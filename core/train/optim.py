@@ -105,7 +105,7 @@ def build_muon(model: GPT, recipe: Recipe, ranks: Ranks) -> list[torch.optim.Opt
     """Muon for the matrices of the blocks, AdamW for the rest."""
     stacks: dict[tuple[str, torch.Size], list[Tensor]] = {}  # by name within the block, and by shape
     for name, p in model.transformer.h.named_parameters():
-        if p.dim() == 2:
+        if p.dim() == 2 and p.requires_grad:
             stacks.setdefault((name.partition(".")[2], p.shape), []).append(p)
     # Queries, keys and values are three matrices: as one, the final loss was 0.05 higher (LOG.md).
     groups = [
@@ -143,7 +143,7 @@ class Muon(torch.optim.Optimizer):
         keep = 1 - self.found_inf  # 0 where the step is to be skipped
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
-            grads = torch.stack([p.grad for p in params])  # (L, out, in)
+            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])  # (L, out, in)
             grads = grads.where(keep > 0, 0)  # NaN times 0 is NaN
             state = self.state[params[0]]  # one tensor for all matrices of the group
             if not state:

@@ -63,6 +63,7 @@ class Saver:
 
         Raises SynchronizedError where a weight isn't finite: the last update can overflow after a finite loss.
         """
+        start = self._clock.mark()
         if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
             raise SynchronizedError(
                 f"step {state['step']} produced weights that aren't finite; no checkpoint contains them. "
@@ -78,7 +79,6 @@ class Saver:
                     "warning: model.py doesn't compute GPT-2. Checkpoints are marked as gpt2_modified: transformers "
                     "refuses them. This project reads them with the same model.py"
                 )
-        start = self._clock.mark()
         self.wait()
         self._snapshot(model, state)
         self._thread = threading.Thread(target=self._write, args=(start, self._clock.mark()))
@@ -96,7 +96,7 @@ class Saver:
     def _write(self, start: Any, end: Any) -> None:
         assert self._model_copy is not None and self._state_copy is not None
         self.blocked_seconds.append(self._clock.seconds(start, end))  # waits until the copy is complete
-        begin, step = time.perf_counter(), self._state_copy["step"]
+        write_start, step = time.perf_counter(), self._state_copy["step"]
         try:
             folder = checkpoint.save(
                 self._run,
@@ -115,7 +115,7 @@ class Saver:
             self._log(f"warning: {self._failure}; earlier checkpoints are intact")
         else:
             self._failure = None
-            self.write_seconds.append(time.perf_counter() - begin)
+            self.write_seconds.append(time.perf_counter() - write_start)
             blocked = 1000 * self.blocked_seconds[-1]
             self._log(f"saved {folder} | blocked training {blocked:.0f} ms | written in {self.write_seconds[-1]:.1f} s")
 
@@ -132,9 +132,9 @@ class Saver:
         for folder in folders[: -self._keep]:
             if self._keep_multiple and checkpoint.step_of(folder) % self._keep_multiple == 0:
                 continue
-            doomed = folder.with_name(f".{folder.name}.old")  # renamed first: a partly deleted one never shows
-            os.replace(folder, doomed)
-            shutil.rmtree(doomed)
+            to_delete = folder.with_name(f".{folder.name}.old")  # renamed first: a partly deleted one never shows
+            os.replace(folder, to_delete)
+            shutil.rmtree(to_delete)
 
     def wait(self) -> None:
         """Wait until the checkpoint in progress is written, or has failed."""

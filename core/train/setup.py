@@ -153,9 +153,9 @@ def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
 
 def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run may not change: its steps would not be those of an uninterrupted run."""
-    settings = {name: getattr(recipe, name) for name in ("seq_len", *SETTINGS)}
-    settings |= {"preset": config.run.preset, "seed": config.run.seed, "init_from": config.run.init_from}
-    return settings | {"val_tokens": config.evaluation.val_tokens, "manifest_hash": dataset.manifest_hash}
+    settings = {"preset": config.run.preset, "seed": config.run.seed, "init_from": config.run.init_from}
+    settings |= {"val_tokens": config.evaluation.val_tokens, "manifest_hash": dataset.manifest_hash}
+    return settings | {name: getattr(recipe, name) for name in ("seq_len", *SETTINGS)}
 
 
 @contextlib.contextmanager
