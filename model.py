@@ -110,11 +110,11 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, h: Tensor, norm: nn.Module, append: AppendKV | None, visible: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x + attention(h), and norm of it; all (B, T, C)."""
-        q, k, v = ops.split_heads(h, self.c_attn, self.n_head)  # (B, H, T, D) each
+        q, k, v = ops.project_heads(h, self.c_attn, self.n_head)  # (B, H, T, D) each
         if append is not None:
             k, v = append(k, v)  # (B, H, S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)  # (B, H, T, D)
-        return ops.add_linear(x, y.transpose(1, 2).reshape(x.shape), self.c_proj, norm)  # x + c_proj(y)
+        return ops.add_linear_norm(x, y.transpose(1, 2).reshape(x.shape), self.c_proj, norm)  # x + c_proj(y)
 
 
 class MLP(nn.Module):
@@ -125,10 +125,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """x + mlp(h), and norm of it; all (B, T, C)."""
-        return ops.add_mlp(x, h, self.c_fc, ops.gelu, self.c_proj, norm)  # x + c_proj(gelu(c_fc(h)))
+        return ops.add_mlp_norm(x, h, self.c_fc, ops.gelu, self.c_proj, norm)  # x + c_proj(gelu(c_fc(h)))
 
 
 class Block(nn.Module):
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x)), as in the GPT-2 paper (pre-norm).
+
+    The addition to x and the LayerNorm after it are one operator, as they are one kernel. Therefore attention and MLP
+    receive x and its LayerNorm h, and the norm that comes next; they return the new x and its norm.
+    """
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON)
@@ -161,10 +167,12 @@ class GPT(nn.Module):
         """Random weights, the same on every device for a seed; seed None leaves them uninitialized, to be loaded."""
         super().__init__()
         self.config = config
-        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: float32, in training with autocast
+        self.stream_dtype: torch.dtype | None = None  # of the residual stream; None: see `embed`
         self.activation_checkpointing = False  # True: keep only the inputs of blocks, and recompute the rest
         with torch.device("meta"):  # skips the default initialization
             self.transformer = Transformer(config)
+        for name, _ in self.named_buffers():
+            raise ValueError(f"buffer {name} would be uninitialized. Compute it in forward, or make it a parameter")
         self.to_empty(device="cpu")
         if seed is not None:
             self._initialize(torch.Generator().manual_seed(seed))
@@ -172,9 +180,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator) -> None:
         """N(0, 0.02) as in the paper and OpenAI's code; positions 0.01; residual projections scaled by 1/sqrt(2L)."""
+        gains = {id(m.weight) for m in self.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)}
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                p.fill_(1.0 if ".ln_" in name and name.endswith(".weight") else 0.0)
+                p.fill_(1.0 if id(p) in gains else 0.0)
             else:
                 std = 0.01 if ".wpe." in name else 0.02
                 if name.endswith("c_proj.weight"):  # two per block are added to the residual stream

@@ -208,7 +208,11 @@ def computes_gpt2(model: GPT, tolerance: float = 1e-3) -> bool:
     generator = torch.Generator().manual_seed(0)
     size = (1, model.config.n_positions)
     tokens = torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
-    logits, expected = model.logits(model.hidden(tokens)[:, -8:]), reference_logits(model, tokens, last=8)
+    logits = model.logits(model.hidden(tokens)[:, -8:])
+    try:
+        expected = reference_logits(model, tokens, last=8)
+    except (KeyError, RuntimeError):  # parameters with other names or shapes than those of GPT-2
+        return False
     difference = (logits - expected).abs().max()
     return not difference > tolerance * expected.abs().max()  # NaN of a diverged model says nothing
 

@@ -93,6 +93,17 @@ def edited_copy(folder, edit):
     return folder
 
 
+def test_another_network_than_the_one_that_was_trained_is_refused(compared):
+    edit, folder, _ = compared
+    load = [sys.executable, "-c", "import sys; from core.checkpoint import load_model; load_model(sys.argv[1])"]
+    result = execute([*load, str(folder / "saved")], ROOT, False, {})
+    if edit is None:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert "was trained with a modified model.py, and this model.py computes another network" in result.stderr
+        assert (folder / "saved/model.py").read_text() == (folder / "model.py").read_text()
+
+
 @pytest.fixture(scope="module", params=[None, *EDITS])
 def compared(request, tmp_path_factory):
     """An edit, the folder with it, and what COMPARE prints there."""

@@ -226,3 +226,40 @@ def test_all_blocks_and_steps_share_one_compiled_block(build_fused, model, token
         assert found[0] == pytest.approx(expected[0], rel=1e-6)
         assert all(error(found[1][name], gradient) < 2e-6 for name, gradient in expected[1].items())
         assert counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("change", ["linear-subclass", "hook", "no-bias", "norm-without-bias"])
+def test_modules_that_a_kernel_does_not_compute_use_the_plain_body(build_fused, model, tokens, change):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block, width = model.transformer.h[0], SHAPE.n_embd
+    if change == "linear-subclass":
+        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            linear.__class__ = Doubled
+    elif change == "hook":
+        block.mlp.c_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif change == "no-bias":
+        block.attn.c_attn = torch.nn.Linear(width, 3 * width, bias=False)
+    else:
+        block.ln_2 = torch.nn.LayerNorm(width, bias=False)
+    plain, expected = gradients(model, model, tokens)
+    fused, found = gradients(build_fused(model), model, tokens)
+    assert fused == pytest.approx(plain, rel=2e-7)
+    assert all(error(gradient, expected[name]) < 2e-6 for name, gradient in found.items())
+
+
+def test_the_compiled_training_copy_runs_an_edited_run_block(build_fused, model, tokens, monkeypatch):
+    def half(self, block, x, *inputs):
+        x, h = block(x, *inputs)
+        return 0.5 * x, 0.5 * h
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: compile_(function, backend="eager"))
+    unedited, _ = gradients(model, model, tokens)
+    monkeypatch.setattr(GPT, "run_block", half)
+    edited, _ = gradients(model, model, tokens)
+    compiled, _ = gradients(build_fused(model, compiled=True), model, tokens)
+    assert compiled == pytest.approx(edited, rel=1e-6)
+    assert abs(compiled - unedited) > 1e-4

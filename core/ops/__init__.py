@@ -30,11 +30,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def split_heads(x: Tensor, linear: nn.Linear, n_head: int) -> tuple[Tensor, ...]:
+def project_heads(x: Tensor, linear: nn.Linear, n_head: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, each (B, H, T, D): linear(x) of x (B, T, C), split among the heads."""
     B, T, C = x.shape
     if (dtype := kernel_dtype(x)) is not None and is_plain(linear):
-        return SplitHeads.apply(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype), n_head)
+        return ProjectHeads.apply(x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype), n_head)
     return linear(x).view(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -56,7 +56,7 @@ def is_plain(*modules: nn.Module) -> bool:
     )
 
 
-def add_linear(x: Tensor, y: Tensor, linear: nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def add_linear_norm(x: Tensor, y: Tensor, linear: nn.Linear, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """x + linear(y), and norm of it: the residual stream (B, T, C) and the input of the next layer, (B, T, C)."""
     if x.dtype == KERNEL_DTYPE and is_plain(linear, norm):
         return add_norm(x, y.to(x.dtype).flatten(0, 1) @ linear.weight.to(x.dtype).T, linear.bias, norm)
@@ -64,14 +64,14 @@ def add_linear(x: Tensor, y: Tensor, linear: nn.Linear, norm: nn.Module) -> tupl
     return x, norm(x).to(x.dtype)
 
 
-def add_mlp(
+def add_mlp_norm(
     x: Tensor, h: Tensor, fc: nn.Linear, activation: Callable[[Tensor], Tensor], proj: nn.Linear, norm: nn.Module
 ) -> tuple[Tensor, Tensor]:
     """x + proj(activation(fc(h))), and norm of it; both (B, T, C)."""
     if x.dtype == KERNEL_DTYPE and USE_TMA and activation is gelu and is_plain(fc, proj, norm):
         weights = (weight.to(x.dtype) for weight in (fc.weight, fc.bias, proj.weight))
         return add_norm(x, GeluMLP.apply(h.to(x.dtype).flatten(0, 1), *weights), proj.bias, norm)
-    return add_linear(x, activation(fc(h)), proj, norm)
+    return add_linear_norm(x, activation(fc(h)), proj, norm)
 
 
 def add_norm(x: Tensor, branch: Tensor, bias: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
@@ -99,8 +99,8 @@ def masked_logits(x: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
     return logits.masked_fill(padding, -torch.inf)
 
 
-class SplitHeads(Function):
-    """The kernel body of `split_heads`. Backward packs and sums the gradients of q, k and v in one pass."""
+class ProjectHeads(Function):
+    """The kernel body of `project_heads`. Backward packs and sums the gradients of q, k and v in one pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, n_head: int) -> tuple[Tensor, ...]:

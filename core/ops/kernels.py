@@ -1,8 +1,7 @@
-"""The Triton kernels of core/ops, each registered as an operator for torch.compile.
+"""The Triton kernels of core/ops, each registered as an operator for torch.compile. LOG.md has their speedups.
 
 linear_gelu and matmul_times use TMA: they need NVIDIA Hopper or B200. The others run from compute capability 8.0 on.
-
-With TRITON_INTERPRET=1 they run on the CPU, where tests compare each with plain PyTorch. LOG.md has their speedups.
+With TRITON_INTERPRET=1 they run on the CPU, where tests compare each with plain PyTorch.
 """
 
 import torch
@@ -11,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Output tile of a program and depth of its loop; GROUP_M row tiles are scheduled together, as they share weights in the
-# L2 cache.
+# Output tile of a program and depth of its loop; GROUP_M row tiles that share weights in the L2 cache run together.
 TILE_M, TILE_N, TILE_K = 128, 128, 64
 PRODUCT = {"TILE_M": TILE_M, "TILE_N": TILE_N, "TILE_K": TILE_K, "GROUP_M": 8, "num_warps": 4, "num_stages": 2}
 NORM_PROGRAMS = 792  # six per multiprocessor of an H200

@@ -28,8 +28,8 @@ class RunConfig:
     data: str = DEFAULT_DATA
     """Folder of token shards that fineweb.py wrote."""
     name: Annotated[str | None, cli.DEFAULT_IN_HELP, tyro.conf.arg(name="run", aliases=["--run-name"])] = None
-    """Name of the run; its folder is logs/RUN. Default: the name of the preset. Under torchrun, which has a --run-path,
-    write --run-name."""
+    """Name of the run; its folder is logs/RUN. Default: the name of the preset. With torchrun use
+    --run-name: torchrun takes --run for its own --run-path."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
     """Model size: 124M, 355M, 774M, 1558M parameters, and two small ones for the demo and for tests."""
     seed: int = 1337
@@ -63,7 +63,10 @@ class RecipeConfig:
         Literal[tuple(OPTIMIZERS)] | None,  # type: ignore[valid-type]
         recipe_option("optimizer", "Optimizer of the block matrices. AdamW updates all other weights."),
     ] = None
-    lr: Annotated[float | None, recipe_option("lr", "Peak learning rate of the block matrices.")] = None
+    lr: Annotated[
+        float | None,
+        recipe_option("lr", "Peak learning rate of the block matrices. original with adamw: of all weights."),
+    ] = None
     embed_lr: Annotated[
         float | None,
         recipe_option(
@@ -144,7 +147,7 @@ class SystemConfig:
     """Triton kernels of core/ops, for bfloat16 on NVIDIA GPUs. on: all, for Hopper and B200. portable: those that also
     run on Ampere, Ada and other Blackwell GPUs. auto: the most that the GPU supports."""
     device: str = "auto"
-    """auto, cuda, mps or cpu."""
+    """auto, cuda, cuda:1, mps or cpu."""
     profile: bool = False
     """Record three early steps: prints the ten slowest kernels and writes logs/RUN/trace.json.gz."""
 
@@ -182,7 +185,8 @@ class CheckpointConfig:
     keep_every: int = 5
     """Keep every Nth checkpoint permanently; 0: none."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: resume from the newest valid checkpoint. never: refuse an existing run; restarts by torchrun resume."""
+    """auto: resume from the newest valid checkpoint. never: end with an error if the run exists; a restart by torchrun
+    --max-restarts still resumes."""
     max_bad_steps: int = 10
     """Maximum number of skipped steps. A step whose loss or gradient isn't finite is skipped: it changes no weight."""
     hang_timeout: float = 600
