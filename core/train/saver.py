@@ -43,7 +43,7 @@ class Saver:
         self.blocked_seconds: list[float] = []  # training waited this long for each snapshot
         self.write_seconds: list[float] = []
         self._clock = DeviceClock(ranks.device)
-        self._is_gpt2: bool | None = None  # compared before the first save, when no weight is zero any more
+        self._is_gpt2: bool | None = None
         self._model_copy: GPT | None = None
         self._state_copy: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
@@ -53,9 +53,20 @@ class Saver:
                 shutil.rmtree(remains, ignore_errors=True)
 
     def preallocate(self, model: GPT, state: dict[str, Any]) -> None:
-        """Allocate the host memory of snapshots: page-locked memory would delay the first save."""
+        """Do once what would delay the first save: allocate page-locked host memory, and compare the network."""
         if self._ranks.is_main:
+            self._compare_network(model)
             self._snapshot(model, state)
+
+    def _compare_network(self, model: GPT) -> None:
+        """Compare the network with GPT-2 once, after a step: then no bias is zero any more."""
+        if self._is_gpt2 is None:
+            self._is_gpt2 = computes_gpt2(model)
+            if not self._is_gpt2:
+                self._log(
+                    "warning: model.py doesn't compute GPT-2. Checkpoints are marked as gpt2_modified: transformers "
+                    "refuses them. This project reads them with the same model.py"
+                )
 
     @torch.no_grad()
     def save(self, model: GPT, state: dict[str, Any]) -> None:
@@ -72,13 +83,7 @@ class Saver:
         self.saved_step = state["step"]
         if not self._ranks.is_main:
             return
-        if self._is_gpt2 is None:
-            self._is_gpt2 = computes_gpt2(model)
-            if not self._is_gpt2:
-                self._log(
-                    "warning: model.py doesn't compute GPT-2. Checkpoints are marked as gpt2_modified: transformers "
-                    "refuses them. This project reads them with the same model.py"
-                )
+        self._compare_network(model)
         self.wait()
         self._snapshot(model, state)
         self._thread = threading.Thread(target=self._write, args=(start, self._clock.mark()))
