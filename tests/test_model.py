@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from core import ops
-from core.convert import hf_state
-from model import GPT, PRESETS, KVCache
+from core.convert import computes_gpt2, hf_state
+from model import GPT, PRESETS, Block, CausalSelfAttention, KVCache
 
 TINY = replace(PRESETS["tiny"], vocab_size=663)  # padded to 768
 SHALLOW = replace(PRESETS["gpt2"], n_layer=3)
@@ -350,3 +351,46 @@ def test_pickle_without_weights_is_refused_by_name(folder, content):
     (folder / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         GPT.from_pretrained(folder)
+
+
+def test_a_buffer_of_the_network_is_refused_by_name(monkeypatch):
+    class BlockWithBuffer(Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.register_buffer("scale", torch.full((4,), 3.0))
+
+    monkeypatch.setattr("model.Block", BlockWithBuffer)
+    with pytest.raises(ValueError, match=r"buffer transformer\.h\.0\.scale would be uninitialized\. Compute it in"):
+        GPT(PRESETS["tiny"])
+
+
+def test_gains_of_any_norm_start_at_one_and_other_vectors_at_zero(monkeypatch):
+    class BlockWithNorm(Block):
+        def __init__(self, config):
+            super().__init__(config)
+            self.q_norm = nn.RMSNorm(8)
+            self.shift = nn.Parameter(torch.empty(8))
+
+    monkeypatch.setattr("model.Block", BlockWithNorm)
+    block = GPT(PRESETS["tiny"]).transformer.h[1]
+    assert torch.equal(block.q_norm.weight.detach(), torch.ones(8))
+    assert torch.equal(block.shift.detach(), torch.zeros(8))
+    assert torch.equal(block.ln_1.weight.detach(), torch.ones(32))
+
+
+def test_a_network_with_renamed_parameters_is_saved_as_modified_and_read_back(monkeypatch, tmp_path):
+    class Renamed(CausalSelfAttention):
+        def __init__(self, config):
+            super().__init__(config)
+            self.qkv = self._modules.pop("c_attn")
+
+        def __getattr__(self, name):  # the forward of GPT-2, with another name of its weights
+            return super().__getattr__("qkv" if name == "c_attn" else name)
+
+    monkeypatch.setattr("model.CausalSelfAttention", Renamed)
+    model = randomized(PRESETS["tiny"])
+    assert not computes_gpt2(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2_modified"
+    tokens = random_tokens(100, 9)
+    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), model(tokens))
