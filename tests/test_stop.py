@@ -179,7 +179,7 @@ def test_a_huge_step_ends_within_seconds_of_a_signal(world, ranks):
         start = time.monotonic()
         os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
         result = ended(process)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # the step would take minutes
     assert result.returncode == 0, result.stderr
     assert "stopped after step 0/100. Rerun the same command to resume" in result.stdout
     assert not checkpoint.list_checkpoints(folder)
@@ -196,7 +196,7 @@ def stop_in_slow_step(world, tmp_path, name, command, micro_batches, ranks=0):
         start = time.monotonic()
         os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
         result = ended(process)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # the step would take minutes
     assert result.returncode == 0, result.stderr
     assert f"stopped after step 5/{STEPS}." in result.stdout
     assert saved_steps(world / "logs" / name) == [5]
@@ -250,7 +250,8 @@ def test_several_gpus_complete_their_step():
     """Their agreement is part of the step's own all_reduce; without a process group another one would fail."""
     interrupts = Interrupts(hang_timeout=1, is_main=True)
     interrupts.stop_requested = True
-    assert not interrupts.stop_now(Ranks(0, 2, torch.device("cuda")))
+    assert not interrupts.stop_step(Ranks(0, 2, torch.device("cuda")))
+    assert interrupts.stop_step(Ranks(0, 1, torch.device("cuda")))
     assert interrupts.stop_now(Ranks(0, 1, torch.device("cuda")))
 
 
@@ -330,8 +331,8 @@ def test_a_rank_that_fails_reports_its_error_before_it_waits_for_others(world, t
 
 
 def test_a_slow_run_is_not_hung(world):
-    """Each step takes a multiple of the timeout, which applies to one micro-batch."""
-    command = ("--steps", 3, "--batch-tokens", 65_536, "--micro-batch", 16, "--hang-timeout", 0.4)
+    """The run takes longer than the timeout, which applies to one micro-batch."""
+    command = ("--steps", 2, "--batch-tokens", 131_072, "--micro-batch", 16, "--hang-timeout", 1)
     run("train.py", *COMMAND, *command, "--run", "slow", cwd=world)
     seconds = [line["seconds"] for line in read_metrics(world / "logs/slow") if line["split"] == "train"]
     assert seconds[-1] > 1

@@ -38,6 +38,7 @@ class Session:
 
         Otherwise each full collection, which looks at all of them, pauses training for half a second.
         """
+        self.interrupts.pause()
         self.saver.preallocate(self.run.model, self.run.training_state())
         gc.collect()
         gc.freeze()
