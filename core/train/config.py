@@ -98,7 +98,7 @@ class RecipeConfig:
         int | None,
         recipe_option(
             "batch_tokens",
-            f"Maximum tokens per optimizer step, over all ranks; {SMALL_BATCH_TOKENS} for demo and tiny.",
+            f"Maximum tokens per optimizer step, over all ranks; demo and tiny: {SMALL_BATCH_TOKENS}.",
         ),
     ] = None
     first_batch_tokens: Annotated[
