@@ -236,8 +236,9 @@ class GPT(nn.Module):
         if self.stream_dtype is not None:
             x = x.to(self.stream_dtype)
         elif torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
-            # With the residual stream in bfloat16 too, a training step is 5 % faster.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+            # With the residual stream in bfloat16 too, a training step is 5 % faster. In float16 it could overflow.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype) if dtype == torch.bfloat16 else x
         return x, self.transformer.h[0].ln_1(x.float()).to(x.dtype)
 
     def run_block(self, block: Block, *inputs: Any) -> tuple[Tensor, Tensor]:

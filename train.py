@@ -24,6 +24,7 @@ from core.data.shards import open_dataset, verify
 from core.distributed import Ranks, autocast, process_group
 from core.train import setup
 from core.train.config import Config
+from core.train.graphs import Graphs, record_small_steps
 from core.train.interrupts import Interrupts
 from core.train.optim import OptimizerGroup
 from core.train.recipe import Schedule
@@ -70,8 +71,8 @@ def train(run: Run) -> None:
     )
     loss_fn = setup.wrap_ddp(loss_fn, ranks)
     setup.compile_shapes(loss_fn, recipe, run.system, run.micro_batch, ranks, run.step)
-    intervals = [evaluation.every for evaluation in evaluations]
-    intervals += [config.evaluation.sample_every, config.checkpoints.save_every]
+    graphs = record_small_steps(loss_fn, recipe, run.system, run.micro_batch, ranks, run.step)
+    every = config.evaluation.sample_every, config.checkpoints.save_every, *(e.every for e in evaluations)
     with open_session(run) as session:
         first_step, logger, interrupts = run.step, session.logger, session.interrupts
         evaluate(run, session, evaluations, session.already_logged)  # at step 0, or what a stopped run had left to do
@@ -79,17 +80,18 @@ def train(run: Run) -> None:
         while run.step < recipe.steps and not logger.stop:
             lr_scale, sequences = schedule.lr_scale(run.step), len(schedule.sequences(run.step))
             flops_per_token = model.config.flops_per_token(schedule.seq_len(run.step))
-            size = setup.micro_batch_size(sequences, run.micro_batch, ranks)
             optimizer.set_lr(lr_scale)
             metrics = train_step(
                 loss_fn,
                 optimizer,
+                run.scaler,
                 session.batches,
-                accumulation=sequences // ranks.world_size // size,
+                accumulation=sequences // ranks.world_size // setup.micro_batch_size(sequences, run.micro_batch, ranks),
                 grad_clip=recipe.grad_clip,
                 dtype=run.system.dtype,
                 ranks=ranks,
                 interrupts=interrupts,
+                graphs=graphs,
             )
             if metrics is None:
                 break
@@ -105,7 +107,7 @@ def train(run: Run) -> None:
             session.profile_step()
             if run.step == first_step + 1:
                 session.after_first_step()
-            if run.is_due(*intervals):
+            if run.is_due(*every):
                 evaluate_and_save(run, session, evaluations)
         finish(run, session)
     report_end(run)
@@ -114,6 +116,7 @@ def train(run: Run) -> None:
 def train_step(
     loss_fn: Any,
     optimizer: OptimizerGroup,
+    scaler: torch.amp.GradScaler,
     batches: Iterator[list[Tensor]],
     *,
     accumulation: int,
@@ -121,6 +124,7 @@ def train_step(
     dtype: str,
     ranks: Ranks,
     interrupts: Interrupts,
+    graphs: Graphs,
 ) -> dict[str, Tensor] | None:
     """One optimizer step on the next `accumulation` micro-batches of each rank.
 
@@ -134,20 +138,29 @@ def train_step(
             return None
         inputs, targets = ranks.to_device(*next(batches))  # (B, T)
         is_last = i == accumulation - 1
-        with nullcontext() if is_last or ranks.world_size == 1 else loss_fn.no_sync():  # DDP reduces gradients once
-            with autocast(ranks, dtype):
-                loss = loss_fn(inputs, targets) / accumulation
-            loss.backward()
+        if accumulation == 1 and (graph := graphs.get(tuple(inputs.shape))):
+            loss = graph.backward(inputs, targets)  # the same as below
+        else:
+            with nullcontext() if is_last or ranks.world_size == 1 else loss_fn.no_sync():  # DDP reduces once
+                with autocast(ranks, dtype):
+                    loss = loss_fn(inputs, targets) / accumulation
+                scaler.scale(loss).backward()  # the loss itself, unless dtype is float16
         loss_sum += loss.detach()
     sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop_requested)])
     if ranks.world_size > 1:
         dist.all_reduce(sums)
     loss, stop_requested = sums[0] / ranks.world_size, sums[1]
+    for member in optimizer.members:
+        scaler.unscale_(member)
     grad_norm = torch.nn.utils.clip_grad_norm_(loss_fn.parameters(), grad_clip)
     is_finite = loss.isfinite() & grad_norm.isfinite()
     optimizer.step(skip=1 - is_finite.float())  # a bad step changes no weight
     optimizer.zero_grad()
-    return {"loss": loss, "grad_norm": grad_norm, "stop_requested": stop_requested}
+    metrics = {"loss": loss, "grad_norm": grad_norm, "stop_requested": stop_requested}
+    if scaler.is_enabled():
+        metrics["loss_scale"] = scaler.scale(torch.ones_like(loss))
+        scaler.update()  # halves the scale after an overflow, and doubles it after 2,000 steps without one
+    return metrics
 
 
 def evaluate_and_save(run: Run, session: Session, evaluations: list[Evaluation]) -> None:

@@ -23,7 +23,7 @@ from core.train.config import SystemConfig
 from core.train.interrupts import Interrupts
 from core.train.optim import OPTIMIZERS, OptimizerGroup
 from core.train.recipe import Recipe, resolve_recipe
-from core.train.setup import System, resolve_system
+from core.train.setup import System, loss_scaler, resolve_system
 from model import PRESETS
 from train import train_step
 
@@ -92,11 +92,13 @@ def build_step(
         train_step,
         loss_fn,
         optimizer,
+        loss_scaler(dtype, ranks),
         accumulation=accumulation,
         grad_clip=timing.recipe().grad_clip,
         dtype=dtype,
         ranks=ranks,
         interrupts=Interrupts(3600, is_main=False),
+        graphs={},
     )
 
 

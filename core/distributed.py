@@ -122,6 +122,7 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream can't be recorded as a CUDA graph
     on_cuda = device.type == "cuda"
     limit = timedelta(seconds=timeout)
     dist.init_process_group(
@@ -164,8 +165,9 @@ def rendezvous_store(rank: int, timeout: timedelta) -> dist.Store:
 
 
 def autocast(ranks: Ranks, dtype: str) -> torch.autocast:
-    """Matrix products in `dtype`, bfloat16 or float32."""
-    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    """Matrix products in `dtype`: bfloat16, float16 or float32."""
+    enabled = dtype != "float32"
+    return torch.autocast(ranks.device.type, getattr(torch, dtype) if enabled else None, enabled=enabled)
 
 
 class DeviceClock:
@@ -192,6 +194,13 @@ class DeviceClock:
 def device_name(device: torch.device) -> str:
     """The product name of a GPU; CPU or MPS for others."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def default_dtype(device: torch.device) -> str:
+    """The fastest type for matrix products: bfloat16, or float16 on NVIDIA GPUs before Ampere (V100, T4)."""
+    if device.type != "cuda":
+        return "float32"
+    return "float16" if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0) else "bfloat16"
 
 
 def kernel_support(device: torch.device) -> str:

@@ -135,8 +135,9 @@ class SystemConfig:
 
     micro_batch: int | Literal["auto"] = "auto"
     """Sequences per forward pass on each rank. auto: the largest that fits, up to 65,536 tokens (on a CPU: 8)."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the matrix products; weights and optimizer stay float32. auto: bfloat16 on CUDA, float32 elsewhere."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of the matrix products; weights and optimizer stay float32. float16 scales the loss. auto: bfloat16 on CUDA,
+    float16 on NVIDIA GPUs before Ampere (V100, T4), float32 elsewhere."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass. gpt2-xl with --fused off: half the memory, 1.2 times the time."""
     deterministic: bool = False

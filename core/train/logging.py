@@ -165,7 +165,9 @@ class StepLogger:
         self._seconds_per_token += weight * (seconds / pending.step_tokens - self._seconds_per_token)
         self._seconds += seconds
         bad = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
-        self.bad_steps += bad
+        # Loss scaling tries scales that are too large: an overflow of the gradient says nothing about the run.
+        overflow = bad and math.isfinite(values["loss"]) and values.get("loss_scale", 1.0) > 1
+        self.bad_steps += bad and not overflow
         metrics = {"step": pending.step, "tokens": pending.tokens, "split": "train", "lr": pending.lr, **values}
         metrics |= {"tokens_per_second": throughput, "seconds": self._seconds}
         metrics["mfu"] = throughput * pending.flops_per_token / self._peak if self._peak else None
@@ -174,7 +176,9 @@ class StepLogger:
             self._log.advance()
             is_logged = pending.step % self._log_every == 0 or pending.step in (1, self._steps)
             if bad or (is_logged and not cli.terminal.quiet):
-                self._log.log(self._line(metrics) + (f" | SKIPPED ({self.bad_steps} so far)" if bad else ""))
+                reason = f"float16 overflow at loss scale {values['loss_scale']:.0f}" if overflow else ""
+                reason = reason or f"{self.bad_steps} so far"
+                self._log.log(self._line(metrics) + (f" | SKIPPED ({reason})" if bad else ""))
         if self.bad_steps > self._max_bad_steps:
             raise SynchronizedError(
                 f"step {pending.step}: loss {values['loss']}, gradient norm {values['grad_norm']}. {self.bad_steps} "

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli, ops
 from core.data.shards import Dataset, TokenOrder, Windows, prefetched
-from core.distributed import Ranks, autocast, kernel_support
+from core.distributed import Ranks, autocast, default_dtype, kernel_support
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
 from core.train.memory import largest_divisor, largest_micro_batch
@@ -30,7 +30,7 @@ PREFETCH = 4  # micro-batches prepared in host memory ahead of their use
 class System:
     """Resolved system options."""
 
-    dtype: str  # bfloat16 or float32
+    dtype: str  # bfloat16, float16 or float32
     compile: bool
     fused: str  # kernels of core/ops: on, portable or off
     activation_checkpointing: bool
@@ -53,6 +53,7 @@ class Run:
     folder: Path
     model: GPT  # the raw module, which is saved and evaluated
     optimizer: OptimizerGroup
+    scaler: torch.amp.GradScaler  # of the loss; it changes nothing unless dtype is float16
     micro_batch: int = 1
     step: int = 0  # completed steps
     tokens: int = 0
@@ -76,6 +77,7 @@ class Run:
             "micro_batch": self.micro_batch,
             "world_size": self.ranks.world_size,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
 
@@ -131,7 +133,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
 def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
     """Replace "auto" by the value for this device. Raises ValueError for kernels that it doesn't support."""
     on_cuda = ranks.device.type == "cuda"
-    dtype = ("bfloat16" if on_cuda else "float32") if config.dtype == "auto" else config.dtype
+    dtype = default_dtype(ranks.device) if config.dtype == "auto" else config.dtype
     supported = kernel_support(ranks.device) if dtype == "bfloat16" else "off"
     if config.fused == "on" and supported != "on":
         raise ValueError(
@@ -188,10 +190,13 @@ def restore_or_init(
     source = found or (checkpoint.resolve_init(config.run.init_from, ranks) if config.run.init_from else None)
     model = load_model(config, recipe, dataset, source).to(ranks.device)
     optimizer = build_optimizer(model, recipe, ranks)
-    run = Run(config, recipe, system, ranks, dataset, folder, model, optimizer)
+    scaler = loss_scaler(system.dtype, ranks)
+    run = Run(config, recipe, system, ranks, dataset, folder, model, optimizer, scaler)
     micro_batch = system.micro_batch
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
+        if scaler_state := state.get("scaler"):  # empty unless the checkpoint is of a float16 run
+            scaler.load_state_dict(scaler_state)
         torch.set_rng_state(state["rng"])
         run.step, run.tokens = state["step"], state["tokens"]
         run.seconds, run.bad_steps = state["seconds"], state["bad_steps"]
@@ -203,6 +208,11 @@ def restore_or_init(
         ranks.log(f"using --micro-batch {micro_batch}")
     run.micro_batch = micro_batch or 1
     return run
+
+
+def loss_scaler(dtype: str, ranks: Ranks) -> torch.amp.GradScaler:
+    """Scales the loss of float16 training, whose small gradients would become zero (Micikevicius et al. 2018)."""
+    return torch.amp.GradScaler(ranks.device.type, enabled=dtype == "float16")
 
 
 def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | str | None) -> GPT:
