@@ -43,11 +43,15 @@ with process_group("cpu") as ranks:
             p.grad = torch.randn(p.shape, generator=generator)
         optimizer.set_lr(1.0)
         optimizer.step(skip=torch.zeros(()))
+        state = optimizer.state_dict()
+        optimizer = build_optimizer(model, recipe, ranks)  # as after a resume
+        optimizer.load_state_dict(state)
+    momenta = [momentum["momentum"] for momentum in state["Muon"]["state"].values()]
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     digests = ranks.all_gather(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
     assert len(set(digests)) == 1, digests
     if ranks.is_main:
-        torch.save(weights, OUT)
+        torch.save([weights, *momenta], OUT)
 """
 
 
@@ -122,8 +126,8 @@ def test_first_update_has_the_size_of_the_learning_rate():
         assert sizes.median() == pytest.approx(0.05 * scale, rel=0.3), name
 
 
-def test_ranks_that_share_orthogonalization_compute_the_same_step(tmp_path):
-    """Three ranks don't divide the matrices of two layers: the share of the last one is padded."""
+def test_ranks_that_share_muon_have_the_weights_and_momenta_of_one_process(tmp_path):
+    """Three ranks don't divide the matrices of two layers: the last one repeats a matrix."""
     exec(SHARED, {"OUT": tmp_path / "single.pt"})
     script = tmp_path / "shared.py"
     script.write_text(SHARED.replace("OUT", "'shared.pt'"))

@@ -127,7 +127,8 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalized update, whose singular values are about 1 (Jordan et al. 2024).
 
     torch.optim.Muon computes the same one matrix at a time and on every rank. Here the matrices of a group, which have
-    one shape, are multiplied as a batch, each rank orthogonalizes its share, and `step` supports `found_inf`.
+    one shape, are multiplied as a batch, `step` supports `found_inf`, and each rank has a share of the matrices: it
+    keeps their momentum and computes their update. `state_dict` and `load_state_dict` have the momentum of all.
     """
 
     found_inf: Tensor  # set by OptimizerGroup.step: 1 where the step is to be skipped
@@ -143,31 +144,45 @@ class Muon(torch.optim.Optimizer):
         keep = 1 - self.found_inf  # 0 where the step is to be skipped
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
-            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])  # (L, out, in)
+            own = [params[i] for i in self._share(len(params))]
+            grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in own])  # (l, out, in)
             grads = grads.where(keep > 0, 0)  # NaN times 0 is NaN
-            state = self.state[params[0]]  # one tensor for all matrices of the group
+            state = self.state[params[0]]  # one tensor for all matrices of the share
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"].lerp_(grads, keep * (1 - group["momentum"]))
             direction = grads.lerp_(momentum, group["momentum"])  # Nesterov
-            matrices = direction.view(-1, direction.size(1) // group["splits"], direction.size(2))  # (N, m, n)
-            update = self._orthogonalized(matrices).to(direction.dtype).view_as(direction)
+            matrices = direction.view(-1, direction.size(1) // group["splits"], direction.size(2))  # (n, m, k)
+            update = self._all_gather(orthogonalize(matrices).reshape(direction.shape))[: len(params)]  # (L, out, in)
             scale = math.sqrt(max(1, matrices.size(1) / matrices.size(2)))  # equal spectral norm for all shapes
+            factor = (-lr * scale * keep).view(1)  # of one dimension: the product of bfloat16 with it is float32
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"] * keep)
-            torch._foreach_add_(params, list((update * (-lr * scale * keep)).unbind(0)))
+            torch._foreach_add_(params, list((update * factor).unbind(0)))
 
-    def _orthogonalized(self, matrices: Tensor) -> Tensor:
-        """Orthogonalize each of the matrices (N, m, n); each rank computes its share."""
-        count, world_size = len(matrices), self._ranks.world_size
-        if world_size == 1:
-            return orthogonalize(matrices)
-        share = math.ceil(count / world_size)
-        own = matrices[self._ranks.rank * share :][:share]
-        padding = own.new_zeros(share - len(own), *own.shape[1:])
-        own = orthogonalize(torch.cat([own, padding])).contiguous()  # NCCL doesn't accept a transposed view
-        gathered = own.new_empty(share * world_size, *own.shape[1:])
-        dist.all_gather(list(gathered.chunk(world_size)), own)
-        return gathered[:count]
+    def _share(self, count: int) -> list[int]:
+        """The indices of this rank's matrices among `count`; all ranks have equally many, the last ones repeated."""
+        size = math.ceil(count / self._ranks.world_size)
+        return [min(i, count - 1) for i in range(self._ranks.rank * size, (self._ranks.rank + 1) * size)]
+
+    def _all_gather(self, own: Tensor) -> Tensor:
+        """The shares (l, out, in) of all ranks, concatenated."""
+        if self._ranks.world_size == 1:
+            return own
+        gathered = own.new_empty(len(own) * self._ranks.world_size, *own.shape[1:])
+        dist.all_gather(list(gathered.chunk(self._ranks.world_size)), own.contiguous())  # NCCL accepts no views
+        return gathered
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any number of ranks. All ranks must call it."""
+        packed = super().state_dict()
+        counts = {group["params"][0]: len(group["params"]) for group in packed["param_groups"]}
+        momenta = {i: self._all_gather(state["momentum"])[: counts[i]] for i, state in packed["state"].items()}
+        return packed | {"state": {i: {"momentum": momentum} for i, momentum in momenta.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["momentum"] = state["momentum"][self._share(len(state["momentum"]))]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -175,8 +190,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices  # the Gram matrix is the smaller of the two
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # singular values at most 1
-    x = x.bfloat16() if x.is_cuda else x
+    norm = torch.linalg.matrix_norm(x, keepdim=True) + 1e-7
+    x = torch.div(x, norm, out=torch.empty_like(x, dtype=torch.bfloat16 if x.is_cuda else x.dtype))  # norm at most 1
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
