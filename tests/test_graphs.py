@@ -29,7 +29,8 @@ class Edited(GPT):
     def cross_entropy(self, hidden, targets):
         LOSS
 
-graphs.seconds_of = lambda work, module: work()  # use the graph whether or not it is faster
+seconds = iter(range(100, 0, -1))  # use the graph whether or not it is faster
+graphs.seconds_of = lambda work, module: (work(), module.zero_grad(), next(seconds))[-1]
 with process_group("cuda") as ranks:
     shape = GPTConfig(n_layer=3, n_head=4, n_embd=256)
     model = Edited(shape).to(ranks.device)
@@ -38,7 +39,6 @@ with process_group("cuda") as ranks:
     recipe = resolve_recipe("speedrun", shape, tokens=10**7, world_size=2)
     raw = build_loss(model, system)
     loss_fn = wrap_ddp(raw, ranks)
-    graphs.faster_graph = lambda loss_fn, shape, dtype, ranks: graphs.StepGraph(loss_fn.module, shape, dtype, ranks)
     found = graphs.record_small_steps(loss_fn, recipe, system, 16, ranks, 0)
     generator = torch.Generator(ranks.device).manual_seed(ranks.rank)
 
