@@ -11,7 +11,7 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
-ALL_FILES = 2**30  # larger than the number of any source file; the byte of that number is the lock of `exclusive`
+ALL_ITEMS = 2**30  # more than any folder has; the byte of that number is the lock of `exclusive`
 
 
 def sha256(path: Path) -> str:
@@ -42,7 +42,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class FileLocks:
-    """Locks on numbered items of a folder, such as source files; one process holds each.
+    """Locks on numbered items of a folder, such as the chunks of a source; one process holds each.
 
     A lock is one locked byte of the file `.lock`. The operating system releases it when the process ends, however it
     ends. Locks also work between machines where the file system supports POSIX locks.
@@ -52,46 +52,51 @@ class FileLocks:
         """`option` is the command line option that names the folder."""
         self._folder, self._option = folder, option
         self._file = open(folder / LOCK, "ab")  # noqa: SIM115  open until the process ends
+        self.supported = True
 
-    def acquire(self, number: int, wait: bool = False, count: int = 1) -> None:
-        """Lock `count` items from `number` on. Raises ValueError where another process holds one of them."""
+    def try_acquire(self, number: int, count: int = 1, wait: bool = False) -> bool:
+        """Lock `count` items from `number` on; False where another process holds one of them."""
         import fcntl
 
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, number)
         except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            if self.supported:
+                warning = f"the file system of {self._folder} has no locks ({error.strerror})"
+                print(f"warning: {warning}. Run one process at a time on it", flush=True)
+            self.supported = False
+        return True
+
+    def acquire(self, number: int, count: int = 1) -> None:
+        """The same; raises ValueError where another process holds one of them."""
+        if not self.try_acquire(number, count):
             raise ValueError(
                 f"another process is writing {self._folder}. Wait until it ends, stop it, or use another {self._option}"
-            ) from None
-        except OSError as error:
-            print(
-                f"warning: the file system of {self._folder} has no locks ({error}). Run one process at a time on it",
-                flush=True,
             )
+
+    def release(self, number: int, count: int = 1) -> None:
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.lockf(self._file, fcntl.LOCK_UN, count, number)
 
     def is_free(self) -> bool:
         """Whether no process holds a lock, this one included."""
-        import fcntl
-
-        try:
-            self.acquire(0, count=ALL_FILES)
-        except ValueError:
-            return False
-        with contextlib.suppress(OSError):
-            fcntl.lockf(self._file, fcntl.LOCK_UN, ALL_FILES, 0)
-        return True
+        is_free = self.try_acquire(0, count=ALL_ITEMS)
+        if is_free:
+            self.release(0, count=ALL_ITEMS)
+        return is_free
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """A section that one process at a time enters; the others wait."""
-        import fcntl
-
-        self.acquire(ALL_FILES, wait=True)
+        self.try_acquire(ALL_ITEMS, wait=True)
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, ALL_FILES)
+            self.release(ALL_ITEMS)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

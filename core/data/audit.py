@@ -1,5 +1,6 @@
 """Operations on complete data folders: verify them against the manifest, or describe shards of another project."""
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from core.data import tokenizer
 from core.data.shards import MANIFEST, REMEDY, UNFINISHED, Dataset, open_dataset, open_shard, short_reason
 from core.files import sha256, write_json
 
+VAL_WORDS = {"val", "valid", "validation"}  # of them, a word of a file name means a validation shard
 SAMPLE_DOCUMENTS = 50  # of each split, to decode and encode again
 
 
@@ -88,11 +90,12 @@ def _counts(ids: np.ndarray, end_of_text_id: int, sizes: np.ndarray) -> dict[str
 
 def _out_of_order(shards: list[dict[str, Any]]) -> list[str]:
     """The shards that don't begin after the previous shard in the source."""
-    problems, last = [], (-1, -1, -1)
+    problems: list[str] = []
+    last: tuple[int, ...] = ()
     for shard in shards:
         if (begin := shard.get("begin")) is None:
             continue
-        place = (shard["source_file"], begin["row"], begin["token"])
+        place = (shard["source_file"], *begin.values())  # a row or byte, and a token or document
         if place <= last:
             problems.append(f"{shard['file']} begins at {place} of the source, before the previous shard does")
         last = place
@@ -129,22 +132,26 @@ def _sample(dataset: Dataset, split: str) -> Iterator[tuple[str, int, list[int]]
 def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     """Check the shards of another project and describe them in a manifest. The shards don't change.
 
-    Accepts uint16 .npy files (build-nanogpt) and .bin files with llm.c's header. Raises ValueError for others.
+    Accepts uint16 .npy files (build-nanogpt), .bin files with llm.c's header, and nanoGPT's train.bin and val.bin.
+    Raises ValueError for others; nothing is written then.
     """
     if (folder / MANIFEST).is_file() and not overwrite:
         raise ValueError(f"--adopt {folder} has a manifest already. Check it with --verify, or add --overwrite")
     if (folder / UNFINISHED).exists():
         raise ValueError(f"--adopt {folder} is unfinished output of fineweb.py. Rerun that command to resume")
-    paths = sorted([*folder.glob("*.npy"), *folder.glob("*.bin")])
-    splits = {path.name: "val" if "val" in path.name else "train" for path in paths}
+    paths = [path for path in folder.iterdir() if path.suffix in (".npy", ".bin") and not path.name.startswith(".")]
+    splits = {
+        path.name: "val" if VAL_WORDS & set(re.split("[^a-z]+", path.name.lower())) else "train" for path in paths
+    }
     for split in ("val", "train"):
         if split not in splits.values():
             raise ValueError(
                 f"--adopt {folder} has no {split} shard (.npy or .bin). Put `val` into the names of validation shards"
             )
     encoding = tokenizer.load(encoding_name)
-    tokenizer.save(encoding, folder)
-    sizes, end_of_text_id = tokenizer.token_bytes(folder), tokenizer.end_of_text_id(encoding)
+    end_of_text_id = tokenizer.end_of_text_id(encoding)
+    sizes = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
+    sizes[end_of_text_id] = 0
     shards = []
     for path in cli.progress_bar(sorted(paths, key=lambda path: (splits[path.name] != "val", path.name)), "reading"):
         ids = open_shard(path)
@@ -161,5 +168,6 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     }
     header |= {"encoding": encoding.name, "encoding_sha256": tokenizer.fingerprint(encoding)}
     header |= {"vocab_size": encoding.n_vocab, "end_of_text_id": end_of_text_id, "shards": shards}
+    tokenizer.save(encoding, folder)
     write_json(folder / MANIFEST, header)
     verify(folder)

@@ -1,16 +1,14 @@
-"""Chunks of text -> token ids, in worker processes: by tiktoken, the reference, or by fastokens, about 10x faster.
+"""Text -> token ids, in worker processes: by tiktoken, the reference, or by fastokens, about 10x faster.
 
 fastokens is checked: tiktoken encodes one document of each batch too.
 """
 
-import math
 import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from core import cli
 from core.data import tokenizer
+from core.data.pieces import InvalidDocument, Lines, Piece, read_texts
 from core.data.shards import short_reason
-from core.data.sources import Chunk, InvalidDocument, read_texts
 
 BATCH = 256  # documents; a row group of 1,000 in one batch takes 10 % longer, as it touches new memory
-FEW_FILES = 20  # up to this number, each file has its own line of progress
+Key = tuple[Any, int, int]
 
 
 class EncoderMismatchError(Exception):
@@ -40,7 +36,6 @@ class Documents:
 
     ids: np.ndarray  # (n,) uint16
     starts: np.ndarray  # (d,) index in ids of each document's first token
-    rows: np.ndarray  # (d,) row of each document in its source file
     text_bytes: np.ndarray  # (d,) length of each document in bytes of UTF-8
 
     @property
@@ -53,13 +48,9 @@ class Documents:
     def __getitem__(self, selection: slice) -> "Documents":
         starts = self.starts[selection]
         if not len(starts):
-            return Documents(self.ids[:0], starts, starts, starts)
+            return Documents(self.ids[:0], starts, starts)
         begin, end = starts[0], self.ends[selection][-1]
-        return Documents(self.ids[begin:end], starts - begin, self.rows[selection], self.text_bytes[selection])
-
-    def at(self, position: int) -> int:
-        """Index of the document that contains the token before `position`, or that begins at `position`."""
-        return max(int(np.searchsorted(self.starts, position, side="right")) - 1, 0)
+        return Documents(self.ids[begin:end], starts - begin, self.text_bytes[selection])
 
 
 def choose(name: str) -> str:
@@ -133,12 +124,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a chunk, with rows that count from the chunk's first."""
+    """The result of a task."""
 
-    chunk: Chunk
     documents: Documents
-    rows: int  # in total, including empty and invalid documents
-    invalid: list[str]
+    source_bytes: int
+    empty: int  # documents without text
+    invalid: list[InvalidDocument]
 
 
 ENCODER: Encoder  # of this worker process, from `start_worker`
@@ -159,64 +150,54 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_chunk(chunk: Chunk, number: int) -> Encoded:
-    """Read and encode a chunk in a worker process. `number` selects the documents to check."""
-    rows = read_texts(chunk)
-    texts = {row: text for row, text in enumerate(rows) if text and isinstance(text, str)}
-    invalid = [str(text) for text in rows if isinstance(text, InvalidDocument)]
-    ids, starts = ENCODER.encode(list(texts.values()), number)
-    text_bytes = np.array([len(text.encode()) for text in texts.values()], dtype=np.int64)
-    documents = Documents(ids, starts, np.array(list(texts), dtype=np.int64), text_bytes)
-    return Encoded(chunk, documents, len(rows), invalid)
+def encode_task(task: Piece | Lines, number: int) -> Encoded:
+    """Read and encode in a worker process. `number` selects the documents to check."""
+    found = read_texts(task)
+    texts = [text for text in found if text and isinstance(text, str)]
+    invalid = [text for text in found if isinstance(text, InvalidDocument)]
+    ids, starts = ENCODER.encode(texts, number)
+    text_bytes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
+    return Encoded(Documents(ids, starts, text_bytes), task.bytes, len(found) - len(texts) - len(invalid), invalid)
 
 
-def encode_in_order(
-    chunks: list[Chunk], workers: int, encoder: str, encoding: str, folder: Path
-) -> Generator[Encoded, None, None]:
-    """Encode the chunks by `workers` processes, in order. At most four per worker are in flight, to bound memory."""
-    in_flight: deque[Future] = deque()
-    arguments = (encoder, encoding, folder)
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=arguments) as pool:
+class EncoderPool:
+    """Worker processes that encode."""
+
+    def __init__(self, workers: int, encoder: str, encoding: str, folder: Path) -> None:
+        """`encoder`: tiktoken, or fastokens, which reads `folder`/tokenizer.json."""
+        self._workers = workers
+        arguments = (encoder, encoding, folder)
+        self._pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=arguments)
+        self._ahead: dict[tuple[int, int], Future[Encoded]] = {}
+        self._count = 0
+
+    def encode(self, tasks: Iterable[tuple[Key, Piece | Lines]]) -> Generator[tuple[Key, Encoded], None, None]:
+        """The result of each task, in order, with its key, whose last two numbers are its place in the stream.
+
+        At most four tasks per worker are in flight, to bound memory. Results that a caller doesn't wait for are kept
+        for the next call.
+        """
+        in_flight: deque[tuple[Key, Future[Encoded]]] = deque()
         try:
-            for number, chunk in enumerate(chunks):
-                in_flight.append(pool.submit(encode_chunk, chunk, number))
-                if len(in_flight) >= 4 * workers:
-                    yield in_flight.popleft().result()
+            for key, task in tasks:
+                future = self._ahead.pop(key[1:], None) or self._pool.submit(encode_task, task, self._count)
+                in_flight.append((key, future))
+                self._count += 1
+                if len(in_flight) >= 4 * self._workers:
+                    yield result_of(in_flight.popleft())
             while in_flight:
-                yield in_flight.popleft().result()
+                yield result_of(in_flight.popleft())
         except BrokenProcessPool:
             raise OSError(
                 "a worker process was killed, probably because memory ran out. Use fewer --workers and rerun the same "
                 "command to resume"
             ) from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            self._ahead = {key[1:]: future for key, future in in_flight}
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
-class ProgressBar:
-    """A bar on a terminal, and a line per source file; with many files at most one line in ten seconds."""
-
-    def __init__(self, done: int, remaining: dict[int, list[Chunk]]) -> None:
-        self._total_bytes = sum(chunk.bytes for chunks in remaining.values() for chunk in chunks)
-        self._bytes = self._tokens = 0
-        self._bar = cli.progress_bar(unit="tok", unit_scale=True, initial=done)
-        self._done, self._few_files, self._last_log = done, len(remaining) <= FEW_FILES, -math.inf
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._bar.close()
-        if kind is KeyboardInterrupt:
-            print("interrupted; rerun the same command to resume after the last complete shard", flush=True)
-
-    def add(self, chunk: Chunk, tokens: int) -> None:
-        self._bytes += chunk.bytes
-        self._tokens += tokens
-        self._bar.total = self._done + round(self._tokens * self._total_bytes / max(self._bytes, 1))
-        self._bar.update(tokens)
-
-    def log(self, text: str) -> None:
-        if self._few_files or time.monotonic() > self._last_log + 10:
-            tqdm.write(text)
-            self._last_log = time.monotonic()
+def result_of(item: tuple[Key, Future[Encoded]]) -> tuple[Key, Encoded]:
+    return item[0], item[1].result()

@@ -32,6 +32,7 @@ DEFAULT_VAL_TOKENS = 10_485_760
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder of shards that fineweb.py has not joined yet
 VERIFIED = ".verified.json"
+OPEN_SHARDS = 128
 BIN_MAGIC = 20240520
 REMEDY = "Write the folder again with fineweb.py --overwrite"
 
@@ -159,7 +160,7 @@ def _check_shard(
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """A shard's ids (n,) uint16, memory-mapped: from .npy, or from .bin with the header of llm.c.
+    """A shard's ids (n,) uint16, memory-mapped: from .npy, from llm.c's .bin, or from train.bin or val.bin of nanoGPT.
 
     Raises ValueError for another content or another number of tokens than `tokens`, OSError for an error of the
     machine.
@@ -181,8 +182,13 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
 
 
 def _map_bin(path: Path) -> np.ndarray:
-    """llm.c's format for GPT-2: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 ids."""
+    """llm.c's format for GPT-2: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 ids.
+
+    nanoGPT's files have these two names and no header.
+    """
     header = np.fromfile(path, dtype="<i4", count=256)
+    if path.name in ("train.bin", "val.bin") and header[:1] != BIN_MAGIC:
+        return np.memmap(path, dtype="<u2", mode="r")
     if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != 1:
         raise ValueError(f"its header begins with {header[:3].tolist()}, in llm.c with [{BIN_MAGIC}, 1, tokens]")
     size = path.stat().st_size
@@ -201,8 +207,11 @@ class Windows:
     def __init__(self, dataset: Dataset, split: str, seq_len: int) -> None:
         self.seq_len = seq_len
         shards = dataset.shards(split)
-        self._ids = [open_shard(dataset.folder / shard["file"], shard["tokens"]) for shard in shards]
-        self._ends = np.cumsum([(len(ids) - 1) // seq_len for ids in self._ids], dtype=np.int64)
+        # An open shard takes a file descriptor, of which a process has 1,024 by default.
+        self._open = lru_cache(OPEN_SHARDS)(
+            lambda i: open_shard(dataset.folder / shards[i]["file"], shards[i]["tokens"])
+        )
+        self._ends = np.cumsum([(len(self._open(i)) - 1) // seq_len for i in range(len(shards))], dtype=np.int64)
         if not len(self):
             raise ValueError(
                 f"{dataset.folder} holds {dataset.tokens(split):,} {split} tokens, no window of {seq_len} + 1 in a "
@@ -224,7 +233,7 @@ class Windows:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         start = (index - first) * self.seq_len
-        return self._ids[shard][start : start + self.seq_len + 1]
+        return self._open(shard)[start : start + self.seq_len + 1]
 
 
 class TokenOrder:
