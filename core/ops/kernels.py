@@ -96,11 +96,11 @@ def matmul_times_kernel(
 
 
 @triton.jit
-def fold(logit, most, total, BLOCK: tl.constexpr):
+def update_softmax(logit, maxima, sums, BLOCK: tl.constexpr):
     """Update running maxima and sums of exp2 by BLOCK logits; each of the BLOCK // 8 accumulators takes 8 of them."""
     logit = tl.reshape(logit.to(tl.float32) * 1.4426950408889634, (BLOCK // 8, 8))
-    new = tl.maximum(most, tl.max(logit, 1))
-    return new, total * tl.exp2(most - new) + tl.sum(tl.exp2(logit - new[:, None]), 1)
+    larger = tl.maximum(maxima, tl.max(logit, 1))
+    return larger, sums * tl.exp2(maxima - larger) + tl.sum(tl.exp2(logit - larger[:, None]), 1)
 
 
 @triton.jit
@@ -120,18 +120,18 @@ def cross_entropy_kernel(
     column = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
     target_logit = tl.load(logits + target).to(tl.float32) * LOG2_E
-    most = tl.full((BLOCK // 8,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK // 8,), tl.float32)
+    maxima = tl.full((BLOCK // 8,), -1e30, tl.float32)
+    sums = tl.zeros((BLOCK // 8,), tl.float32)
     for first in range(0, WHOLE, BLOCK):
-        most, total = fold(tl.load(logits + first + column), most, total, BLOCK)
-    rest = tl.load(logits + WHOLE + column, mask=WHOLE + column < VOCAB, other=-float("inf"))
-    most, total = fold(rest, most, total, BLOCK)
-    top = tl.max(most, 0)
-    log2_sum = top + tl.log2(tl.sum(total * tl.exp2(most - top), 0))
+        maxima, sums = update_softmax(tl.load(logits + first + column), maxima, sums, BLOCK)
+    tail = tl.load(logits + WHOLE + column, mask=WHOLE + column < VOCAB, other=-float("inf"))
+    maxima, sums = update_softmax(tail, maxima, sums, BLOCK)
+    maximum = tl.max(maxima, 0)
+    log2_sum = maximum + tl.log2(tl.sum(sums * tl.exp2(maxima - maximum), 0))
     tl.store(losses + row, (log2_sum - target_logit) / LOG2_E)
     shift = tl.log2(scale) - log2_sum
     tl.debug_barrier()  # all threads have read the logit of the target before one overwrites it
-    gradient = tl.exp2(rest.to(tl.float32) * LOG2_E + shift)  # zero in the padding
+    gradient = tl.exp2(tail.to(tl.float32) * LOG2_E + shift)  # zero in the padding
     tl.store(logits + WHOLE + column, gradient.to(logits.dtype.element_ty), mask=WHOLE + column < PADDED)
     for first in range(0, WHOLE, BLOCK):
         gradient = tl.exp2(tl.load(logits + first + column).to(tl.float32) * LOG2_E + shift)
@@ -155,27 +155,27 @@ def norm_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
-    used = column < C
-    g = tl.load(gain + column, mask=used, other=0.0)
+    in_range = column < C
+    g = tl.load(gain + column, mask=in_range, other=0.0)
     d_gain = tl.zeros((BLOCK,), dtype=tl.float32)
     d_shift = tl.zeros((BLOCK,), dtype=tl.float32)
     d_bias = tl.zeros((BLOCK,), dtype=tl.float32)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=3):  # prefetches the next rows
-        at = tl.cast(row, tl.int64) * C + column
+        offset = tl.cast(row, tl.int64) * C + column
         r = tl.load(rstd + row)
-        normal = (tl.load(x + at, mask=used, other=0.0).to(tl.float32) - tl.load(mean + row)) * r
-        d = tl.load(d_norm + at, mask=used, other=0.0).to(tl.float32)
-        stream = tl.load(d_stream + at, mask=used, other=0.0).to(tl.float32)
+        normal = (tl.load(x + offset, mask=in_range, other=0.0).to(tl.float32) - tl.load(mean + row)) * r
+        d = tl.load(d_norm + offset, mask=in_range, other=0.0).to(tl.float32)
+        stream = tl.load(d_stream + offset, mask=in_range, other=0.0).to(tl.float32)
         d_gain += d * normal
         d_shift += d
-        d *= g  # zero where unused
+        d *= g  # zero outside the range
         d = stream + (d - tl.sum(d, 0) / C - normal * (tl.sum(d * normal, 0) / C)) * r
         d_bias += d
-        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=used)
+        tl.store(dx + offset, d.to(dx.dtype.element_ty), mask=in_range)
     sums += tl.program_id(0) * 3 * C + column
-    tl.store(sums, d_gain, mask=used)
-    tl.store(sums + C, d_shift, mask=used)
-    tl.store(sums + 2 * C, d_bias, mask=used)
+    tl.store(sums, d_gain, mask=in_range)
+    tl.store(sums + C, d_shift, mask=in_range)
+    tl.store(sums + 2 * C, d_bias, mask=in_range)
 
 
 @triton.jit
@@ -203,11 +203,11 @@ def pack_kernel(
         source = v
     row = (block * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    there = (row < rows) & (d < D)[None, :]
-    place = row // T * stride_b + head * stride_h + row % T * stride_t + d[None, :]
-    gradient = tl.load(source + place, mask=there, other=0.0)
+    in_range = (row < rows) & (d < D)[None, :]
+    offset = row // T * stride_b + head * stride_h + row % T * stride_t + d[None, :]
+    gradient = tl.load(source + offset, mask=in_range, other=0.0)
     column = (part * H + head) * D + d
-    tl.store(packed + row * (3 * H * D) + column[None, :], gradient, mask=there)
+    tl.store(packed + row * (3 * H * D) + column[None, :], gradient, mask=in_range)
     tl.store(sums + block * (3 * H * D) + column, tl.sum(gradient.to(tl.float32), 0), mask=d < D)
 
 
