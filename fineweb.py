@@ -43,8 +43,8 @@ def available_cores() -> int:
 @dataclass
 class Config:
     source: str = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"
-    """Source files, as a glob: .parquet with a `text` column, .jsonl or .ndjson (also .gz, .zst) with a `text` field, or
-    .txt; local or any fsspec address. For a larger sample of FineWeb-Edu replace 10BT by 100BT or 350BT."""
+    """Source files, as a glob: .parquet with a `text` column, .jsonl or .ndjson (also .gz, .zst) with a `text` field,
+    or .txt; local or any fsspec address. For a larger sample of FineWeb-Edu replace 10BT by 100BT or 350BT."""
     out: str = DEFAULT_DATA
     """Folder for the shards, the manifest and the tokenizer files."""
     encoding: str = "gpt2"

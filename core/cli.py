@@ -47,6 +47,8 @@ def run(main: Callable[[Options], None], config_type: type[Options], description
     ValueError and OSError are errors that a user can cause: they end in one line and exit status 2. With TRACEBACK=1
     in the environment the traceback is shown instead.
     """
+    if sys.getfilesystemencoding() != "utf-8":  # names of files would be unusable for most libraries
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows other characters as escapes
             stream.reconfigure(errors="backslashreplace")

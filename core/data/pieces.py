@@ -186,7 +186,10 @@ def open_binary(url: str) -> Any:
         return open(url, "rb")
     import fsspec
 
-    return fsspec.open(url).open()
+    fs, path = fsspec.core.url_to_fs(url)
+    file = fs.open(path)
+    file.archive = fs  # a zip file is closed with the last reference to it
+    return file
 
 
 def compressed_lines(span: Span) -> Iterator[Lines]:
