@@ -129,7 +129,7 @@ def save(encoding: "tiktoken.Encoding", folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    in_text = getattr(encoding, "in_text", frozenset())
+    in_text: frozenset[str] = getattr(encoding, "in_text", frozenset())
     for token in sorted(added, key=added.__getitem__):
         add = tokenizer.add_tokens if token in in_text else tokenizer.add_special_tokens
         add([AddedToken(token, special=token not in in_text, normalized=False)])

@@ -5,6 +5,7 @@ A tokenizer.json has fields that change ids. What this project doesn't implement
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 2**16  # shards hold uint16
 NAMES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
 # Fields of tokenizer.json that change ids, with the values that mean GPT-2's rule.
-FIELDS = {
+FIELDS: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("normalizer",): (None,),
     ("pre_tokenizer", "type"): ("ByteLevel",),
     ("pre_tokenizer", "add_prefix_space"): (False,),
@@ -29,7 +30,7 @@ FIELDS = {
     ("model", "end_of_word_suffix"): (None, ""),
 }
 # The same for tokenizer_config.json. Other classes of `transformers` replace parts of tokenizer.json.
-CONFIG_FIELDS = {
+CONFIG_FIELDS: dict[tuple[str, ...], tuple[Any, ...]] = {
     ("add_prefix_space",): (None, False),
     ("add_bos_token",): (None, False),
     ("add_eos_token",): (None, False),
@@ -73,7 +74,11 @@ class TokenizerFiles:
     @property
     def n_vocab(self) -> int:
         """The largest id plus 1; the ids can have gaps."""
-        return 1 + max(max(self.vocab.values(), default=0), max(i for i, _ in self.added.values()))
+        return 1 + max([*self.vocab.values(), *(i for i, _ in self.added.values())])
+
+    def tokens(self) -> dict[int, str]:
+        """Id -> token, as the files write it."""
+        return {i: token for token, i in self.vocab.items()} | {i: token for token, (i, _) in self.added.items()}
 
 
 def read(folder: Path) -> TokenizerFiles:
@@ -88,15 +93,15 @@ def read(folder: Path) -> TokenizerFiles:
     try:
         content = _read_json(path)
         vocab = {**content["model"]["vocab"]} if is_new else {**content}
-        merges = content["model"]["merges"] if is_new else _read_merges(merges_path)
-        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+        lines = content["model"]["merges"] if is_new else _read_merges(merges_path)
+        merges = [_pair(line) for line in lines]
         added = {t["content"]: (t["id"], t["special"]) for t in content["added_tokens"]} if is_new else {}
         if is_new:
             _check_fields(path, content, FIELDS)
         for token, entry in _read_more_added(folder).items():
             if added.setdefault(token, entry)[0] != entry[0]:
                 raise ValueError(f"{path}: added_tokens: the files of the folder give {token[:40]!r} two ids")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a Hugging Face tokenizer file ({short_reason(error)})") from None
     merged = {"".join(merge) for merge in merges}
     for token, (i, _) in added.items():
@@ -111,16 +116,27 @@ def read(folder: Path) -> TokenizerFiles:
     return files
 
 
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if len(parts) != 2:
+        raise TypeError("a merge that is not a pair")
+    return parts[0], parts[1]
+
+
 def _read_json(path: Path) -> Any:
     refuse_pointer(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is not a Hugging Face tokenizer file ({short_reason(error)})") from None
 
 
 def _read_merges(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path} is missing: without merges, vocab.json determines no ids. Add the model's merges.txt")
     refuse_pointer(path)
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a damaged line is no merge of the ids
+    return [line for line in lines if line and not line.startswith("#version")]
 
 
 def _read_more_added(folder: Path) -> dict[str, tuple[int, bool]]:
@@ -163,7 +179,7 @@ def _check_ids(files: TokenizerFiles) -> None:
             f"{files.path} has {files.n_vocab:,} ids; uint16 shards allow at most {MAX_VOCAB_SIZE:,}. Use gpt2"
         )
     tokens = sorted(files.added)
-    for shorter, longer in zip(tokens, tokens[1:], strict=False):
+    for shorter, longer in pairwise(tokens):
         if not shorter or longer.startswith(shorter):
             raise ValueError(
                 f"{files.path}: added_tokens: {shorter[:40]!r} is the beginning of {longer[:40]!r}. Remove one of them"

@@ -213,13 +213,16 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
         INITIALIZERS[recipe.init](model)
         return model
     model = checkpoint.load_model(str(source))
-    if model.config != shape:
+    free = {"vocab_size": shape.vocab_size, "activation_function": shape.activation_function}
+    if replace(model.config, **free) != shape or model.config.vocab_size < shape.vocab_size:  # type: ignore[arg-type]
         preset = config.run.preset
         raise ValueError(
             f"{source} is {describe(model.config)} with {model.config.vocab_size:,} token ids, but --preset {preset} "
             f"and {dataset.folder} need {preset} with {shape.vocab_size:,}. Use the --preset of these weights, and "
             f"shards of their vocabulary"
         )
+    if isinstance(source, str):  # --init-from
+        checkpoint.check_tokens(source, dataset.folder)
     return model
 
 
