@@ -114,8 +114,7 @@ def read_llmc(path: Path) -> GPT:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Copy it again") from None
     dtype = LLMC_DTYPES[version]
-    count = (padded + n_positions + 12 * n_layer * n_embd + 13 * n_layer + 2) * n_embd
-    expected, size = 4 * LLMC_HEADER + count * dtype.itemsize, path.stat().st_size
+    expected, size = llmc_size(config, padded, dtype), path.stat().st_size
     if size != expected or padded < vocab_size:
         raise ValueError(f"{path} is damaged: it has {size:,} bytes, but its header says {expected:,}. Copy it again")
     values = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[4 * LLMC_HEADER :].view(dtype)
@@ -129,6 +128,12 @@ def read_llmc(path: Path) -> GPT:
             start += numel
         model.transformer.wte.weight[vocab_size:] = 0.0
     return model
+
+
+def llmc_size(config: GPTConfig, padded_vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes of an llm.c model file."""
+    rows = padded_vocab_size + config.n_positions + config.n_layer * (12 * config.n_embd + 13) + 2
+    return 4 * LLMC_HEADER + rows * config.n_embd * dtype.itemsize
 
 
 def llmc_order(model: GPT) -> Iterator[tuple[str, Tensor]]:

@@ -326,7 +326,9 @@ def test_end_of_text_can_have_the_first_id(tmp_path):
 def test_a_pointer_of_git_lfs_is_named(tmp_path):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is a pointer of Git LFS, not the content\. Run git lfs pull"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json is a pointer of Git LFS, not the content\. Run git lfs pull"
+    ):
         tokenizer.load(tmp_path)
 
 
