@@ -521,7 +521,7 @@ def bits(model):
 def test_each_written_format_is_read_back_bit_for_bit(hf, tmp_path, capsys, activation, form, file):
     folder_of(hf[activation], tmp_path / "a")
     if (form, activation) == ("llmc", "gelu"):
-        with pytest.raises(ValueError, match="llm.c computes the tanh form of GELU, this model the exact one"):
+        with pytest.raises(ValueError, match=r"llm\.c computes the tanh form of GELU, this model the exact one"):
             converted(tmp_path / "a", tmp_path / "b", "--format", form)
         return
     converted(tmp_path / "a", tmp_path / "b", "--format", form)

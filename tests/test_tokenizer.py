@@ -267,6 +267,35 @@ def test_added_tokens_split_ordinary_text_as_in_transformers(tmp_path, kind):
     assert tokenizer.fingerprint(again) == tokenizer.fingerprint(loaded)
 
 
+# Fields of tokenizer.json and tokenizer_config.json that don't change ids.
+HARMLESS = {
+    "merges as text": lambda s: s["model"].update(merges=[" ".join(pair) for pair in s["model"]["merges"]]),
+    "whole words first": lambda s: s["model"].update(ignore_merges=True),
+    "offsets": lambda s: s["pre_tokenizer"].update(trim_offsets=False),
+    "no post-processor": lambda s: s.update(post_processor=None),
+    "bytes as a fallback": lambda s: s["model"].update(byte_fallback=True),
+    "truncation": lambda s: s.update(
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    ),
+    "a token for unknown text": lambda s: s["model"].update(unk_token="<|endoftext|>"),
+    "end-of-text within words": lambda s: s["added_tokens"][0].update(normalized=True),
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_fields_that_do_not_change_ids_are_accepted(tmp_path, kind):
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, HARMLESS[kind])
+    loaded, reference = tokenizer.load(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference.no_truncation()
+    as_transformers = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        ids = loaded.encode(text, allowed_special="all")
+        assert ids == reference.encode(text).ids == as_transformers(text, truncation=False)["input_ids"]
+
+
 def test_special_tokens_in_ordinary_text_are_text(tmp_path):
     write_tokenizer(tmp_path, add_token("<pad>", special=True))
     loaded = tokenizer.load(tmp_path)
