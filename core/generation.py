@@ -45,7 +45,7 @@ def generate(
         )
     check_sampling(temperature, top_k, top_p, seed)
     generator = torch.Generator(model.device).manual_seed(seed)
-    cache = KVCache(config, samples, len(prompt) + max_tokens, like=model.transformer.wte.weight)
+    cache = allocate_cache(model, samples, len(prompt) + max_tokens)
     tokens = torch.tensor([prompt] * samples, device=model.device)  # (N, T)
     rows: list[list[int]] = [[] for _ in range(samples)]
     is_running = [True] * samples
@@ -63,6 +63,13 @@ def generate(
         if not any(is_running):
             break
     return rows
+
+
+def allocate_cache(model: GPT, samples: int, length: int) -> KVCache:
+    try:
+        return KVCache(model.config, samples, length, like=model.transformer.wte.weight)
+    except RuntimeError:  # of the allocator; torch.OutOfMemoryError is one
+        raise ValueError(f"--samples {samples}: out of memory for {length} tokens each. Use fewer samples") from None
 
 
 def check_prompt(prompt: list[int], vocab_size: int) -> None:

@@ -67,6 +67,7 @@ def sample(hub, cwd, check=True):
         "HF_HOME": str(cwd / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     options = ("--ckpt", "owner/name", "--prompt", "Ana took", "--tokens", 8, "--temperature", 0, "--device", "cpu")
     return run("sample.py", *options, cwd=cwd, check=check, **environment)

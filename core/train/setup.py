@@ -1,7 +1,9 @@
 """Everything around the training loop: settings, model and optimizer at their start, data loader, DDP, compilation."""
 
 import contextlib
+import os
 import shutil
+import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -125,7 +127,10 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
     for split in ("train", "val"):
         Windows(dataset, split, recipe.seq_len)
-    return recipe, resolve_system(config.system, ranks)
+    system = resolve_system(config.system, ranks)
+    if system.compile:
+        check_compiler(ranks)
+    return recipe, system
 
 
 def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
@@ -149,6 +154,20 @@ def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
         activation_checkpointing=config.activation_checkpointing,
         micro_batch=None if config.micro_batch == "auto" else config.micro_batch,
     )
+
+
+def check_compiler(ranks: Ranks) -> None:
+    """Raise ValueError where the compiler that torch.compile runs is missing: of C on CUDA, of C++ on the CPU."""
+    if ranks.device.type == "cuda":
+        language, variable, names = "C", "CC", ["gcc", "clang", "cc"]
+    else:
+        language, variable, names = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    if not any(shutil.which(name.split()[0]) for name in names):
+        raise ValueError(
+            f"--compile on needs a {language} compiler, and {' or '.join(names)} is not installed. Install it, or use "
+            f"--compile off"
+        )
 
 
 def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
