@@ -10,7 +10,7 @@ llm.c (versions 3 and 5) and the original project.
 For GGUF, run llama.cpp's convert_hf_to_gguf.py on a checkpoint or Hugging Face folder.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ class Config:
     ckpt.pt, for the --out_dir of nanoGPT."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of llmc: float32 is version 3, bfloat16 version 5, which rounds the weights. Others are float32."""
+    terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
 def main(config: Config) -> None:

@@ -215,9 +215,13 @@ def load_model(source: str) -> GPT:
         model, note = formats.read_checkpoint_file(Path(source))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {note}")
+    print_note(note)
     return model
+
+
+def print_note(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", flush=True)
 
 
 def check_tokens(source: str, data: Path) -> None:
@@ -249,4 +253,5 @@ def load_encoding(source: str, vocab_size: int) -> Any:
     if not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
         remedy = "Convert it with convert.py, and add" if folder.is_file() else "Add"
         raise ValueError(f"{source} has {vocab_size} token ids and no tokenizer.json. {remedy} its tokenizer.json")
+    print_note(f"{source} has no tokenizer: GPT-2's is used")
     return tokenizer.load("gpt2")

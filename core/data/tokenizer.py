@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import uuid
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from core.data.tokenizer_files import END_OF_TEXT
 if TYPE_CHECKING:
     import tiktoken
 
+GPT2_MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"  # sha256 of the lines of merges.txt
 NAMES = ("gpt2", "r50k_base")  # tiktoken's encodings that split text as ByteLevel in tokenizer.json does
 
 
@@ -93,6 +95,11 @@ def _from_folder(folder: Path) -> "tiktoken.Encoding":
 
 def _check_merges(files: "tokenizer_files.TokenizerFiles", ranks: dict[bytes, int]) -> None:
     """Raise ValueError where the merges are not those of the ids: tiktoken merges in the order of the ids."""
+    ids = [files.vocab.get(a + b, -1) for a, b in files.merges]
+    is_ordered = len(ids) == len(ranks) - 256 and all(i < j for i, j in pairwise([-1, *ids]))
+    text = "\n".join(f"{a} {b}" for a, b in files.merges)
+    if is_ordered and hashlib.sha256(text.encode()).hexdigest() == GPT2_MERGES:
+        return  # known to be right; computing them would take 0.4 s
     try:
         expected = [(_text(a), _text(b)) for a, b in _merges(ranks)]
     except ValueError as error:
