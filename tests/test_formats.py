@@ -463,6 +463,15 @@ def test_other_files_are_refused_in_one_sentence(hf, tmp_path, case):
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
+def test_an_adapter_is_named_with_and_without_a_model(hf, tmp_path):
+    adapter(folder_of(hf["gelu_new"], tmp_path / "model"))
+    with pytest.raises(ValueError, match="is a PEFT adapter"):
+        GPT.from_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").unlink()
+    with pytest.raises(ValueError, match="is a PEFT adapter"):
+        checkpoint.resolve(str(tmp_path / "model"))
+
+
 def test_weights_without_a_config_name_the_folder(hf, tmp_path):
     folder_of(hf["gelu_new"], tmp_path / "folder")
     with pytest.raises(ValueError, match=r"weights without a config.json. Name a folder that contains both"):

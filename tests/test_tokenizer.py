@@ -353,12 +353,12 @@ def test_an_older_tokenizer_without_its_merges_is_refused(tmp_path):
         tokenizer.load(tmp_path)
 
 
-def test_end_of_text_can_have_the_first_id(tmp_path):
-    """As in tokenizers that `tokenizers` trains with special tokens."""
+def test_end_of_text_can_have_the_first_id_and_ids_can_have_gaps(tmp_path):
+    """The first id is that of tokenizers that `tokenizers` trains with special tokens."""
 
     def shift(spec):
         vocab = spec["model"]["vocab"]
-        vocab.update({token: i + 1 for token, i in vocab.items()})
+        vocab.update({token: 2 * i + 1 for token, i in vocab.items()})
         vocab["<|endoftext|>"] = spec["added_tokens"][0]["id"] = 0
 
     write_tokenizer(tmp_path, shift)
