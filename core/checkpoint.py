@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,14 +225,22 @@ def print_note(text: str) -> None:
         print(f"note: {text}", flush=True)
 
 
-def check_tokens(source: str, data: Path) -> None:
-    """Raise ValueError where both folders have a tokenizer, and an id of the shards is another token in the model."""
+def check_tokens(source: str, model: GPT, data: Path, data_vocab_size: int) -> None:
+    """Raise ValueError where an id of the shards in `data` is, or can be, another token in the model of `source`."""
     from core.data import tokenizer_files
 
-    folders = (data, Path(source) if Path(source).exists() else download(source))
-    if not all(any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) for folder in folders):
+    folder = Path(source) if Path(source).exists() else download(source)
+    has_tokenizer = [
+        any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")) for path in (data, folder)
+    ]
+    if not all(has_tokenizer):
+        if model.config.vocab_size > replace(model.config, vocab_size=data_vocab_size).padded_vocab_size:
+            raise ValueError(
+                f"{source} has {model.config.vocab_size:,} token ids, {data} has {data_vocab_size:,}, and one has no "
+                f"tokenizer to compare. Add its tokenizer.json"
+            )
         return
-    expected, found = (tokenizer_files.read(folder).tokens() for folder in folders)
+    expected, found = (tokenizer_files.read(path).tokens() for path in (data, folder))
     for i, token in expected.items():
         if found.get(i) != token:
             raise ValueError(

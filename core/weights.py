@@ -1,5 +1,6 @@
 """Weights of a GPT-2 under any project's names, mapped to the parameters of model.py. Nothing in a file is executed."""
 
+import errno
 import json
 import pickle
 import re
@@ -165,6 +166,8 @@ def read_pickle(path: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise ValueError(f"{path} contains more than tensors. Use a file of tensors only") from None
     except Exception as error:  # a damaged file can make the reader raise anything
+        if "memory" in str(error)[:500]:  # of the allocator, which raises RuntimeError
+            raise OSError(errno.ENOMEM, "not enough memory to read it", str(path)) from None
         raise ValueError(f"{path} can't be read as tensors ({type(error).__name__}). Download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} contains no tensors by name, but a {type(content).__name__}. Use another file")

@@ -463,6 +463,29 @@ def test_other_files_are_refused_in_one_sentence(hf, tmp_path, case):
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
+LITTLE_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+from core import cli
+from core.weights import read_tensors
+
+def main(_):
+    used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
+    read_tensors(Path("pytorch_model.bin"))
+
+cli.run(main, cli.Terminal, "")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_lack_of_memory_is_not_reported_as_damage(tmp_path):
+    torch.save({"a": torch.zeros(2**25)}, tmp_path / "pytorch_model.bin")  # 128 MiB
+    (tmp_path / "read.py").write_text(LITTLE_MEMORY)
+    error = refused(run(tmp_path / "read.py", cwd=tmp_path, check=False))
+    assert "memory" in error and "Download" not in error
+
+
 def test_an_adapter_is_named_with_and_without_a_model(hf, tmp_path):
     adapter(folder_of(hf["gelu_new"], tmp_path / "model"))
     with pytest.raises(ValueError, match="is a PEFT adapter"):
@@ -633,6 +656,15 @@ def test_a_padded_vocabulary_trains_and_is_evaluated_where_the_ids_fit(world, tm
     assert run(
         "sample.py", "--ckpt", "logs/tiny", "--tokens", 20, "--temperature", 9, "--top-k", 0, cwd=tmp_path
     ).stdout
+
+
+def test_a_much_larger_vocabulary_without_a_tokenizer_is_refused(world, hf, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    torch.manual_seed(0)
+    nanogpt_file(tmp_path / "ckpt.pt", padded(linear_state(hf["gelu"]), rows=50304), vocab_size=50304)
+    options = ("--preset", "tiny", "--data", "data/small", "--device", "cpu", "--init-from", "ckpt.pt", "--eval-only")
+    error = refused(run("train.py", *options, cwd=tmp_path, check=False))
+    assert "ckpt.pt has 50,304 token ids, data/small has 664, and one has no tokenizer to compare" in error
 
 
 def test_shards_of_another_tokenizer_are_refused(world, tmp_path):

@@ -241,7 +241,7 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
             f"shards of their vocabulary"
         )
     if isinstance(source, str):  # --init-from
-        checkpoint.check_tokens(source, dataset.folder)
+        checkpoint.check_tokens(source, model, dataset.folder, dataset.vocab_size)
     return model
 
 
