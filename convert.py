@@ -42,7 +42,6 @@ def main(config: Config) -> None:
         raise ValueError(f"--dtype {config.dtype} needs --format llmc. Omit it")
     source = checkpoint.resolve(config.ckpt)
     model = checkpoint.load_model(source)
-    out.mkdir(parents=True, exist_ok=True)
     if config.format == "llmc":
         formats.write_llmc(model, out / "model.bin", config.dtype)
     elif config.format == "nanogpt":

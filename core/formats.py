@@ -155,6 +155,7 @@ def write_llmc(model: GPT, path: Path, dtype: str = "float32") -> None:
     header = np.zeros(LLMC_HEADER, dtype="<i4")
     header[:5] = LLMC_MAGIC, version, config.n_positions, config.vocab_size, config.n_layer
     header[5:8] = config.n_head, config.n_embd, config.padded_vocab_size
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         file.write(header.tobytes())
         for _, p in llmc_order(model):
@@ -178,4 +179,5 @@ def write_nanogpt(model: GPT, path: Path) -> None:
         "best_val_loss": torch.tensor(1e9),
         "config": {"activation_function": config.activation_function},
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
