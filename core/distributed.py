@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,6 +228,20 @@ def kernel_support(device: torch.device) -> str:
         return "off"
     major, _ = torch.cuda.get_device_capability(device)
     return "on" if major in (9, 10) else "portable" if major >= 8 else "off"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError where the compiler that torch.compile runs is missing: of C on CUDA, of C++ on the CPU."""
+    if device.type == "cuda":
+        language, variable, names = "C", "CC", ["gcc", "clang", "cc"]
+    else:
+        language, variable, names = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    if not any(shutil.which(name.split()[0]) for name in names):
+        raise ValueError(
+            f"--compile on needs a {language} compiler, and {' or '.join(names)} is not installed. Install it, or use "
+            f"--compile off"
+        )
 
 
 # Dense bf16 tensor-core FLOP/s from the data sheets of the vendor; of the SXM form where there are several.

@@ -1,9 +1,7 @@
 """Everything around the training loop: settings, model and optimizer at their start, data loader, DDP, compilation."""
 
 import contextlib
-import os
 import shutil
-import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli, ops
 from core.data.shards import Dataset, TokenOrder, Windows, prefetched
-from core.distributed import Ranks, autocast, kernel_support
+from core.distributed import Ranks, autocast, check_compiler, kernel_support
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
 from core.train.memory import largest_divisor, largest_micro_batch
@@ -129,7 +127,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         Windows(dataset, split, recipe.seq_len)
     system = resolve_system(config.system, ranks)
     if system.compile:
-        check_compiler(ranks)
+        check_compiler(ranks.device)
     return recipe, system
 
 
@@ -154,20 +152,6 @@ def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
         activation_checkpointing=config.activation_checkpointing,
         micro_batch=None if config.micro_batch == "auto" else config.micro_batch,
     )
-
-
-def check_compiler(ranks: Ranks) -> None:
-    """Raise ValueError where the compiler that torch.compile runs is missing: of C on CUDA, of C++ on the CPU."""
-    if ranks.device.type == "cuda":
-        language, variable, names = "C", "CC", ["gcc", "clang", "cc"]
-    else:
-        language, variable, names = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
-    names = [os.environ[variable]] if os.environ.get(variable) else names
-    if not any(shutil.which(name.split()[0]) for name in names):
-        raise ValueError(
-            f"--compile on needs a {language} compiler, and {' or '.join(names)} is not installed. Install it, or use "
-            f"--compile off"
-        )
 
 
 def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
