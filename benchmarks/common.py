@@ -21,9 +21,9 @@ from core import cli
 from core.distributed import DeviceClock, Ranks
 from core.train.config import SystemConfig
 from core.train.interrupts import Interrupts
-from core.train.optim import OPTIMIZERS, OptimizerGroup
+from core.train.optim import OPTIMIZERS, OptimizerGroup, loss_scaler
 from core.train.recipe import Recipe, resolve_recipe
-from core.train.setup import System, loss_scaler, resolve_system
+from core.train.setup import System, resolve_system
 from model import PRESETS
 from train import train_step
 

@@ -73,6 +73,11 @@ def build_optimizer(model: GPT, recipe: Recipe, ranks: Ranks) -> OptimizerGroup:
     return group
 
 
+def loss_scaler(dtype: str, ranks: Ranks) -> torch.amp.GradScaler:
+    """Scales the loss of float16 training, whose small gradients would become zero (Micikevicius et al. 2018)."""
+    return torch.amp.GradScaler(ranks.device.type, enabled=dtype == "float16")
+
+
 def check_coverage(model: torch.nn.Module, optimizer: OptimizerGroup) -> None:
     """Raise ValueError, naming the parameter, unless each trainable one is in exactly one parameter group."""
     in_groups = [id(p) for member in optimizer.members for group in member.param_groups for p in group["params"]]

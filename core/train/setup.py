@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli, ops
 from core.data.shards import Dataset, TokenOrder, Windows, prefetched
-from core.distributed import Ranks, autocast, default_dtype, kernel_support
+from core.distributed import Ranks, autocast, check_compiler, default_dtype, kernel_support
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
 from core.train.memory import largest_divisor, largest_micro_batch
-from core.train.optim import OptimizerGroup, build_optimizer
+from core.train.optim import OptimizerGroup, build_optimizer, loss_scaler
 from core.train.profiling import PROFILED_STEPS
 from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, Schedule, resolve_recipe
 from model import GPT, describe
@@ -127,7 +127,10 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
     for split in ("train", "val"):
         Windows(dataset, split, recipe.seq_len)
-    return recipe, resolve_system(config.system, ranks)
+    system = resolve_system(config.system, ranks)
+    if system.compile:
+        check_compiler(ranks.device)
+    return recipe, system
 
 
 def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
@@ -210,11 +213,6 @@ def restore_or_init(
     return run
 
 
-def loss_scaler(dtype: str, ranks: Ranks) -> torch.amp.GradScaler:
-    """Scales the loss of float16 training, whose small gradients would become zero (Micikevicius et al. 2018)."""
-    return torch.amp.GradScaler(ranks.device.type, enabled=dtype == "float16")
-
-
 def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | str | None) -> GPT:
     """The model at its start. Raises ValueError where the weights don't fit the preset or the shards."""
     shape = replace(config.shape, vocab_size=dataset.vocab_size)
@@ -223,13 +221,16 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
         INITIALIZERS[recipe.init](model)
         return model
     model = checkpoint.load_model(str(source))
-    if model.config != shape:
+    free = {"vocab_size": shape.vocab_size, "activation_function": shape.activation_function}
+    if replace(model.config, **free) != shape or model.config.vocab_size < shape.vocab_size:  # type: ignore[arg-type]
         preset = config.run.preset
         raise ValueError(
             f"{source} is {describe(model.config)} with {model.config.vocab_size:,} token ids, but --preset {preset} "
             f"and {dataset.folder} need {preset} with {shape.vocab_size:,}. Use the --preset of these weights, and "
             f"shards of their vocabulary"
         )
+    if isinstance(source, str):  # --init-from
+        checkpoint.check_tokens(source, model, dataset.folder, dataset.vocab_size)
     return model
 
 
