@@ -124,7 +124,7 @@ def test_unavailable_device(error_of, here, device):
         (["--batchtokens", 2048], "--batchtokens"),
         (["--steps", "many"], "many"),
         (["--lr"], "--lr"),
-        (["--dtype", "float16"], "float16"),
+        (["--dtype", "float8"], "float8"),
         (["3"], "3"),
     ],
 )
