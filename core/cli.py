@@ -4,6 +4,7 @@ Nested dataclasses are groups of options in `--help`; their names don't become p
 """
 
 import errno
+import io
 import math
 import os
 import sys
@@ -46,6 +47,9 @@ def run(main: Callable[[Options], None], config_type: type[Options], description
     ValueError and OSError are errors that a user can cause: they end in one line and exit status 2. With TRACEBACK=1
     in the environment the traceback is shown instead.
     """
+    for stream in (sys.stdout, sys.stderr):  # in a locale that isn't UTF-8, print the rest as \\u escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     config = parse(config_type, description)
     terminal.quiet = getattr(config, "terminal", terminal).quiet
     try:
