@@ -3,7 +3,7 @@
     python fineweb.py                                                # the 10-billion-token sample: 20 GB of shards
     python fineweb.py --source 'my/*.parquet' --out data/mine        # column `text`; jsonl: field `text` of each line
     python fineweb.py --source 'books/*.txt' --out data/books        # one document per file
-    torchrun --nnodes 4 --nproc_per_node 1 ... fineweb.py            # distribute the work over machines
+    torchrun --nnodes 4 --nproc_per_node 1 ... fineweb.py            # distribute the source files over machines
     python fineweb.py --verify data/mine                             # check each shard against the manifest
     python fineweb.py --adopt edu_fineweb10B                         # describe shards of build-nanogpt or llm.c
 
@@ -12,23 +12,23 @@ resume after the last complete shard.
 """
 
 import os
-from contextlib import closing
+import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tqdm import tqdm
 
 from core import cli
-from core.data import audit, encode, sources, tokenizer
-from core.data.encode import EncoderMismatchError, EncoderPool
-from core.data.prepare import Preparation
-from core.data.settings import check_settings, clear, discard_empty, recorded_settings, records
-from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST
-from core.files import ALL_ITEMS, FileLocks
+from core.data import audit, encode, prepare, sources, tokenizer
+from core.data.encode import EncoderMismatchError
+from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST, UNFINISHED, open_dataset
+from core.files import PRESENCE, FileLocks
 
 VAL_TOKENS_HELP = tyro.conf.arg(
-    help="Tokens held out for validation: complete documents from the start of the source. "
+    help="Tokens held out for validation: complete documents from the start of the first file. "
     f"Default: {DEFAULT_VAL_TOKENS:,}, or 1 % of a smaller source.",
     help_behavior_hint="",
 )
@@ -43,14 +43,14 @@ def available_cores() -> int:
 @dataclass
 class Config:
     source: str = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"
-    """Source files, as a glob: .parquet with a `text` column, .jsonl or .ndjson (also .gz, .zst) with a `text` field,
-    or .txt; local or any fsspec address. For a larger sample of FineWeb-Edu replace 10BT by 100BT or 350BT."""
+    """Source files, as a glob: .parquet with a `text` column, .jsonl with a `text` field, or .txt; local or any fsspec
+    address. For a larger sample of FineWeb-Edu replace 10BT by 100BT or 350BT."""
     out: str = DEFAULT_DATA
     """Folder for the shards, the manifest and the tokenizer files."""
     encoding: str = "gpt2"
     """Encoding: a name that tiktoken knows, or a folder with a tokenizer.json. At most 65,536 ids."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard, approximately; a shard takes 2 bytes per token."""
+    """Tokens per shard; a shard takes 2 bytes per token. The last shard of a source file is smaller."""
     val_tokens: Annotated[int | None, VAL_TOKENS_HELP] = None
     max_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Maximum number of tokens: stop before the document that would exceed it. Default: the entire source."""
@@ -67,9 +67,8 @@ class Config:
     """Folder to check instead of writing one: hash and counts of each shard against the manifest, and a sample of
     documents. Default: no check."""
     adopt: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """Folder of another project's shards (.npy of build-nanogpt, .bin of llm.c or nanoGPT) to describe in a manifest
-    for train.py. --encoding is their encoding; `val` as a word of a file name means validation. Default: no such
-    folder."""
+    """Folder of another project's shards (.npy of build-nanogpt, .bin of llm.c) to describe in a manifest for train.py.
+    --encoding is their encoding; `val` in a file name means validation. Default: no such folder."""
     terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
@@ -83,24 +82,24 @@ def main(config: Config) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     locks = FileLocks(out)
+    locks.acquire(PRESENCE, shared=True)
     if config.overwrite:
-        clear(out, locks)
+        prepare.clear(out, locks)
+    locks.acquire(PRESENCE, shared=config.max_tokens is None)
     with locks.exclusive():
         source, header = resolve_settings(config, out, encoding, locks)
-    if (out / MANIFEST).is_file():
-        return print(f"{out} is already finished with the same source and settings. --overwrite writes it again")
-    if config.max_tokens is not None:
-        locks.acquire(0, count=ALL_ITEMS)
-    tokenizer.save(encoding, out)
+        if source is None:
+            return print(f"{out} is already finished with the same source and settings. --overwrite writes it again")
+        if not (out / "tokenizer_config.json").exists():
+            tokenizer.save(encoding, out)
+    job = prepare.Preparation(out, source, header, locks, rank, world_size, config.skip_broken)
+    encoder = encode.choose(config.encoder)
     try:
-        with closing(EncoderPool(config.workers, encode.choose(config.encoder), config.encoding, out)) as pool:
-            Preparation(out, source, header, locks, pool, config.skip_broken).run(rank, world_size)
+        with encode.Workers(config.workers, job.pieces, job.files, encoder, config.encoding, out) as workers:
+            convert(config, job, workers)
     except EncoderMismatchError as error:
-        overwrite = " --overwrite" if records(out) else ""
+        overwrite = " --overwrite" if any((out / UNFINISHED).glob("*_*.json")) else ""
         raise ValueError(f"--encoder {config.encoder}: fastokens {error}. Use --encoder tiktoken{overwrite}") from None
-    except KeyboardInterrupt:
-        print("interrupted; rerun the same command to resume after the last complete shard", flush=True)
-        raise
 
 
 def check(config: Config) -> tuple[int, int]:
@@ -112,7 +111,7 @@ def check(config: Config) -> tuple[int, int]:
     rank, world_size = find_rank()
     if world_size > 1 and config.max_tokens is not None:
         raise ValueError(
-            f"--max-tokens counts tokens through the source in order, not in {world_size} processes. Start one process"
+            f"--max-tokens counts tokens through the files in order, not in {world_size} processes. Start one process"
         )
     if world_size > 1 and config.overwrite:
         raise ValueError(
@@ -132,32 +131,73 @@ def find_rank() -> tuple[int, int]:
             )
         return rank, world_size
     if "SLURM_ARRAY_TASK_ID" in env:
-        task, low, count = (int(env[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT"))
-        return (task - low) % count, count
+        task, low, high, count = (int(env[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
+        if (low, high) != (0, count - 1):
+            raise ValueError(f"Slurm array of {count} tasks from {low} to {high} must start at 0. Use 0-{count - 1}")
+        return task, count
     return 0, 1
 
 
 def resolve_settings(
     config: Config, out: Path, encoding: Any, locks: FileLocks
-) -> tuple[sources.Source, dict[str, Any]]:
-    """The source, and the header of the manifest. Raises ValueError if `out` was begun with other settings."""
-    recorded = recorded_settings(out)
-    revision = recorded["source"]["revision"] if recorded.get("source", {}).get("name") == config.source else None
-    if revision and (out / MANIFEST).is_file():  # a commit never changes, so no request to the hub is needed
-        source = sources.Source.from_json(recorded["source"])
-    else:
-        source = sources.find_source(config.source, revision)
-    header = {"source": source.to_json(), "encoding": encoding.name}
+) -> tuple[sources.Source | None, dict[str, Any]]:
+    """The source, or None if it is finished, and the header of the manifest.
+
+    Raises ValueError if `out` was begun with other settings.
+    """
+    recorded, finished = prepare.recorded_settings(out), (out / MANIFEST).is_file()
+    known = recorded.get("source", {})
+    revision = known.get("revision") if known.get("name") == config.source else None
+    # A commit never changes, so that a finished folder needs no request to the hub.
+    source = None if revision and finished else sources.find_source(config.source, revision)
+    header = {"source": source.to_json() if source else known, "encoding": encoding.name}
     header |= {"encoding_sha256": tokenizer.fingerprint(encoding), "vocab_size": encoding.n_vocab}
     header |= {"end_of_text_id": tokenizer.end_of_text_id(encoding)}
     header |= {key: getattr(config, key) for key in ("shard_tokens", "val_tokens", "max_tokens")}
     try:
-        check_settings(out, header)
-    except ValueError:
-        if not discard_empty(out, locks):
+        prepare.check_settings(out, header)
+    except ValueError as error:
+        try:
+            emptied = prepare.clear(out, locks, only_empty=True)
+        except ValueError:  # another process uses the other settings
+            emptied = False
+        if not emptied:
+            raise error from None
+        locks.acquire(PRESENCE, shared=config.max_tokens is None)
+        prepare.check_settings(out, header)
+    return (None if finished else source), header
+
+
+def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -> None:
+    """Write the shards that are left, and the manifest if this process is the last."""
+    with job.locks.exclusive():
+        validation = job.write_validation(workers)
+    chunks = job.plan(validation)
+    remaining = [chunk for chunk in chunks if not job.record(chunk)]
+    check_disk(config, job, remaining)
+    if 0 < len(remaining) < len(chunks):
+        print(f"resuming after {len(chunks) - len(remaining)} of {len(chunks)} shards", flush=True)
+    tokens = sum(chunk.tokens for chunk in remaining)
+    with cli.progress_bar(unit="tok", unit_scale=True, total=tokens) as bar:
+        try:
+            job.write_chunks(chunks, workers, validation["tokens"], bar)
+        except KeyboardInterrupt:
+            tqdm.write("interrupted; rerun the same command to resume after the last complete shard")
             raise
-        check_settings(out, header)
-    return source, header
+    with job.locks.exclusive():
+        if job.finish(validation, chunks):
+            audit.summarize(open_dataset(job.out))
+
+
+def check_disk(config: Config, job: prepare.Preparation, remaining: list[prepare.Chunk]) -> None:
+    """Raise ValueError if the remaining shards clearly don't fit on the disk."""
+    needed = 2 * min(sum(chunk.tokens for chunk in remaining), config.max_tokens or sys.maxsize)
+    free = shutil.disk_usage(job.out).free
+    if needed > free:
+        raise ValueError(
+            f"--out {job.out} has {free / 1e9:,.3f} GB free, but the shards need about {needed / 1e9:,.3f} GB. Free "
+            "disk space, or use another --out or a smaller --max-tokens"
+        )
 
 
 if __name__ == "__main__":

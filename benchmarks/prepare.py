@@ -53,8 +53,8 @@ class Config:
 def main(config: Config) -> None:
     if config.plain_loop:
         return plain_loop(config, Path(config.plain_loop))
-    files = list(sources.find_source(config.source, None).files)
-    text_bytes = sum(chunk.bytes for chunks in sources.split_files(files) for chunk in chunks)
+    files = sources.find_source(config.source, None).files
+    text_bytes = sum(piece.bytes for piece in sources.cut(files, sources.PIECE_BYTES))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(config.out).parent) as name:
         folder = Path(name)
@@ -124,7 +124,7 @@ def plain_encode(document: dict[str, Any]) -> np.ndarray:
     return ids.astype(np.uint16)
 
 
-def link_copies(files: list[sources.SourceFile], folder: Path, count: int) -> str:
+def link_copies(files: tuple[sources.SourceFile, ...], folder: Path, count: int) -> str:
     """A glob of a source that consists of `count` copies of the files, as links."""
     copies = folder.resolve() / "copies"
     copies.mkdir()

@@ -11,7 +11,8 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
-ALL_ITEMS = 2**30  # more than any folder has; the byte of that number is the lock of `exclusive`
+EXCLUSIVE = 2**30  # larger than the number of any shard: the lock of `exclusive`
+PRESENCE = EXCLUSIVE + 1  # shared by all processes that work in the folder
 
 
 def sha256(path: Path) -> str:
@@ -49,7 +50,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 class FileLocks:
-    """Locks on numbered items of a folder, such as the chunks of a source; one process holds each.
+    """Locks on numbered items of a folder, such as shards; one process holds each.
 
     A lock is one locked byte of the file `.lock`. The operating system releases it when the process ends, however it
     ends. Locks also work between machines where the file system supports POSIX locks.
@@ -58,52 +59,51 @@ class FileLocks:
     def __init__(self, folder: Path, option: str = "--out") -> None:
         """`option` is the command line option that names the folder."""
         self._folder, self._option = folder, option
-        self._file = open(folder / LOCK, "ab")  # noqa: SIM115  open until the process ends
+        self._file = open(folder / LOCK, "a+b")  # noqa: SIM115  open until the process ends
         self.supported = True
 
-    def try_acquire(self, number: int, count: int = 1, wait: bool = False) -> bool:
-        """Lock `count` items from `number` on; False where another process holds one of them."""
+    def try_acquire(self, number: int, shared: bool = False, wait: bool = False) -> bool:
+        """Lock an item, and return whether no other process holds it. Several processes can hold a shared lock."""
         import fcntl
 
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), count, number)
+            fcntl.lockf(self._file, kind | (0 if wait else fcntl.LOCK_NB), 1, number)
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
             if self.supported:
-                warning = f"the file system of {self._folder} has no locks ({error.strerror})"
-                print(f"warning: {warning}. Run one process at a time on it", flush=True)
+                print(
+                    f"warning: the file system of {self._folder} has no locks ({error.strerror}). Do not start the "
+                    "same process twice",
+                    flush=True,
+                )
             self.supported = False
         return True
 
-    def acquire(self, number: int, count: int = 1) -> None:
-        """The same; raises ValueError where another process holds one of them."""
-        if not self.try_acquire(number, count):
+    def acquire(self, number: int, shared: bool = False) -> None:
+        """Lock an item. Raises ValueError where another process holds it."""
+        if not self.try_acquire(number, shared):
             raise ValueError(
                 f"another process is writing {self._folder}. Wait until it ends, stop it, or use another {self._option}"
             )
 
-    def release(self, number: int, count: int = 1) -> None:
+    def release(self, number: int) -> None:
         import fcntl
 
         with contextlib.suppress(OSError):
-            fcntl.lockf(self._file, fcntl.LOCK_UN, count, number)
-
-    def is_free(self) -> bool:
-        """Whether no process holds a lock, this one included."""
-        is_free = self.try_acquire(0, count=ALL_ITEMS)
-        if is_free:
-            self.release(0, count=ALL_ITEMS)
-        return is_free
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """A section that one process at a time enters; the others wait."""
-        self.try_acquire(ALL_ITEMS, wait=True)
+        if not self.try_acquire(EXCLUSIVE):
+            print(f"waiting for another process that prepares {self._folder}", flush=True)
+            self.try_acquire(EXCLUSIVE, wait=True)
         try:
             yield
         finally:
-            self.release(ALL_ITEMS)
+            self.release(EXCLUSIVE)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -93,7 +93,7 @@ def test_the_tokenizer_of_another_encoding_is_detected(world, data):
     [
         lambda raw: raw[:-9] + b"\xff" + raw[-8:],
         lambda raw: raw.replace(b'"vocab_size": 664', b'"vocab_size": "' + b"6" * 10_000 + b'"'),
-        lambda raw: raw.replace(b'"tokens": 4000', b'"tokens": [' + b"4," * 10_000 + b"0]", 1),
+        lambda raw: raw.replace(b'"tokens": ', b'"tokens": [' + b"4," * 10_000 + b'0], "x": ', 1),
         lambda raw: raw[:-9],
         lambda raw: b"[" * 100_000,
     ],
@@ -156,7 +156,7 @@ def test_verify_raises_an_error_of_the_machine_and_does_not_advise_to_overwrite(
     monkeypatch.setattr(audit, "sha256", fails)
     with pytest.raises(OSError) as error:
         audit.verify(data)
-    assert error.value is failure
+    assert cli.message(error.value) == f"{data / 'train_000003.npy'}: Input/output error"
 
 
 def header(tokens, magic=20240520, version=1):

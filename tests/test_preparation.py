@@ -4,9 +4,12 @@ import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import time
+from itertools import pairwise
 
 import conftest
 import numpy as np
@@ -15,7 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ENCODING, ROOT, children, ended, execute, fill, lives, on_ranks, refused, run, wait_until
 
-from core.data.prepare import write_shard
+from core.data.encode import Documents
+from core.data.prepare import ShardWriter
+from core.files import EXCLUSIVE, FileLocks
 
 KILLS = int(os.environ.get("SOAK_KILLS", "4"))
 SHARD_TOKENS = 2000
@@ -48,6 +53,27 @@ FAULTS = {
     "an error": "raise RuntimeError('no such token')",
     "a panic": "raise Panic('index out of bounds')",
 }
+KILL = """
+import os, runpy, signal, sys
+import core.data.prepare
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+core.data.prepare.{moment} = kill
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+NO_LOCKS = """
+import errno, fcntl, os, runpy, sys
+
+def lockf(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+fcntl.lockf = lockf
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 LAUNCH = """
 import multiprocessing, runpy, sys
 multiprocessing.set_start_method(sys.argv[1])
@@ -87,17 +113,14 @@ def started(world, source, out, *settings, workers=1, **env):
 
 
 def recorded_shards(out):
-    """Each shard that a part.json lists, with its modification time."""
-    paths = []
-    for path in (out / "unfinished").glob("*/part.json"):
-        with contextlib.suppress(FileNotFoundError):
-            paths += [path.parent / shard["file"] for shard in json.loads(path.read_text())["shards"]]
-    return {path: path.stat().st_mtime_ns for path in paths}
+    """Each train shard that has a record, with its modification time."""
+    names = [path.stem for path in (out / "unfinished").glob("train_*.json")]
+    return {out / f"{name}.npy": (out / f"{name}.npy").stat().st_mtime_ns for name in names}
 
 
 def count_shards(out):
-    """The number of shards in the folder of unfinished files."""
-    return len(list((out / "unfinished").glob("*/*.npy")))
+    """The number of train shards."""
+    return len(list(out.glob("train_*.npy")))
 
 
 def interrupt(world, source, out, *settings, shards=5, **env):
@@ -109,9 +132,8 @@ def interrupt(world, source, out, *settings, shards=5, **env):
     return recorded_shards(out)
 
 
-def has_joined(out):
-    """Whether a run has count_shards to join its shards."""
-    return (out / "val_000000.npy").exists()
+def is_finished(out):
+    return (out / "manifest.json").exists()
 
 
 def contents(folder):
@@ -183,7 +205,7 @@ def test_a_run_killed_again_and_again_writes_the_same_bytes(world, large, tmp_pa
                 os.killpg(process.pid, signal.SIGKILL)
         effective_kills += bool(workers)
         kept += len(before)
-        assert has_joined(out) or before.items() <= recorded_shards(out).items()
+        assert is_finished(out) or before.items() <= recorded_shards(out).items()
     assert effective_kills >= KILLS // 2
     assert kept > 0
     prepare(world, source, out)
@@ -191,23 +213,21 @@ def test_a_run_killed_again_and_again_writes_the_same_bytes(world, large, tmp_pa
     assert texts_in(out) == [text for number in range(3) for text in documents(number, 360)]
 
 
-def test_a_run_killed_while_joining_writes_the_same_bytes(world, large, tmp_path):
-    source, uninterrupted = large
-    for attempt in range(5):
-        out = tmp_path / str(attempt)
-        with started(world, source, out, workers=2) as process:
-            assert wait_until(lambda out=out: has_joined(out), process)
-            process.kill()
-        if (out / "unfinished").exists():
-            break
-    assert list((out / "unfinished").iterdir())
-    prepare(world, source, out)
-    assert same(out, uninterrupted)
+@pytest.mark.parametrize("moment", ["remove_shards", "shutil.rmtree"])
+def test_a_run_killed_just_before_or_after_the_manifest_resumes(world, small, tmp_path, moment):
+    source, uninterrupted = small
+    arguments = ["-c", KILL.replace("{moment}", moment), ROOT / "fineweb.py", *command(source, tmp_path, 2)]
+    assert execute([sys.executable, *map(str, arguments)], world, False, {}).returncode == -signal.SIGKILL
+    assert is_finished(tmp_path) == (moment == "shutil.rmtree")
+    assert list((tmp_path / "unfinished").glob("train_*.json"))
+    log = prepare(world, source, tmp_path).stdout
+    assert ("already finished" in log) == (moment == "shutil.rmtree")
+    assert same(tmp_path, uninterrupted)
 
 
 def test_incomplete_files_of_a_killed_process_are_removed(world, small, tmp_path):
     source, uninterrupted = small
-    for name in (".manifest.json.4194304", ".tokenizer.json.4194304", ".train_000000.npy.unfinished"):
+    for name in (".manifest.json.4194304", ".tokenizer.json.4194304", ".train_000001.npy.0.unfinished"):
         (tmp_path / name).write_text("hal")
     prepare(world, source, tmp_path)
     assert same(tmp_path, uninterrupted)
@@ -253,7 +273,8 @@ def test_two_array_tasks_can_run_at_the_same_time(world, large, tmp_path):
 def test_another_number_of_ranks_resumes_a_killed_run(world, large, tmp_path):
     source, uninterrupted = large
     before = interrupt(world, source, tmp_path, **array_task(1, 3))
-    assert {path.parent.name for path in before} == {"000001"}
+    middle = len(list(uninterrupted.glob("train_*.npy"))) // 3
+    assert min(before).stem > f"train_{middle:06}"
     for task in (1, 0):
         prepare(world, source, tmp_path, **array_task(task, 2))
     assert same(tmp_path, uninterrupted)
@@ -278,8 +299,32 @@ def test_options_for_one_process_are_refused_with_several(world, small, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", [(), ("--overwrite",)])
-def test_a_second_process_on_a_folder_is_refused_while_the_first_runs(world, large, tmp_path, option):
+def test_a_second_process_with_the_same_command_shares_the_work(world, large, tmp_path):
+    source, uninterrupted = large
+    with started(world, source, tmp_path) as first:
+        assert wait_until(lambda: count_shards(tmp_path) > 3, first)
+        first.send_signal(signal.SIGSTOP)
+        log = prepare(world, source, tmp_path).stdout
+        assert re.search(r"Other processes write \d+ of \d+ shards, e.g. train_.*rerun the same command", log)
+        assert not is_finished(tmp_path)
+        first.send_signal(signal.SIGCONT)
+        assert ended(first).returncode == 0
+    assert same(tmp_path, uninterrupted)
+
+
+def test_a_process_waits_while_another_writes_validation(world, large, tmp_path):
+    source, uninterrupted = large
+    (tmp_path / ".lock").touch()
+    locks = FileLocks(tmp_path)
+    with locks.exclusive(), started(world, source, tmp_path) as process:
+        assert process.stdout.readline() == f"waiting for another process that prepares {tmp_path}\n"
+        locks.release(EXCLUSIVE)
+        assert ended(process).returncode == 0
+    assert same(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("option", [("--overwrite",), ("--max-tokens", 9000)])
+def test_options_for_one_process_are_refused_while_another_runs(world, large, tmp_path, option):
     source, uninterrupted = large
     with started(world, source, tmp_path) as first:
         assert wait_until(lambda: count_shards(tmp_path) > 0, first)
@@ -287,7 +332,18 @@ def test_a_second_process_on_a_folder_is_refused_while_the_first_runs(world, lar
         message = refused(prepare(world, source, tmp_path, *SETTINGS, *option, check=False))
         first.send_signal(signal.SIGCONT)
         assert ended(first).returncode == 0
-    assert str(tmp_path) in message
+    assert f"another process is writing {tmp_path}" in message
+    assert same(tmp_path, uninterrupted)
+
+
+def test_without_file_locks_each_process_writes_its_own_share(world, small, tmp_path):
+    source, uninterrupted = small
+    total = len(list(uninterrupted.glob("train_*.npy")))
+    for task in (1, 0):
+        arguments = ["-c", NO_LOCKS, ROOT / "fineweb.py", *command(source, tmp_path)]
+        result = execute([sys.executable, *map(str, arguments)], world, True, array_task(task, 2))
+        assert result.stdout.count("has no locks (No locks available)") == 1
+        assert count_shards(tmp_path) == (total if task == 0 else total // 2)
     assert same(tmp_path, uninterrupted)
 
 
@@ -315,18 +371,15 @@ def test_changed_settings_are_refused_with_both_values(world, large, tmp_path):
     assert same(tmp_path, tmp_path.with_name("new"))
 
 
-def test_a_changed_source_is_refused_with_both_fingerprints(world, tmp_path):
+def test_shards_of_a_source_that_has_changed_are_written_again(world, tmp_path):
     source, out = tmp_path / "*.parquet", tmp_path / "out"
     texts = documents(1, 360)
     write_parquet(tmp_path / "part.parquet", texts)
     interrupt(world, source, out)
-    write_parquet(tmp_path / "part.parquet", [*texts[:3], "Ana left", *texts[4:]])
-    part = json.loads((out / "unfinished/000000/part.json").read_text())
-    message = refused(prepare(world, source, out, check=False))
-    assert "part.parquet has changed" in message
-    assert part["source"]["fingerprint"] in message
-    assert f"'bytes': {(tmp_path / 'part.parquet').stat().st_size}" in message
-    prepare(world, source, out, *SETTINGS, "--overwrite")
+    write_parquet(tmp_path / "part.parquet", ["Ana left", *texts[4:]])
+    log = prepare(world, source, out).stdout
+    assert "val_000000.npy is written again: its source files have changed" in log
+    assert "train_000001.npy is written again: its source files have changed" in log
     prepare(world, source, tmp_path / "new")
     assert same(out, tmp_path / "new")
 
@@ -335,7 +388,8 @@ def break_jsonl(line):
     def write(path):
         lines = path.read_bytes().splitlines(keepends=True)
         place = sum(map(len, lines[:30]))
-        path.write_bytes(b"".join([*lines[:30], line + b"\n", *lines[31:]]))
+        padding = b" " * (len(lines[30]) - len(line) - 1)  # of the same size, so that the plan stays
+        path.write_bytes(b"".join([*lines[:30], line + padding + b"\n", *lines[31:]]))
         return f"byte {place}"
 
     return write
@@ -382,13 +436,19 @@ def test_a_damaged_file_is_named_and_after_repair_only_its_shards_are_rewritten(
     assert str(path) in message
     assert place in message
     before = recorded_shards(tmp_path / "out")
-    assert {shard.parent.name for shard in before} == {"000000"}
+    assert before
+    size = path.stat().st_size
     path.write_bytes(intact)
     prepare(world, source, tmp_path / "out")
     prepare(world, source, tmp_path / "new")
     assert same(tmp_path / "out", tmp_path / "new")
-    kept = sorted(shard.stat().st_mtime_ns for shard in (tmp_path / "out").glob("*.npy"))[: len(before)]
-    assert kept == sorted(before.values())
+    shards = json.loads((tmp_path / "out/manifest.json").read_text())["shards"]
+    of_others = [shard["file"] for shard, following in pairwise(shards) if following["source_file"] == 0][1:]
+    assert of_others
+    if size == len(intact):
+        assert all(
+            (tmp_path / "out" / name).stat().st_mtime_ns == before[tmp_path / "out" / name] for name in of_others
+        )
 
 
 @pytest.mark.parametrize("damaged", [name for name in DAMAGE if name != "flipped.parquet"], indirect=True)
@@ -437,7 +497,7 @@ def test_a_full_disk_loses_no_complete_shard(world, large, disk):
         before = recorded_shards(disk / "out")
         process.send_signal(signal.SIGCONT)
         message = refused(ended(process))
-    assert "no space left for a shard" in message
+    assert "no space left for train_" in message
     after = recorded_shards(disk / "out")
     assert before.items() <= after.items()
     (disk / "ballast").unlink()
@@ -449,9 +509,13 @@ def test_no_shard_is_truncated_on_a_nearly_full_disk(disk):
     for tokens in range(1900, 2100, 5):
         fill(disk / "ballast")
         os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - 4096)
+        zeros = np.zeros(tokens, dtype=np.uint16)
         with contextlib.suppress(OSError):
-            write_shard(disk / "shard.npy", np.zeros(tokens, dtype=np.uint16))
-            assert (disk / "shard.npy").stat().st_size == 128 + 2 * tokens
+            shard = ShardWriter(disk / "shard.npy", 0)
+            shard.add(Documents(zeros, *[zeros[:1].astype(int)] * 4))
+            shard.finish()
+            assert np.load(disk / "shard.npy").shape == (tokens,)
+        assert not list(disk.glob(".shard*"))
         (disk / "ballast").unlink()
         (disk / "shard.npy").unlink(missing_ok=True)
 
@@ -504,7 +568,7 @@ def fake_fastokens(folder, fault):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_mismatch_of_fastokens_is_an_error_and_its_remedy_works(world, lanterns, tmp_path, fault):
-    """The first file's shards are written by then, so the remedy has --overwrite."""
+    """The validation shard is written by then, so that the remedy has --overwrite."""
     source, reference = lanterns
     env = fake_fastokens(tmp_path / "fake", fault)
     message = refused(prepare(world, source, tmp_path / "out", workers=2, check=False, **env))
@@ -517,14 +581,6 @@ def test_a_mismatch_of_fastokens_is_an_error_and_its_remedy_works(world, lantern
     assert message.endswith("Use --encoder tiktoken --overwrite")
     prepare(world, source, tmp_path / "out", *SETTINGS, "--encoder", "tiktoken", "--overwrite", **env)
     assert same(tmp_path / "out", reference)
-
-
-def test_the_remedy_for_a_mismatch_is_to_overwrite_shards_of_other_ranks_too(world, lanterns, tmp_path):
-    source, _ = lanterns
-    env = fake_fastokens(tmp_path / "fake", "an error")
-    prepare(world, source, tmp_path, **env, **array_task(0, 3))
-    message = refused(prepare(world, source, tmp_path, check=False, **env, **array_task(1, 3)))
-    assert message.endswith("Use --encoder tiktoken --overwrite")
 
 
 def test_the_remedy_for_a_mismatch_without_shards_is_tiktoken(world, tmp_path):
@@ -543,17 +599,39 @@ def test_the_files_of_an_unfinished_folder_keep_their_format(world, large, tmp_p
     interrupt(world, large[0], tmp_path)
     settings = json.loads((tmp_path / "unfinished/settings.json").read_text())
     assert settings["source"]["files"] == [f"part_{number}.parquet" for number in range(3)]
-    progress = json.loads((tmp_path / "unfinished/000000/part.json").read_text())
-    keys = "source others val_bytes shards before row token encoders complete last"
-    assert list(progress) == keys.split()
-    assert list(progress["before"]) == ["units", "rows", "empty", "broken", "tokens", "val_tokens", "val_bytes"]
+    record = json.loads((tmp_path / "unfinished/train_000001.json").read_text())
+    assert list(record) == ["entry", "tokens", "empty", "invalid", "identity", "limited"]
+    assert list(record["entry"]) == ["file", "split", "tokens", "documents", "bytes", "begin", "sha256", "source_file"]
 
 
-def test_a_damaged_progress_file_is_named_in_a_short_error(world, large, tmp_path):
-    interrupt(world, large[0], tmp_path)
-    path = tmp_path / "unfinished/000000/part.json"
-    for content in (b"\xff" + path.read_bytes() * 100, path.read_bytes()[:-9], b"null", b"[]", b'{"before": {}}'):
-        path.write_bytes(content)
-        message = refused(prepare(world, large[0], tmp_path, check=False))
-        assert f"{path} is damaged" in message
-        assert len(message) < 500
+def test_an_unfinished_folder_of_the_version_before_is_written_again(world, large, tmp_path):
+    source, uninterrupted = large
+    interrupt(world, source, tmp_path)
+    settings = (tmp_path / "unfinished/settings.json").read_bytes()
+    shutil.rmtree(tmp_path / "unfinished")
+    (tmp_path / "unfinished/000001").mkdir(parents=True)
+    (tmp_path / "unfinished/000001/part.json").write_text('{"shards": []}')
+    (tmp_path / "unfinished/settings.json").write_bytes(settings)
+    log = prepare(world, source, tmp_path).stdout
+    assert "unfinished is of an earlier version: its shards are written again" in log
+    assert same(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("name", ["train_000002", "val_000000"])
+def test_a_shard_whose_record_was_cut_short_is_written_again(world, large, tmp_path, name):
+    """As after a power failure."""
+    source, uninterrupted = large
+    for number, content in enumerate((b"", b"\xff", b'{"entry": ', b"null", b"[]", b'{"tokens": 3}')):
+        out = tmp_path / str(number)
+        interrupt(world, source, out)
+        (out / f"unfinished/{name}.json").write_bytes(content)
+        prepare(world, source, out)
+        assert same(out, uninterrupted)
+
+
+def test_a_shard_that_was_cut_short_is_written_again(world, large, tmp_path):
+    source, uninterrupted = large
+    interrupt(world, source, tmp_path)
+    os.truncate(tmp_path / "train_000002.npy", 300)
+    prepare(world, source, tmp_path)
+    assert same(tmp_path, uninterrupted)

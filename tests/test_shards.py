@@ -4,11 +4,11 @@ import errno
 import hashlib
 import json
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +16,7 @@ import pytest
 from conftest import refused, run
 
 from core.data import sources, tokenizer
-from core.files import FileLocks
+from core.files import PRESENCE, FileLocks
 
 SHARD_TOKENS, VAL_TOKENS = 700, 900
 WORDS = (
@@ -132,41 +132,66 @@ def test_shards_have_the_documents_in_order_and_the_special_id_only_before_them(
     assert [ids[1:] for ids in documents] == [encoding.encode_ordinary(text) for text in texts]
 
 
-def test_no_shard_spans_two_source_files_or_exceeds_the_limit(output, encoding):
-    shards = output.manifest["shards"]
-    for number, texts in enumerate(output.files):
-        of_file = [ids for ids, shard in zip(output.ids, shards, strict=True) if shard["source_file"] == number]
-        ids = np.concatenate([*of_file, np.empty(0, dtype=np.uint16)])
-        documents = split_at(ids, encoding.eot_token)
-        assert [encoding.decode(ids[1:]) for ids in documents] == [text for text in texts if text]
-        for split in ("val", "train"):
-            sizes = [s["tokens"] for s in shards if (s["source_file"], s["split"]) == (number, split)]
-            assert all(size == SHARD_TOKENS for size in sizes[:-1])
-            assert all(0 < size <= SHARD_TOKENS for size in sizes)
+def test_no_document_is_divided_between_shards_and_no_shard_is_a_sliver(output, encoding):
+    sizes = [shard["tokens"] for shard in output.manifest["shards"] if shard["split"] == "train"]
+    assert min(sizes) > SHARD_TOKENS / 3
+    assert len(sizes) >= 2
+    for ids in output.ids:
+        assert ids[0] == encoding.eot_token
 
 
-def test_validation_is_complete_documents_from_the_start_of_the_first_file(output, encoding):
+@pytest.mark.parametrize("wanted", [4000, 10_000])
+def test_shards_have_about_the_wanted_tokens_across_file_borders(world, tmp_path, wanted):
+    """A file of many documents, one of few, and many of one."""
+    lines = (world / "data/stories/stories.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "0.jsonl").write_text("".join(lines[:300]))
+    (tmp_path / "1.ndjson").write_text("".join(lines[300:310]))
+    for number, line in enumerate(lines[310:]):
+        (tmp_path / f"2_{number:03}.txt").write_text(json.loads(line)["text"])
+    prepare(world, tmp_path / "[0-9]*", tmp_path / "out", "--shard-tokens", wanted, "--val-tokens", 3000)
+    sizes = [shard["tokens"] for shard in json.loads((tmp_path / "out/manifest.json").read_text())["shards"]]
+    assert 3000 <= sizes[0] < 3500
+    assert all(0.85 * wanted <= size <= 1.15 * wanted for size in sizes[1:]), sizes
+
+
+def test_validation_is_complete_documents_from_the_start_of_the_source_across_files(output, encoding):
     documents = split_at(output.split("val"), encoding.eot_token)
-    texts = [text for text in output.files[0] if text]
+    texts = [text for file in output.files for text in file if text]
     assert [encoding.decode(ids[1:]) for ids in documents] == texts[: len(documents)]
     assert sum(map(len, documents[:-1])) < VAL_TOKENS
-    assert sum(map(len, documents)) >= VAL_TOKENS or len(documents) == len(texts)
+    assert sum(map(len, documents)) >= VAL_TOKENS
+    assert [shard["split"] for shard in output.manifest["shards"]].count("val") == 1
+
+
+def from_place(output, file, begin):
+    """The texts of the source from the document on that begins at a shard's place in it."""
+    ((kind, place),), path = begin.items(), sorted(output.arguments[0].parent.iterdir())[file]
+    assert kind == ("row" if path.suffix == ".parquet" else "byte")
+    if path.suffix == ".parquet":
+        texts = output.files[file][place:]
+    elif path.suffix == ".jsonl":
+        texts = [json.loads(line)["text"] for line in path.read_bytes()[place:].split(b"\n")[:-1]]
+    else:
+        assert place == 0
+        texts = output.files[file]
+    return [*texts, *(text for others in output.files[file + 1 :] for text in others)]
 
 
 def test_the_manifest_lists_the_content_and_the_place_of_each_shard(output, encoding):
     shards = output.manifest["shards"]
-    for number, (shard, ids) in enumerate(zip(shards, output.ids, strict=True)):
-        assert shard["file"] == f"{shard['split']}_{number:06d}.npy"
+    names = [shard["file"] for shard in shards]
+    assert names == ["val_000000.npy", *sorted(names[1:])]
+    for shard, ids in zip(shards, output.ids, strict=True):
+        assert re.fullmatch(shard["split"] + r"_\d{6}\.npy", shard["file"])
         assert ids.dtype == np.uint16
         assert shard["tokens"] == len(ids)
         assert shard["sha256"] == hashlib.sha256((output.out / shard["file"]).read_bytes()).hexdigest()
         assert shard["documents"] == ids.tolist().count(encoding.eot_token)
         assert shard["bytes"] == len(encoding.decode_bytes([i for i in ids.tolist() if i != encoding.eot_token]))
-        texts, row, token = output.files[shard["source_file"]], shard["begin"]["row"], shard["begin"]["token"]
-        rest = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts[row:] if text]
-        assert texts[row]
-        assert 0 <= token < len(rest[0])
-        assert ids.tolist() == [i for document in rest for i in document][token : token + len(ids)]
+        texts = from_place(output, shard["source_file"], shard["begin"])
+        assert texts[0]
+        rest = [[encoding.eot_token, *encoding.encode_ordinary(text)] for text in texts if text]
+        assert ids.tolist() == [i for document in rest for i in document][: len(ids)]
     texts = [text for file in output.files for text in file]
     assert sum(shard["documents"] for shard in shards) == sum(bool(text) for text in texts)
     assert sum(shard["bytes"] for shard in shards) == sum(len((text or "").encode()) for text in texts)
@@ -231,10 +256,10 @@ def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
     (tmp_path / "one.txt").write_text("once upon a time " * 500)
     (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
     message = refused(prepare(world, tmp_path / "none.jsonl", tmp_path / "out", check=False))
-    assert "none.jsonl, the first file, has no val document" in message
+    assert "none.jsonl has no val document" in message
     source = "data/stories/stories.jsonl"
     locks = FileLocks(tmp_path / "out")
-    locks.acquire(1)
+    locks.acquire(PRESENCE, shared=True)
     message = refused(prepare(world, source, tmp_path / "out", check=False))
     assert "was made with source" in message
     del locks
@@ -243,12 +268,11 @@ def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
     assert "has no train document. A .txt is one document: split it, e.g. split " in message
 
 
-def test_many_files_do_not_log_a_line_each(world, tmp_path):
-    for number in range(25):
-        (tmp_path / f"{number:02}.txt").write_text("once upon a time")
-    log = prepare(world, tmp_path / "*.txt", tmp_path / "out").stdout
-    assert "00.txt: " in log
-    assert log.count(" tokens in 1 shards") < 20
+def test_many_shards_do_not_log_a_line_each(world, tmp_path):
+    log = prepare(world, "data/stories/stories.jsonl", tmp_path / "out", "--shard-tokens", 2000).stdout
+    assert len(list((tmp_path / "out").glob("*.npy"))) > 30
+    assert "train_000001.npy: " in log
+    assert log.count(" tokens\n") < 20
 
 
 def test_another_source_is_refused_by_name(world, tmp_path):
@@ -267,22 +291,21 @@ def test_a_folder_without_one_of_its_shards_is_not_reported_as_finished(world, t
     assert "already finished" not in again.stdout
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1000, 10**6])
-def test_each_line_of_a_jsonl_file_is_in_one_chunk(tmp_path, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(sources, "JSONL_CHUNK", chunk_bytes)
-    rng = random.Random(chunk_bytes)
+@pytest.mark.parametrize("limit", [1, 7, 64, 1000, 10**6])
+def test_each_line_of_a_jsonl_file_is_in_one_piece(tmp_path, limit):
+    rng = random.Random(limit)
     texts = [rng.choice(WORDS) * rng.randint(0, 40) for _ in range(60)]
     lines = [json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5).encode() for text in texts]
     lines[7:7] = [b"", b"   "]
     path = tmp_path / "lines.jsonl"
     for ending in (b"", b"\n"):
         path.write_bytes(b"\n".join(lines) + ending)
-        chunks = sources.split_file(str(path), path.stat().st_size)
-        assert sum(chunk.bytes for chunk in chunks) == path.stat().st_size
-        assert [text for chunk in chunks for text in sources.read_texts(chunk)] == texts
-        with fsspec.open(str(path)).open() as file:
-            places = [place for chunk in chunks for place, _ in sources.json_lines(file, chunk)]
-        assert len(set(places)) == len(texts)
+        files = sources.find_source(str(path), None).files
+        pieces = sources.cut(files, limit)
+        assert sum(piece.bytes for piece in pieces) == path.stat().st_size
+        documents = [document for piece in pieces for document in sources.read_piece(piece, files)]
+        assert [text for _, _, text in documents] == texts
+        assert len({place for _, place, _ in documents}) == len(texts)
 
 
 def invalid_sources():
@@ -320,7 +343,8 @@ def test_an_error_of_the_machine_in_a_parquet_file_is_not_damage(tmp_path, monke
     """pyarrow raises OSError for both; only an error of the machine has an errno."""
     path = tmp_path / "part.parquet"
     pq.write_table(pa.table({"text": ["a"]}), path)
-    (chunk,) = sources.split_file(str(path), path.stat().st_size)
+    files = sources.find_source(str(path), None).files
+    (piece,) = sources.cut(files, 1000)
 
     def read_row_group(*_, **__):
         raise error
@@ -329,4 +353,4 @@ def test_an_error_of_the_machine_in_a_parquet_file_is_not_damage(tmp_path, monke
     monkeypatch.setattr(file, "read_row_group", read_row_group)
     monkeypatch.setattr(sources, "open_parquet", lambda url: (file, column))
     with pytest.raises(kind, match=message):
-        sources.read_texts(chunk)
+        sources.read_piece(piece, files)

@@ -10,11 +10,11 @@ import numpy as np
 
 from core import cli
 from core.data import tokenizer
-from core.data.shards import MANIFEST, REMEDY, UNFINISHED, Dataset, open_dataset, open_shard, short_reason
+from core.data.shards import MANIFEST, UNFINISHED, Dataset, machine_error, open_dataset, open_shard, short_reason
 from core.files import sha256, write_json
 
-VAL_WORDS = {"val", "valid", "validation"}  # of them, a word of a file name means a validation shard
 SAMPLE_DOCUMENTS = 50  # of each split, to decode and encode again
+VAL_WORDS = {"val", "valid", "validation"}  # in the names of adopted files
 
 
 def summarize(dataset: Dataset) -> None:
@@ -48,9 +48,9 @@ def verify(folder: Path) -> None:
         checks = cli.progress_bar(checks, "checking shards", len(shards), leave=False, delay=1)
         problems += [problem for problem in checks if problem]
     if not problems:
-        problems = _check_sample(dataset)
+        problems = _check_sample(dataset, tokenizer.load(folder))
     if problems:
-        raise ValueError(f"{folder}: {'; '.join(problems)}. {REMEDY}")
+        raise ValueError(f"{folder}: {'; '.join(problems)}. {dataset.remedy}")
     summarize(dataset)
     print(
         f"  all {len(shards)} shards match the manifest: sha256, tokens, documents, bytes of text and place\n"
@@ -67,8 +67,10 @@ def _check_shard(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> 
         found = _counts(open_shard(path, shard["tokens"]), dataset.manifest["end_of_text_id"], sizes)
     except FileNotFoundError:
         return f"{shard['file']} is missing"
+    except OSError as error:
+        raise machine_error(error, path) from None
     except ValueError as error:
-        return f"{shard['file']} is damaged ({str(error).removesuffix(f'. {REMEDY}')})"
+        return f"{shard['file']} is damaged ({error})"
     differing = [f"{key} {found[key]}, not {shard.get(key)}" for key in found if found[key] != shard.get(key)]
     return f"{shard['file']} holds {', '.join(differing)}" if differing else ""
 
@@ -90,20 +92,18 @@ def _counts(ids: np.ndarray, end_of_text_id: int, sizes: np.ndarray) -> dict[str
 
 def _out_of_order(shards: list[dict[str, Any]]) -> list[str]:
     """The shards that don't begin after the previous shard in the source."""
-    problems: list[str] = []
-    last: tuple[int, ...] = ()
+    problems, last = [], (-1,)
     for shard in shards:
         if (begin := shard.get("begin")) is None:
             continue
-        place = (shard["source_file"], *begin.values())  # a row or byte, and a token or document
+        place = (shard["source_file"], *begin.values())  # a row, byte or line; in older folders a row and a token
         if place <= last:
             problems.append(f"{shard['file']} begins at {place} of the source, before the previous shard does")
         last = place
     return problems
 
 
-def _check_sample(dataset: Dataset) -> list[str]:
-    encoding = tokenizer.load(dataset.folder)
+def _check_sample(dataset: Dataset, encoding: Any) -> list[str]:
     if dataset.manifest.get("encoding_sha256", found := tokenizer.fingerprint(encoding)) != found:
         return ["tokenizer.json is not the encoding that the manifest lists"]
     problems: list[str] = []
@@ -123,7 +123,7 @@ def _sample(dataset: Dataset, split: str) -> Iterator[tuple[str, int, list[int]]
     shards = dataset.shards(split)
     share = -(-SAMPLE_DOCUMENTS // max(len(shards), 1))
     for shard in shards:
-        ids = open_shard(dataset.folder / shard["file"], shard["tokens"])
+        ids = dataset.open(shard)
         starts = np.flatnonzero(ids == dataset.manifest["end_of_text_id"])
         for i in np.unique(np.linspace(0, max(len(starts) - 2, 0), share).astype(int)) if len(starts) > 1 else ():
             yield shard["file"], int(i), ids[starts[i] + 1 : starts[i + 1]].tolist()
@@ -133,16 +133,14 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     """Check the shards of another project and describe them in a manifest. The shards don't change.
 
     Accepts uint16 .npy files (build-nanogpt), .bin files with llm.c's header, and nanoGPT's train.bin and val.bin.
-    Raises ValueError for others; nothing is written then.
+    Raises ValueError for others, and then writes nothing.
     """
     if (folder / MANIFEST).is_file() and not overwrite:
         raise ValueError(f"--adopt {folder} has a manifest already. Check it with --verify, or add --overwrite")
     if (folder / UNFINISHED).exists():
         raise ValueError(f"--adopt {folder} is unfinished output of fineweb.py. Rerun that command to resume")
-    paths = [path for path in folder.iterdir() if path.suffix in (".npy", ".bin") and not path.name.startswith(".")]
-    splits = {
-        path.name: "val" if VAL_WORDS & set(re.split("[^a-z]+", path.name.lower())) else "train" for path in paths
-    }
+    paths = [path for path in (*folder.glob("*.npy"), *folder.glob("*.bin")) if not path.name.startswith(".")]
+    splits = {path: "val" if VAL_WORDS & set(re.split("[^a-z]+", path.name.lower())) else "train" for path in paths}
     for split in ("val", "train"):
         if split not in splits.values():
             raise ValueError(
@@ -153,7 +151,7 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     sizes = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
     sizes[end_of_text_id] = 0
     shards = []
-    for path in cli.progress_bar(sorted(paths, key=lambda path: (splits[path.name] != "val", path.name)), "reading"):
+    for path in cli.progress_bar(sorted(paths, key=lambda path: (splits[path] != "val", path.name)), "reading"):
         ids = open_shard(path)
         try:
             counts = _counts(ids, end_of_text_id, sizes)
@@ -161,13 +159,15 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
             raise ValueError(f"{path}: {error}. Use its own --encoding, not {encoding_name}") from None
         if not counts["documents"]:
             raise ValueError(f"{path} has no end-of-text token (id {end_of_text_id}). Use its --encoding")
-        entry = {"file": path.name, "split": splits[path.name]} | counts | {"sha256": sha256(path)}
+        entry = {"file": path.name, "split": splits[path]} | counts | {"sha256": sha256(path)}
         shards.append(entry | {"source_file": None, "begin": None})
-    header: dict[str, Any] = {
-        "source": {"name": f"adopted from {folder.resolve().name}", "revision": None, "files": []}
-    }
+    name = f"adopted from {folder.resolve().name}"
+    header: dict[str, Any] = {"source": {"name": name, "revision": None, "files": []}}
     header |= {"encoding": encoding.name, "encoding_sha256": tokenizer.fingerprint(encoding)}
     header |= {"vocab_size": encoding.n_vocab, "end_of_text_id": end_of_text_id, "shards": shards}
+    dataset = Dataset(folder, header, "")
+    if problems := _check_sample(dataset, encoding):
+        raise ValueError(f"{folder}: {'; '.join(problems)}. Use its own --encoding, not {encoding_name}")
     tokenizer.save(encoding, folder)
     write_json(folder / MANIFEST, header)
-    verify(folder)
+    summarize(dataset)

@@ -1,56 +1,37 @@
-"""Text -> token ids, in worker processes: by tiktoken, the reference, or by fastokens, about 10x faster.
+"""Pieces of text -> token ids, in worker processes: by tiktoken, the reference, or by fastokens, about 10x faster.
 
 fastokens is checked: tiktoken encodes one document of each batch too.
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from core.data import tokenizer
-from core.data.pieces import InvalidDocument, Lines, Piece, read_texts
-from core.data.shards import short_reason
+from core.data.shards import prefetched, short_reason
+from core.data.sources import InvalidDocument, Piece, SourceFile, format_of, line_blocks, read_lines, read_piece
 
 BATCH = 256  # documents; a row group of 1,000 in one batch takes 10 % longer, as it touches new memory
-Key = tuple[Any, int, int]
+IN_FLIGHT = 4  # tasks per worker, to bound memory
+
+Tag = TypeVar("Tag")
+Key = tuple[int, int]  # number of a piece, and of a block of lines in it if it is a large compressed file
 
 
 class EncoderMismatchError(Exception):
     """fastokens failed, or gave other ids than tiktoken."""
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokenized documents, joined, each preceded by the end-of-text token."""
-
-    ids: np.ndarray  # (n,) uint16
-    starts: np.ndarray  # (d,) index in ids of each document's first token
-    text_bytes: np.ndarray  # (d,) length of each document in bytes of UTF-8
-
-    @property
-    def ends(self) -> np.ndarray:
-        return np.append(self.starts[1:], len(self.ids))  # (d,)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, selection: slice) -> "Documents":
-        starts = self.starts[selection]
-        if not len(starts):
-            return Documents(self.ids[:0], starts, starts)
-        begin, end = starts[0], self.ends[selection][-1]
-        return Documents(self.ids[begin:end], starts - begin, self.text_bytes[selection])
 
 
 def choose(name: str) -> str:
@@ -123,23 +104,49 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class Documents:
+    """The n tokens of d documents, joined, each preceded by the end-of-text token."""
+
+    ids: np.ndarray  # (n,) uint16
+    starts: np.ndarray  # (d,) index in ids of each document's first token
+    text_bytes: np.ndarray  # (d,) length of each document in bytes of UTF-8
+    files: np.ndarray  # (d,) number of each document's source file
+    places: np.ndarray  # (d,) row, byte or line of each document in its file
+
+    @property
+    def ends(self) -> np.ndarray:
+        return np.append(self.starts[1:], len(self.ids))  # (d,)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, part: slice) -> "Documents":
+        starts, ends = self.starts[part], self.ends[part]
+        begin, end = (starts[0], ends[-1]) if len(starts) else (0, 0)
+        return Documents(
+            self.ids[begin:end], starts - begin, self.text_bytes[part], self.files[part], self.places[part]
+        )
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """The result of a task."""
+    """The documents of a task, with what it left out."""
 
     documents: Documents
-    source_bytes: int
-    empty: int  # documents without text
-    invalid: list[InvalidDocument]
+    bytes: int  # of text, approximately
+    empty: int
+    invalid: list[tuple[int, str]]  # number of the source file, place and reason
 
 
 ENCODER: Encoder  # of this worker process, from `start_worker`
+FILES: tuple[SourceFile, ...]
 
 
-def start_worker(encoder: str, encoding: str, folder: Path) -> None:
-    global ENCODER  # each worker process loads it once
+def start_worker(files: tuple[SourceFile, ...], encoder: str, encoding: str, folder: Path) -> None:
+    global ENCODER, FILES  # each worker process loads them once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
-    ENCODER = Encoder(encoder, encoding, folder)
+    ENCODER, FILES = Encoder(encoder, encoding, folder), files
 
 
 def end_with_parent() -> None:
@@ -150,54 +157,78 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_task(task: Piece | Lines, number: int) -> Encoded:
-    """Read and encode in a worker process. `number` selects the documents to check."""
-    found = read_texts(task)
-    texts = [text for text in found if text and isinstance(text, str)]
-    invalid = [text for text in found if isinstance(text, InvalidDocument)]
-    ids, starts = ENCODER.encode(texts, number)
-    text_bytes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
-    return Encoded(Documents(ids, starts, text_bytes), task.bytes, len(found) - len(texts) - len(invalid), invalid)
+def encode_piece(piece: Piece, number: int) -> Encoded:
+    """Read and encode a piece in a worker process. `number` selects the documents to check."""
+    return encode_documents(read_piece(piece, FILES), piece.bytes, number)
 
 
-class EncoderPool:
-    """Worker processes that encode."""
+def encode_lines(file: int, first: int, lines: bytes, number: int) -> Encoded:
+    """Encode lines of a .jsonl file; `first` is the number of the first line."""
+    return encode_documents([(file, place, text) for place, text in read_lines(first, lines)], len(lines), number)
 
-    def __init__(self, workers: int, encoder: str, encoding: str, folder: Path) -> None:
-        """`encoder`: tiktoken, or fastokens, which reads `folder`/tokenizer.json."""
-        self._workers = workers
-        arguments = (encoder, encoding, folder)
-        self._pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=arguments)
-        self._ahead: dict[tuple[int, int], Future[Encoded]] = {}
-        self._count = 0
 
-    def encode(self, tasks: Iterable[tuple[Key, Piece | Lines]]) -> Generator[tuple[Key, Encoded], None, None]:
-        """The result of each task, in order, with its key, whose last two numbers are its place in the stream.
+def encode_documents(documents: list[tuple[int, int, str | InvalidDocument | None]], size: int, number: int) -> Encoded:
+    """Encode documents, each a number of its file, its place in it and its text, of about `size` bytes in all."""
+    invalid = [(file, str(text)) for file, _, text in documents if isinstance(text, InvalidDocument)]
+    valid = [(file, place, text) for file, place, text in documents if text and isinstance(text, str)]
+    ids, starts = ENCODER.encode([text for _, _, text in valid], number)
+    text_bytes = [len(text) if text.isascii() else len(text.encode()) for _, _, text in valid]
+    files, places = [file for file, _, _ in valid], [place for _, place, _ in valid]
+    facts = (np.array(values, dtype=np.int64) for values in (text_bytes, files, places))
+    return Encoded(Documents(ids, starts, *facts), size, len(documents) - len(valid) - len(invalid), invalid)
 
-        At most four tasks per worker are in flight, to bound memory. Results that a caller doesn't wait for are kept
-        for the next call.
+
+class Workers:
+    """Processes that encode the pieces of a source."""
+
+    def __init__(
+        self, count: int, pieces: list[Piece], files: tuple[SourceFile, ...], encoder: str, encoding: str, folder: Path
+    ) -> None:
+        self._count, self._pieces, self._files = count, pieces, files
+        self._pool = ProcessPoolExecutor(count, initializer=start_worker, initargs=(files, encoder, encoding, folder))
+        self._results: dict[Key, Future[Encoded]] = {}  # also those that an earlier stream did not use
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, wanted: Iterable[tuple[Tag, int, int]]) -> Iterator[tuple[Tag, Key, Encoded]]:
+        """Encode the wanted pieces, in order, each with its tag.
+
+        Each is a tag, the number of a piece, and the first block that is wanted of a large compressed file.
+        The last result stays for the next call, as its first documents can be all that this caller needs.
         """
-        in_flight: deque[tuple[Key, Future[Encoded]]] = deque()
+        in_flight: deque[tuple[Tag, Key]] = deque()
+        tasks = self._tasks(wanted)
         try:
-            for key, task in tasks:
-                future = self._ahead.pop(key[1:], None) or self._pool.submit(encode_task, task, self._count)
-                in_flight.append((key, future))
-                self._count += 1
-                if len(in_flight) >= 4 * self._workers:
-                    yield result_of(in_flight.popleft())
-            while in_flight:
-                yield result_of(in_flight.popleft())
+            while True:
+                for tag, key, function, arguments in itertools.islice(tasks, IN_FLIGHT * self._count - len(in_flight)):
+                    if key not in self._results:
+                        self._results[key] = self._pool.submit(function, *arguments, key[0])
+                    in_flight.append((tag, key))
+                if not in_flight:
+                    return
+                tag, key = in_flight.popleft()
+                yield tag, key, self._results[key].result()
+                del self._results[key]
         except BrokenProcessPool:
             raise OSError(
                 "a worker process was killed, probably because memory ran out. Use fewer --workers and rerun the same "
                 "command to resume"
             ) from None
-        finally:
-            self._ahead = {key[1:]: future for key, future in in_flight}
 
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
-def result_of(item: tuple[Key, Future[Encoded]]) -> tuple[Key, Encoded]:
-    return item[0], item[1].result()
+    def _tasks(
+        self, wanted: Iterable[tuple[Tag, int, int]]
+    ) -> Iterator[tuple[Tag, Key, Callable[..., Encoded], tuple[Any, ...]]]:
+        for tag, number, first_block in wanted:
+            piece = self._pieces[number]
+            url = self._files[piece.first].url
+            if piece.last > 0 or not format_of(url)[1]:
+                yield tag, (number, 0), encode_piece, (piece,)
+                continue
+            blocks = prefetched(line_blocks(url), ahead=2, begin=lambda: None)  # only one process can decompress it
+            for block, (line, lines) in enumerate(blocks):
+                if block >= first_block:
+                    yield tag, (number, block), encode_lines, (piece.first, line, lines)

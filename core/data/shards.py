@@ -6,8 +6,10 @@ list is ignored.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +34,10 @@ DEFAULT_VAL_TOKENS = 10_485_760
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder of shards that fineweb.py has not joined yet
 VERIFIED = ".verified.json"
-OPEN_SHARDS = 128
-BIN_MAGIC = 20240520
 REMEDY = "Write the folder again with fineweb.py --overwrite"
+BIN_MAGIC, LLAMA_MAGIC = 20240520, 20240801  # llm.c's formats: uint16, and uint32 of Llama's vocabulary
+RAW_BINS = ("train.bin", "val.bin")  # nanoGPT's names of files without a header
+OPEN_SHARDS = 256  # each takes a file descriptor, of which a process has often 1,024
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,19 @@ class Dataset:
 
     def tokens(self, split: str) -> int:
         return sum(shard["tokens"] for shard in self.shards(split))
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a damaged shard. Adopted shards belong to another project."""
+        adopted = any(shard.get("source_file", 0) is None for shard in self.manifest["shards"])
+        return f"Restore the file, or --adopt {self.folder} --overwrite" if adopted else REMEDY
+
+    def open(self, shard: dict[str, Any]) -> np.ndarray:
+        """The ids (n,) uint16 of a shard that the manifest lists. Raises as `open_shard` does."""
+        try:
+            return open_shard(self.folder / shard["file"], shard["tokens"])
+        except ValueError as error:
+            raise ValueError(f"{error}. {self.remedy}") from None
 
 
 def open_dataset(folder: str | Path) -> Dataset:
@@ -146,7 +162,7 @@ def _check_shard(
             return None, stamp
         if sha256(path) != shard["sha256"]:
             problem = "was cut short or altered: its sha256 differs from the manifest"
-        elif (largest := int(open_shard(path, shard["tokens"]).max())) >= dataset.vocab_size:
+        elif (largest := int(dataset.open(shard).max())) >= dataset.vocab_size:
             problem = f"holds token id {largest}, outside the vocabulary of {dataset.vocab_size}"
         else:
             return None, stamp
@@ -156,11 +172,11 @@ def _check_shard(
         return machine_error(error, path), []
     except ValueError as error:
         return error, []
-    return ValueError(f"{path} {problem}. {REMEDY}"), []
+    return ValueError(f"{path} {problem}. {dataset.remedy}"), []
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """A shard's ids (n,) uint16, memory-mapped: from .npy, from llm.c's .bin, or from train.bin or val.bin of nanoGPT.
+    """A shard's ids (n,) uint16, memory-mapped: from .npy, .bin with llm.c's header, or nanoGPT's .bin without one.
 
     Raises ValueError for another content or another number of tokens than `tokens`, OSError for an error of the
     machine.
@@ -168,30 +184,30 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
     try:
         ids = _map_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, but the manifest lists it. {REMEDY}") from None
+        raise ValueError(f"{path} is missing") from None
     except OSError as error:
         raise machine_error(error, path) from None
+    except MemoryError:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
     except Exception as error:  # numpy can raise anything for a damaged header
-        raise ValueError(
-            f"{path} is not a shard of tokens, or is cut short ({short_reason(error)}). {REMEDY}"
-        ) from None
+        raise ValueError(f"{path} is not a shard of tokens, or is cut short ({short_reason(error)})") from None
     if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) != (len(ids) if tokens is None else tokens) or not len(ids):
         wanted = "of one dimension" if tokens is None else f"({tokens},)"
-        raise ValueError(f"{path} holds {str(ids.dtype)[:40]} {ids.shape}, but a shard is uint16 {wanted}. {REMEDY}")
+        raise ValueError(f"{path} holds {str(ids.dtype)[:40]} {ids.shape}, but a shard is uint16 {wanted}")
     return ids
 
 
 def _map_bin(path: Path) -> np.ndarray:
     """llm.c's format for GPT-2: 256 int32 (20240520, version 1, number of tokens, zeros), then uint16 ids.
 
-    nanoGPT's files have these two names and no header.
+    nanoGPT's train.bin and val.bin are the ids alone.
     """
     header = np.fromfile(path, dtype="<i4", count=256)
-    if path.name in ("train.bin", "val.bin") and header[:1] != BIN_MAGIC:
+    size = path.stat().st_size
+    if path.name in RAW_BINS and not (len(header) and header[0] in (BIN_MAGIC, LLAMA_MAGIC)):
         return np.memmap(path, dtype="<u2", mode="r")
     if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != 1:
         raise ValueError(f"its header begins with {header[:3].tolist()}, in llm.c with [{BIN_MAGIC}, 1, tokens]")
-    size = path.stat().st_size
     if size != 1024 + 2 * int(header[2]):
         raise ValueError(f"it has {size} bytes, but {1024 + 2 * int(header[2])} by its header's {header[2]} tokens")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
@@ -207,10 +223,7 @@ class Windows:
     def __init__(self, dataset: Dataset, split: str, seq_len: int) -> None:
         self.seq_len = seq_len
         shards = dataset.shards(split)
-        # An open shard takes a file descriptor, of which a process has 1,024 by default.
-        self._open = lru_cache(OPEN_SHARDS)(
-            lambda i: open_shard(dataset.folder / shards[i]["file"], shards[i]["tokens"])
-        )
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(lambda number: dataset.open(shards[number]))
         self._ends = np.cumsum([(len(self._open(i)) - 1) // seq_len for i in range(len(shards))], dtype=np.int64)
         if not len(self):
             raise ValueError(
