@@ -85,7 +85,7 @@ class Encoder:
         try:
             flat, offsets = self._fast_tokenizer.encode_batch_flat(texts, split_special_tokens=True)
             encoded = np.split(np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64))
-        except (KeyboardInterrupt, SystemExit, MemoryError):
+        except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
             raise
         except BaseException as error:  # a panic in Rust is not an Exception
             raise EncoderMismatchError(f"fails ({short_reason(error)})") from None
@@ -100,7 +100,7 @@ class Encoder:
         os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the parallel workers are processes
         from fastokens._native import Tokenizer
 
-        return Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        return Tokenizer.from_json_str((self._folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

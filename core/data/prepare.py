@@ -231,7 +231,7 @@ class Preparation:
         total = max(borders[-1] - done, 1)
         wanted = max(min(total, self.max_tokens - done), 1)
         size = wanted / max(round(wanted / self.header["shard_tokens"]), 1)
-        edges = [first]
+        edges = [first] if first < len(self.pieces) else []
         for edge in first + 1 + np.flatnonzero(np.diff(middles // size)):
             if min(borders[edge] - max(borders[edges[-1]], done), borders[-1] - borders[edge]) >= size / 2:
                 edges.append(int(edge))

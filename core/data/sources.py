@@ -169,19 +169,14 @@ def find_source(pattern: str, revision: str | None) -> Source:
     found: dict[str, dict[str, Any]] = retry(lambda: fs.glob(path, detail=True), pinned)
     files = []
     for path, details in sorted(found.items()):
-        name = printable(path.rsplit("/", 1)[-1])
+        name = path.rsplit("/", 1)[-1]
         if details["type"] != "directory" and not name.startswith("."):  # a link to a file is a file
             url = path if plain else _address(pinned, path)
             files.append(SourceFile(url, name, details["size"], fingerprint(url, details)))
     if not files:
         inside = f"{pattern.rstrip('/')}/*.parquet" if found else "folder/*.parquet"  # a folder matches itself
         raise ValueError(f"--source {pattern} matches no file. Use a glob in quotes, such as '{inside}'")
-    return Source(printable(pattern.rsplit("/", 1)[-1] if plain else pattern), revision, tuple(files))
-
-
-def printable(name: str) -> str:
-    """A file name as UTF-8, in any locale: Python keeps the bytes that the locale lacks as surrogates."""
-    return os.fsencode(name).decode("utf-8", "surrogateescape")
+    return Source(pattern.rsplit("/", 1)[-1] if plain else pattern, revision, tuple(files))
 
 
 def _literal(pattern: str) -> str:
@@ -286,8 +281,20 @@ def open_file(url: str, **settings: Any) -> Any:
 
     if "://" not in url:
         return open(url, "rb")
+    first, *rest = url.split("::")
+    if rest and "://" in first:
+        protocol, path = first.split("://", 1)
+        return _open_archive("::".join([f"{protocol}://", *rest]), os.getpid()).open(path, "rb")
     fs, path = fsspec.core.url_to_fs(url)
     return fs.open(path, "rb", **settings)
+
+
+@lru_cache(maxsize=1)  # fsspec reads an archive's directory at each opening, and closes it with the last reference
+def _open_archive(chain: str, _: int) -> Any:
+    """The file system of an archive. A forked process opens its own, as it must not share a position in the file."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(chain)[0]
 
 
 def read_piece(piece: Piece, files: tuple[SourceFile, ...]) -> list[tuple[int, int, str | InvalidDocument | None]]:
