@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ENCODING, ROOT, execute, on_ranks, refused, run
 
-from core.data import shards, sources
+from core.data import pieces, shards
 from core.data.shards import Windows, open_dataset
 from core.distributed import Ranks
 
@@ -24,9 +24,9 @@ WORDS = ("Ana", "took", "the", "lamp", "na\u00efve", "\u65e5\u672c", "\u2028", "
 OTHER_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
 SMALL_BLOCKS = """
 import runpy, sys
-from core.data import sources
+from core.data import pieces
 
-sources.PIECE_BYTES = 2000
+pieces.PIECE_BYTES = 2000
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -210,8 +210,8 @@ def test_blocks_of_lines_are_the_lines(tmp_path, monkeypatch):
     raw = jsonl(documents(10, 200)) + b"\n\n" + b"x" * 5000 + b"\nlast"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
     for size in (1, 100, 3000, 10**6):
-        monkeypatch.setattr(sources, "PIECE_BYTES", size)
-        blocks = list(sources.line_blocks(str(tmp_path / "a.jsonl.gz")))
+        monkeypatch.setattr(pieces, "PIECE_BYTES", size)
+        blocks = list(pieces.line_blocks(str(tmp_path / "a.jsonl.gz")))
         assert b"".join(lines for _, lines in blocks) == raw
         for number, lines in blocks:
             assert raw.startswith(lines, sum(map(len, io.BytesIO(raw).readlines()[: number - 1])))
