@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from core import cli
-from core.data import audit, encode, prepare, sources, tokenizer
+from core.data import audit, encode, prepare, settings, sources, tokenizer
 from core.data.encode import EncoderMismatchError
 from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST, UNFINISHED, open_dataset
 from core.files import PRESENCE, FileLocks
@@ -84,7 +84,7 @@ def main(config: Config) -> None:
     locks = FileLocks(out)
     locks.acquire(PRESENCE, shared=True)
     if config.overwrite:
-        prepare.clear(out, locks)
+        settings.clear(out, locks)
     locks.acquire(PRESENCE, shared=config.max_tokens is None)
     with locks.exclusive():
         source, header = resolve_settings(config, out, encoding, locks)
@@ -92,7 +92,7 @@ def main(config: Config) -> None:
             return print(f"{out} is already finished with the same source and settings. --overwrite writes it again")
         if not (out / "tokenizer_config.json").exists():
             tokenizer.save(encoding, out)
-    job = prepare.Preparation(out, source, header, locks, rank, world_size, config.skip_broken)
+    job = prepare.Preparation(out, source.files, header, locks, rank, world_size, config.skip_broken)
     encoder = encode.choose(config.encoder)
     try:
         with encode.Workers(config.workers, job.pieces, job.files, encoder, config.encoding, out) as workers:
@@ -145,7 +145,7 @@ def resolve_settings(
 
     Raises ValueError if `out` was begun with other settings.
     """
-    recorded, finished = prepare.recorded_settings(out), (out / MANIFEST).is_file()
+    recorded, finished = settings.recorded_settings(out), (out / MANIFEST).is_file()
     known = recorded.get("source", {})
     revision = known.get("revision") if known.get("name") == config.source else None
     # A commit never changes, so that a finished folder needs no request to the hub.
@@ -155,16 +155,16 @@ def resolve_settings(
     header |= {"end_of_text_id": tokenizer.end_of_text_id(encoding)}
     header |= {key: getattr(config, key) for key in ("shard_tokens", "val_tokens", "max_tokens")}
     try:
-        prepare.check_settings(out, header)
+        settings.check_settings(out, header)
     except ValueError as error:
         try:
-            emptied = prepare.clear(out, locks, only_empty=True)
+            emptied = settings.clear(out, locks, only_empty=True)
         except ValueError:  # another process uses the other settings
             emptied = False
         if not emptied:
             raise error from None
         locks.acquire(PRESENCE, shared=config.max_tokens is None)
-        prepare.check_settings(out, header)
+        settings.check_settings(out, header)
     return (None if finished else source), header
 
 

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from core import cli
-from core.data import sources
+from core.data import pieces, sources
 from core.files import markdown_table
 
 ROOT = Path(__file__).parent.parent  # not from benchmarks.common, whose import of torch would delay the plain loop
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     if config.plain_loop:
         return plain_loop(config, Path(config.plain_loop))
     files = sources.find_source(config.source, None).files
-    text_bytes = sum(piece.bytes for piece in sources.cut(files, sources.PIECE_BYTES))
+    text_bytes = sum(piece.bytes for piece in pieces.cut(files, pieces.PIECE_BYTES))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(config.out).parent) as name:
         folder = Path(name)

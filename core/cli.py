@@ -48,11 +48,7 @@ def run(main: Callable[[Options], None], config_type: type[Options], description
     ValueError, OSError and MemoryError are errors that a user can cause: they end in one line and exit status 2. With
     TRACEBACK=1 in the environment the traceback is shown instead.
     """
-    if sys.getfilesystemencoding() != "utf-8":  # names of files would be unusable for most libraries
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows other characters as escapes
-            stream.reconfigure(errors="backslashreplace")
+    use_utf8()
     config = parse(config_type, description)
     terminal.quiet = getattr(config, "terminal", terminal).quiet
     try:
@@ -65,6 +61,16 @@ def run(main: Callable[[Options], None], config_type: type[Options], description
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def use_utf8() -> None:
+    """Restart in Python's UTF-8 mode if the locale has another encoding, in which many file names are no valid text."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):  # PYTHONIOENCODING can still name another encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse(config_type: type[Options], description: str | None = None, args: list[str] | None = None) -> Options:

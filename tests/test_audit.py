@@ -249,6 +249,69 @@ def test_ids_of_another_encoding_or_type_are_refused(world, tmp_path, ids, reaso
     assert reason in message
 
 
+def test_val_is_a_word_of_the_name(world, tmp_path):
+    for name in ("medieval_train_000002.npy", "medieval_000003.npy", "x-VAL-1.npy", "x_validation.npy", "._x_val.npy"):
+        np.save(tmp_path / name, np.append(IDS, IDS))
+    adopt(world, tmp_path)
+    splits = {shard["file"]: shard["split"] for shard in open_dataset(tmp_path).manifest["shards"]}
+    assert [name for name, split in splits.items() if split == "val"] == ["x-VAL-1.npy", "x_validation.npy"]
+    assert [name for name, split in splits.items() if split == "train"] == [
+        "medieval_000003.npy",
+        "medieval_train_000002.npy",
+    ]
+
+
+def test_the_files_of_nanogpt_without_a_header_are_adopted(world, data, tmp_path):
+    """There the end-of-text token follows each document."""
+    folder = tmp_path / "nanogpt"
+    folder.mkdir()
+    for split in ("val", "train"):
+        parts = [np.load(data / shard["file"]) for shard in open_dataset(data).shards(split)]
+        np.roll(np.concatenate(parts), -1).astype("<u2").tofile(folder / f"{split}.bin")
+    before = contents(folder)
+    adopt(world, folder)
+    assert {name: contents(folder)[name] for name in before} == before
+    verify(world, folder)
+    own, adopted = (open_dataset(each) for each in (data, folder))
+    assert [own.tokens(split) for split in ("val", "train")] == [adopted.tokens(split) for split in ("val", "train")]
+    train_here(*TRAIN, "--data", folder, "--run", "nanogpt", "--steps", 2, cwd=world)
+
+
+@pytest.mark.parametrize("magic", [20240520, 20240801])
+def test_a_file_of_llm_c_is_never_read_as_one_without_a_header(world, tmp_path, magic):
+    IDS.tofile(tmp_path / "val.bin")
+    (tmp_path / "train.bin").write_bytes(header(5, magic) + IDS.tobytes())
+    message = refused(adopt(world, tmp_path, check=False))
+    assert f"{tmp_path / 'train.bin'} is not a shard of tokens" in message
+    (tmp_path / "train.bin").write_bytes(IDS.tobytes()[:-1])
+    assert "train.bin is not a shard of tokens" in refused(adopt(world, tmp_path, check=False))
+
+
+@pytest.mark.parametrize("ids", [IDS[1:], np.append(IDS, np.uint16(60_000)), IDS.astype(np.int32)])
+def test_a_refused_folder_of_another_project_does_not_change(world, tmp_path, ids):
+    np.save(tmp_path / "x_val_0.npy", IDS)
+    np.save(tmp_path / "x_train_1.npy", ids)
+    before = contents(tmp_path)
+    assert "--overwrite" not in refused(adopt(world, tmp_path, check=False))
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_shard_of_another_project_is_not_to_be_overwritten_by_fineweb(world, foreign):
+    adopt(world, foreign)
+    flip(next(foreign.glob("*train_000003*")))
+    assert refused(verify(world, foreign, check=False)).endswith(f"Restore the file, or --adopt {foreign} --overwrite")
+
+
+def test_a_lack_of_memory_is_not_reported_as_damage(data, monkeypatch):
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "load", fails)
+    with pytest.raises(OSError, match="Cannot allocate memory") as error:
+        open_shard(data / "train_000003.npy")
+    assert error.value.errno == errno.ENOMEM
+
+
 def test_a_folder_without_validation_is_refused(world, tmp_path):
     np.save(tmp_path / "x_train_1.npy", IDS)
     assert "no val shard" in refused(adopt(world, tmp_path, check=False))

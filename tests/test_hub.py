@@ -221,6 +221,9 @@ def test_a_remote_read_is_retried_until_the_last_pause(monkeypatch, error):
     [
         ("hf://datasets/a/b/c.parquet", HttpError(403)),
         ("hf://datasets/a/b/c.parquet", FileNotFoundError("c")),
+        ("hf://datasets/a/b/c.parquet", IsADirectoryError("c")),
+        ("hf://datasets/a/b/c.parquet", NotADirectoryError("c")),
+        ("zip://in/c.parquet::a.zip", TimeoutError("slow")),
         ("hf://datasets/a/b/c.parquet", ValueError("damaged")),
         ("folder/c.parquet", TimeoutError("slow")),
     ],

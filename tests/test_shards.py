@@ -6,6 +6,7 @@ import json
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import refused, run
 
-from core.data import sources, tokenizer
+from core.data import pieces, sources, tokenizer
 from core.files import PRESENCE, FileLocks
 
 SHARD_TOKENS, VAL_TOKENS = 700, 900
@@ -301,9 +302,9 @@ def test_each_line_of_a_jsonl_file_is_in_one_piece(tmp_path, limit):
     for ending in (b"", b"\n"):
         path.write_bytes(b"\n".join(lines) + ending)
         files = sources.find_source(str(path), None).files
-        pieces = sources.cut(files, limit)
-        assert sum(piece.bytes for piece in pieces) == path.stat().st_size
-        documents = [document for piece in pieces for document in sources.read_piece(piece, files)]
+        parts = pieces.cut(files, limit)
+        assert sum(piece.bytes for piece in parts) == path.stat().st_size
+        documents = [document for piece in parts for document in pieces.read_piece(piece, files)]
         assert [text for _, _, text in documents] == texts
         assert len({place for _, place, _ in documents}) == len(texts)
 
@@ -344,13 +345,13 @@ def test_an_error_of_the_machine_in_a_parquet_file_is_not_damage(tmp_path, monke
     path = tmp_path / "part.parquet"
     pq.write_table(pa.table({"text": ["a"]}), path)
     files = sources.find_source(str(path), None).files
-    (piece,) = sources.cut(files, 1000)
+    (piece,) = pieces.cut(files, 1000)
 
     def read_row_group(*_, **__):
         raise error
 
-    file, column = sources.open_parquet(str(path))
+    file, column = pieces.open_parquet(str(path))
     monkeypatch.setattr(file, "read_row_group", read_row_group)
-    monkeypatch.setattr(sources, "open_parquet", lambda url: (file, column))
+    monkeypatch.setattr(pieces, "open_parquet", lru_cache(lambda url: (file, column)))
     with pytest.raises(kind, match=message):
-        sources.read_piece(piece, files)
+        pieces.read_piece(piece, files)

@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from core.data import tokenizer
+from core.data.pieces import InvalidDocument, Piece, line_blocks, read_lines, read_piece
 from core.data.shards import prefetched, short_reason
-from core.data.sources import InvalidDocument, Piece, SourceFile, format_of, line_blocks, read_lines, read_piece
+from core.data.sources import SourceFile
 
 BATCH = 256  # documents; a row group of 1,000 in one batch takes 10 % longer, as it touches new memory
 IN_FLIGHT = 4  # tasks per worker, to bound memory
@@ -85,7 +86,7 @@ class Encoder:
         try:
             flat, offsets = self._fast_tokenizer.encode_batch_flat(texts, split_special_tokens=True)
             encoded = np.split(np.frombuffer(flat, "<u4"), np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64))
-        except (KeyboardInterrupt, SystemExit, MemoryError):
+        except (KeyboardInterrupt, SystemExit, MemoryError, OSError):
             raise
         except BaseException as error:  # a panic in Rust is not an Exception
             raise EncoderMismatchError(f"fails ({short_reason(error)})") from None
@@ -100,7 +101,7 @@ class Encoder:
         os.environ.setdefault("RAYON_NUM_THREADS", "1")  # the parallel workers are processes
         from fastokens._native import Tokenizer
 
-        return Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        return Tokenizer.from_json_str((self._folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,23 @@ class Documents:
     """The n tokens of d documents, joined, each preceded by the end-of-text token."""
 
     ids: np.ndarray  # (n,) uint16
-    starts: np.ndarray  # (d,) index in ids of each document's first token
-    text_bytes: np.ndarray  # (d,) length of each document in bytes of UTF-8
-    files: np.ndarray  # (d,) number of each document's source file
-    places: np.ndarray  # (d,) row, byte or line of each document in its file
+    facts: np.ndarray  # (4, d): index in ids of the first token, bytes of text, number of the source file, place in it
+    size: int = 0  # bytes of the task's text, approximately
+    empty: int = 0  # documents left out
+    invalid: tuple[tuple[int, str], ...] = ()  # documents left out: number of the source file, place and reason
+
+    def __len__(self) -> int:
+        return self.facts.shape[1]
 
     @property
     def ends(self) -> np.ndarray:
-        return np.append(self.starts[1:], len(self.ids))  # (d,)
+        return np.append(self.facts[0], len(self.ids))[1:]  # (d,)
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, part: slice) -> "Documents":
-        starts, ends = self.starts[part], self.ends[part]
-        begin, end = (starts[0], ends[-1]) if len(starts) else (0, 0)
-        return Documents(
-            self.ids[begin:end], starts - begin, self.text_bytes[part], self.files[part], self.places[part]
-        )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The documents of a task, with what it left out."""
-
-    documents: Documents
-    bytes: int  # of text, approximately
-    empty: int
-    invalid: list[tuple[int, str]]  # number of the source file, place and reason
+    def part(self, first: int, last: int | None = None) -> "Documents":
+        """The documents from `first` to before `last`."""
+        starts = np.append(self.facts[0], len(self.ids))
+        begin, end = starts[first], starts[len(self) if last is None else last]
+        return Documents(self.ids[begin:end], self.facts[:, first:last] - [[begin], [0], [0], [0]])
 
 
 ENCODER: Encoder  # of this worker process, from `start_worker`
@@ -157,25 +147,25 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_piece(piece: Piece, number: int) -> Encoded:
+def encode_piece(piece: Piece, number: int) -> Documents:
     """Read and encode a piece in a worker process. `number` selects the documents to check."""
-    return encode_documents(read_piece(piece, FILES), piece.bytes, number)
+    return encode_rows(read_piece(piece, FILES), piece.bytes, number)
 
 
-def encode_lines(file: int, first: int, lines: bytes, number: int) -> Encoded:
+def encode_lines(file: int, first: int, lines: bytes, number: int) -> Documents:
     """Encode lines of a .jsonl file; `first` is the number of the first line."""
-    return encode_documents([(file, place, text) for place, text in read_lines(first, lines)], len(lines), number)
+    return encode_rows([(file, place, text) for place, text in read_lines(first, lines)], len(lines), number)
 
 
-def encode_documents(documents: list[tuple[int, int, str | InvalidDocument | None]], size: int, number: int) -> Encoded:
+def encode_rows(rows: list[tuple[int, int, str | None]], size: int, number: int) -> Documents:
     """Encode documents, each a number of its file, its place in it and its text, of about `size` bytes in all."""
-    invalid = [(file, str(text)) for file, _, text in documents if isinstance(text, InvalidDocument)]
-    valid = [(file, place, text) for file, place, text in documents if text and isinstance(text, str)]
+    invalid = tuple((file, str(text)) for file, _, text in rows if isinstance(text, InvalidDocument))
+    valid = [(file, place, text) for file, place, text in rows if text and not isinstance(text, InvalidDocument)]
     ids, starts = ENCODER.encode([text for _, _, text in valid], number)
     text_bytes = [len(text) if text.isascii() else len(text.encode()) for _, _, text in valid]
     files, places = [file for file, _, _ in valid], [place for _, place, _ in valid]
-    facts = (np.array(values, dtype=np.int64) for values in (text_bytes, files, places))
-    return Encoded(Documents(ids, starts, *facts), size, len(documents) - len(valid) - len(invalid), invalid)
+    facts = np.array([starts, text_bytes, files, places], dtype=np.int64)
+    return Documents(ids, facts, size, len(rows) - len(valid) - len(invalid), invalid)
 
 
 class Workers:
@@ -186,7 +176,7 @@ class Workers:
     ) -> None:
         self._count, self._pieces, self._files = count, pieces, files
         self._pool = ProcessPoolExecutor(count, initializer=start_worker, initargs=(files, encoder, encoding, folder))
-        self._results: dict[Key, Future[Encoded]] = {}  # also those that an earlier stream did not use
+        self._results: dict[Key, Future[Documents]] = {}  # also those that an earlier stream did not use
 
     def __enter__(self) -> "Workers":
         return self
@@ -194,7 +184,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def encode(self, wanted: Iterable[tuple[Tag, int, int]]) -> Iterator[tuple[Tag, Key, Encoded]]:
+    def encode(self, wanted: Iterable[tuple[Tag, int, int]]) -> Iterator[tuple[Tag, Key, Documents]]:
         """Encode the wanted pieces, in order, each with its tag.
 
         Each is a tag, the number of a piece, and the first block that is wanted of a large compressed file.
@@ -221,14 +211,13 @@ class Workers:
 
     def _tasks(
         self, wanted: Iterable[tuple[Tag, int, int]]
-    ) -> Iterator[tuple[Tag, Key, Callable[..., Encoded], tuple[Any, ...]]]:
+    ) -> Iterator[tuple[Tag, Key, Callable[..., Documents], tuple[Any, ...]]]:
         for tag, number, first_block in wanted:
             piece = self._pieces[number]
-            url = self._files[piece.first].url
-            if piece.last > 0 or not format_of(url)[1]:
+            if not piece.large:
                 yield tag, (number, 0), encode_piece, (piece,)
                 continue
-            blocks = prefetched(line_blocks(url), ahead=2, begin=lambda: None)  # only one process can decompress it
-            for block, (line, lines) in enumerate(blocks):
+            blocks = line_blocks(self._files[piece.first].url)  # only one process can decompress it
+            for block, (line, lines) in enumerate(prefetched(blocks, ahead=2, begin=lambda: None)):
                 if block >= first_block:
                     yield tag, (number, block), encode_lines, (piece.first, line, lines)

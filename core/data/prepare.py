@@ -10,12 +10,10 @@ so that it is the same for each of them, and the records are all the state there
 """
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,18 +25,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from core.data.encode import Documents, Encoded, Workers
-from core.data.shards import DEFAULT_VAL_TOKENS, MANIFEST, UNFINISHED, open_dataset, short_reason
-from core.data.sources import PIECE_BYTES, Source, cut, format_of
-from core.files import PRESENCE, FileLocks, sha256, write_json
+from core.data.encode import Documents, Workers
+from core.data.pieces import PIECE_BYTES, cut, format_of
+from core.data.settings import remove_shards
+from core.data.shards import DEFAULT_VAL_TOKENS, MANIFEST, UNFINISHED, machine_error
+from core.data.sources import SourceFile
+from core.files import FileLocks, sha256, write_json
 
-SETTINGS = "settings.json"
 MAX_INVALID = 1000  # documents that --skip-broken skips for a shard; with more, the file itself counts as damaged
 HEADER_BYTES = 128  # of .npy, which does not depend on the number of tokens
 NO_LIMIT = 2**63
 BYTES_PER_TOKEN = 4.45  # of English text
 PIECES_PER_SHARD, MIN_PIECE_BYTES = 32, 1024  # shards end where pieces end
-PLACES = {"parquet": "row", "jsonl": "byte", "txt": "byte"}
 FEW = 20  # up to this number, each shard has its own line of progress
 
 
@@ -63,88 +61,76 @@ class ShardWriter:
 
     def __init__(self, path: Path, rank: int) -> None:
         self._path, self._unfinished = path, path.with_name(f".{path.name}.{rank}.unfinished")
-        self._file: Any = None
+        self._file = open(self._unfinished, "wb", buffering=0)  # noqa: SIM115  closed by finish or discard
+        self._file.seek(HEADER_BYTES)
         self.tokens = self.documents = self.bytes = self.empty = 0
-        self.first: tuple[int, int] = (0, 0)  # source file and place of the first document
+        self.first: tuple[int, int] = (0, 0)  # source file of the first document, and its place in the file
         self.invalid: list[tuple[int, str]] = []
 
     def add(self, documents: Documents) -> None:
         """Append documents. Raises OSError."""
-        if not len(documents):
-            return
-        with self._needs_space():
-            if self._file is None:
-                self._file = open(self._unfinished, "wb", buffering=0)  # noqa: SIM115  closed by finish or discard
-                self._file.write(bytes(HEADER_BYTES))
-                self.first = int(documents.files[0]), int(documents.places[0])
-            write_all(self._file, documents.ids.data)
+        if len(documents) and not self.documents:
+            self.first = int(documents.facts[2, 0]), int(documents.facts[3, 0])
+        data = documents.ids.data.cast("B")
+        while data:  # a nearly full disk takes a part, and only the next call fails
+            data = data[self._write(data) :]
         self.tokens += len(documents.ids)
         self.documents += len(documents)
-        self.bytes += int(documents.text_bytes.sum())
+        self.bytes += int(documents.facts[1].sum())
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            raise machine_error(error, self._path) from None
 
     def finish(self) -> str | None:
         """Complete the file and return its sha256, or None for a shard without documents. Raises OSError."""
-        if self._file is None:
+        if not self.documents:
+            self.discard()
             return None
-        with self._needs_space(), self._file as file:
-            file.seek(0)
+        try:
+            self._file.seek(0)
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint16)) | {"shape": (self.tokens,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            assert file.tell() == HEADER_BYTES
-            os.fsync(file.fileno())
+            np.lib.format.write_array_header_1_0(self._file, header)
+            assert self._file.tell() == HEADER_BYTES
+            os.fsync(self._file.fileno())
+            self._file.close()
             digest = sha256(self._unfinished)
             os.replace(self._unfinished, self._path)
+        except OSError as error:
+            self.discard()
+            raise machine_error(error, self._path) from None
         return digest
 
     def discard(self) -> None:
         """Remove an incomplete file."""
-        if self._file is not None:
-            self._file.close()
-            self._unfinished.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _needs_space(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.discard()
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise OSError(
-                f"{self._path.parent} has no space left for {self._path.name}. Free disk space and rerun the same "
-                "command to resume"
-            ) from None
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)
 
 
-def write_all(file: Any, data: memoryview) -> None:
-    data = data.cast("B")
-    while data:
-        data = data[file.write(data) :]  # a nearly full disk takes a part, and only the next call fails
-
-
+@dataclass
 class Preparation:
-    """The conversion of a source into a data folder."""
+    """The conversion of a source into a data folder by this process and others."""
 
-    def __init__(
-        self,
-        out: Path,
-        source: Source,
-        header: dict[str, Any],
-        locks: FileLocks,
-        rank: int,
-        world_size: int,
-        skip_broken: bool,
-    ) -> None:
-        self.out, self.header, self.files, self.locks = out, header, source.files, locks
-        self.rank, self.world_size, self.skip_broken = rank, world_size, skip_broken
-        self.max_tokens = header["max_tokens"] or NO_LIMIT
-        limit = int(header["shard_tokens"] * BYTES_PER_TOKEN / PIECES_PER_SHARD)
-        self.pieces = cut(source.files, min(max(limit, MIN_PIECE_BYTES), PIECE_BYTES))
+    out: Path
+    files: tuple[SourceFile, ...]
+    header: dict[str, Any]  # of the manifest
+    locks: FileLocks
+    rank: int
+    world_size: int
+    skip_broken: bool
+
+    def __post_init__(self) -> None:
+        limit = int(self.header["shard_tokens"] * BYTES_PER_TOKEN / PIECES_PER_SHARD)
+        self.pieces = cut(self.files, min(max(limit, MIN_PIECE_BYTES), PIECE_BYTES))
+        self.max_tokens: int = self.header["max_tokens"] or NO_LIMIT
 
     def identity(self, pieces: range, *settings: object) -> str:
+        """Identifies the content of pieces. Links to other content of the same name have other fingerprints."""
         digest = hashlib.sha256(repr(settings).encode())
         for piece in self.pieces[pieces.start : pieces.stop]:
-            digest.update(piece.key(self.files).encode("utf-8", "surrogateescape"))
+            digest.update(repr((piece, self.files[piece.first : piece.last])).encode())
         return digest.hexdigest()
 
     def read_record(self, name: str) -> dict[str, Any] | None:
@@ -161,66 +147,63 @@ class Preparation:
         record = self.read_record(chunk.name)
         return record if record and record.get("identity") == chunk.identity else None
 
-    def write_record(self, chunk: Chunk, shard: ShardWriter, **facts: Any) -> dict[str, Any]:
-        """Complete a shard and record it."""
+    def complete(self, chunk: Chunk, shard: ShardWriter, **facts: Any) -> dict[str, Any]:
+        """Complete a shard, record it with these facts, and unlock it."""
         digest = shard.finish()
         number, place = shard.first
         kind, compression = format_of(self.files[number].url)
-        entry = {"file": f"{chunk.name}.npy", "split": chunk.name.split("_", 1)[0], "tokens": shard.tokens}
-        entry |= {"documents": shard.documents, "bytes": shard.bytes}
-        entry |= {"begin": {"line" if compression else PLACES[kind]: place}, "sha256": digest, "source_file": number}
+        begin = {"line" if compression else "row" if kind == "parquet" else "byte": place}
+        entry = {"file": f"{chunk.name}.npy", "split": chunk.name[:-7], "tokens": shard.tokens}
+        entry |= {"documents": shard.documents, "bytes": shard.bytes, "begin": begin, "sha256": digest}
         invalid = [f"{self.files[file].name}, {reason}" for file, reason in shard.invalid]
-        record = {"entry": entry, "tokens": shard.tokens, "empty": shard.empty, "invalid": invalid}
-        record |= {"identity": chunk.identity} | facts
+        record = {"entry": entry | {"source_file": number}, "tokens": shard.tokens, "empty": shard.empty}
+        record |= {"invalid": invalid, "identity": chunk.identity} | facts
         write_json(self.out / UNFINISHED / f"{chunk.name}.json", record)
+        self.locks.release(chunk.number)
         return record
 
-    def count(self, shard: ShardWriter, encoded: Encoded) -> None:
+    def count(self, shard: ShardWriter, documents: Documents) -> None:
         """Count what was left out. Raises ValueError for invalid documents, unless --skip-broken allows them."""
-        shard.empty += encoded.empty
-        shard.invalid += encoded.invalid
-        if not shard.invalid:
-            return
-        (file, place), url = shard.invalid[-1], self.files[shard.invalid[-1][0]].url
-        if not self.skip_broken:
+        shard.empty += documents.empty
+        shard.invalid += documents.invalid
+        if shard.invalid and not self.skip_broken:
             file, place = shard.invalid[0]
             raise ValueError(f"{self.files[file].url}, {place}. Fix the document, or skip it with --skip-broken")
         if len(shard.invalid) > MAX_INVALID:
+            file, place = shard.invalid[-1]
+            url = self.files[file].url
             raise ValueError(f"{url} has more than {MAX_INVALID} invalid documents. Fix the file; the last: {place}")
 
     def write_validation(self, workers: Workers) -> dict[str, Any]:
         """The record of the validation shard: the first complete documents of the source. It is written if needed."""
-        total = sum(piece.bytes for piece in self.pieces)
         target = self.header["val_tokens"] or max(min(DEFAULT_VAL_TOKENS, self.max_tokens // 100), 1)
+        total = sum(piece.bytes for piece in self.pieces)
         target_bytes = NO_LIMIT if self.header["val_tokens"] else max(total // 100, 1)
         if record := self.read_record("val_000000"):
-            pieces = range(record["piece"] + 1)
-            if record["identity"] == self.identity(pieces, target, target_bytes):
+            if record["identity"] == self.identity(range(record["piece"] + 1), target, target_bytes):
                 return record
             print("val_000000.npy is written again: its source files have changed", flush=True)
         shard, last, skip = ShardWriter(self.out / "val_000000.npy", self.rank), (len(self.pieces), 0), 0
         seen_tokens, seen_bytes = 0, 0
-        try:
-            for _, key, encoded in workers.encode((0, i, 0) for i in range(len(self.pieces))):
-                documents = encoded.documents
-                seen_tokens, seen_bytes = seen_tokens + len(documents.ids), seen_bytes + encoded.bytes
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(shard.discard)
+            for _, key, documents in workers.encode((0, i, 0) for i in range(len(self.pieces))):
+                seen_tokens, seen_bytes = seen_tokens + len(documents.ids), seen_bytes + documents.size
                 tokens = shard.tokens + documents.ends  # (d,)
-                text_bytes = shard.bytes + np.cumsum(documents.text_bytes)  # (d,)
-                before = (tokens < target) & (text_bytes < target_bytes) & (tokens <= self.max_tokens)
-                skip = min(int(before.sum()) + 1, int((tokens <= self.max_tokens).sum()))
-                shard.add(documents[:skip])
-                if not before.all():
+                text_bytes = shard.bytes + np.cumsum(documents.facts[1])  # (d,)
+                more = (tokens < target) & (text_bytes < target_bytes) & (tokens <= self.max_tokens)
+                skip = min(int(more.sum()) + 1, int((tokens <= self.max_tokens).sum()))
+                shard.add(documents.part(0, skip))
+                if not more.all():
                     last = key
                     break
-                self.count(shard, encoded)
-        except BaseException:
-            shard.discard()
-            raise
-        if not shard.tokens:
-            raise ValueError(self.no_document("val"))
-        chunk = Chunk(0, range(last[0] + 1), 0, 0, self.identity(range(last[0] + 1), target, target_bytes), target)
+                self.count(shard, documents)
+            if not shard.tokens:
+                raise ValueError(self.no_document("val"))
+            on_error.pop_all()
+        chunk = Chunk(0, range(last[0] + 1), last[1], skip, self.identity(range(last[0] + 1), target, target_bytes), 0)
         facts = {"piece": last[0], "block": last[1], "skip": skip}
-        return self.write_record(chunk, shard, **facts, seen_tokens=seen_tokens, seen_bytes=seen_bytes)
+        return self.complete(chunk, shard, **facts, seen_tokens=seen_tokens, seen_bytes=seen_bytes)
 
     def plan(self, validation: dict[str, Any]) -> list[Chunk]:
         """The chunks after validation. They are as even as the pieces allow, as estimated from validation."""
@@ -228,10 +211,9 @@ class Preparation:
         per_byte = validation["seen_tokens"] / max(validation["seen_bytes"], 1)
         borders = np.cumsum([0, *(piece.bytes for piece in self.pieces)], dtype=np.float64) * per_byte  # in tokens
         middles = (borders[first:-1] + borders[first + 1 :]) / 2 - done
-        total = max(borders[-1] - done, 1)
-        wanted = max(min(total, self.max_tokens - done), 1)
+        wanted = max(min(borders[-1], self.max_tokens) - done, 1)
         size = wanted / max(round(wanted / self.header["shard_tokens"]), 1)
-        edges = [first]
+        edges = [first] if first < len(self.pieces) else []
         for edge in first + 1 + np.flatnonzero(np.diff(middles // size)):
             if min(borders[edge] - max(borders[edges[-1]], done), borders[-1] - borders[edge]) >= size / 2:
                 edges.append(int(edge))
@@ -246,7 +228,7 @@ class Preparation:
         return chunks
 
     def claim(self, chunks: list[Chunk]) -> Iterator[Chunk]:
-        """The chunks that are left and that no other process writes, each locked."""
+        """The chunks that are left and that no other process writes, each locked. Each process begins elsewhere."""
         own = self.rank * len(chunks) // self.world_size
         for chunk in chunks[own:] + chunks[:own] if self.locks.supported else chunks[self.rank :: self.world_size]:
             if self.record(chunk) or not self.locks.try_acquire(chunk.number):
@@ -260,62 +242,54 @@ class Preparation:
 
     def write_chunks(self, chunks: list[Chunk], workers: Workers, tokens: int, bar: Any) -> None:
         """Write the shards of the chunks that are left. The source has `tokens` tokens before them."""
-        last_log, before = 0.0, {chunk.number: record["tokens"] for chunk in chunks if (record := self.record(chunk))}
+        written = {chunk.number: record["tokens"] for chunk in chunks if (record := self.record(chunk))}
         wanted = ((chunk, i, chunk.block) for chunk in self.claim(chunks) for i in chunk.pieces)
-        finished: Future[Any] | None = None
+        last_log, finished = 0.0, Future[Any]()
+        finished.set_result(None)
         with ThreadPoolExecutor(1) as thread:  # it completes a shard while the next one is written
             for chunk, results in itertools.groupby(workers.encode(wanted), key=lambda result: result[0]):
-                room = self.max_tokens - tokens - sum(before[i] for i in before if i < chunk.number)
+                room = self.max_tokens - tokens - sum(written[i] for i in written if i < chunk.number)
                 shard = ShardWriter(self.out / f"{chunk.name}.npy", self.rank)
-                try:
+                with contextlib.ExitStack() as on_error:
+                    on_error.callback(shard.discard)
                     limited = self.write_chunk(chunk, results, shard, room, bar)
-                    if finished:
-                        finished.result()
-                except BaseException:
-                    shard.discard()
-                    raise
-                before[chunk.number] = shard.tokens
-                finished = thread.submit(self.complete, chunk, shard, limited)
+                    finished.result()
+                    on_error.pop_all()
+                written[chunk.number] = shard.tokens
+                finished = thread.submit(self.complete, chunk, shard, limited=limited)
                 if len(chunks) <= FEW or time.monotonic() > last_log + 10:
                     last_log = time.monotonic()
                     tqdm.write(f"{chunk.name}.npy: {shard.tokens:,} tokens")
                 if limited:
                     break
-            if finished:
-                finished.result()
+        finished.result()
 
     def write_chunk(self, chunk: Chunk, results: Any, shard: ShardWriter, room: int, bar: Any) -> bool:
         """Write the documents of a chunk, at most `room` tokens. Returns whether there are more."""
-        for _, key, encoded in results:
-            documents = encoded.documents[chunk.skip if key == (chunk.pieces[0], chunk.block) else 0 :]
-            kept = documents[: int(np.sum(shard.tokens + documents.ends <= room))] if len(documents) else documents
+        for _, key, documents in results:
+            first = chunk.skip if key == (chunk.pieces[0], chunk.block) else 0
+            rest = documents.part(first)
+            kept = rest.part(0, int(np.sum(shard.tokens + rest.ends <= room)))
             shard.add(kept)
-            self.count(shard, encoded)
+            self.count(shard, documents)
             bar.update(len(kept.ids))
-            if len(kept) < len(documents):
+            if len(kept) < len(rest):
                 return True
         return False
-
-    def complete(self, chunk: Chunk, shard: ShardWriter, limited: bool) -> None:
-        self.write_record(chunk, shard, limited=limited)
-        self.locks.release(chunk.number)
 
     def finish(self, validation: dict[str, Any], chunks: list[Chunk]) -> bool:
         """Write the manifest if all chunks are complete; else print how many other processes write."""
         if (self.out / MANIFEST).is_file():
             return True  # another process has written it
-        records = [validation]
-        for chunk in chunks:
-            if (record := self.record(chunk)) is None:
-                missing = sum(self.record(chunk) is None for chunk in chunks)
-                print(
-                    f"this process is done. Other processes write {missing} of {len(chunks)} shards, e.g. {chunk.name}."
-                    "npy. The last process writes the manifest. If they fail, rerun the same command"
-                )
-                return False
-            records.append(record)
-            if record["limited"]:
-                break
+        found = [(chunk.name, self.record(chunk)) for chunk in chunks]
+        end = next((n for n, (_, record) in enumerate(found, 1) if record and record["limited"]), len(found))
+        if missing := [name for name, record in found[:end] if not record]:
+            print(
+                f"this process is done. Other processes write {len(missing)} of {len(chunks)} shards, e.g. "
+                f"{missing[0]}.npy. The last process writes the manifest. If they fail, rerun the same command"
+            )
+            return False
+        records = [validation, *(record for _, record in found[:end] if record)]
         shards = [record["entry"] for record in records if record["tokens"]]
         if len(shards) < 2:
             raise ValueError(self.no_document("train"))
@@ -327,6 +301,7 @@ class Preparation:
         return True
 
     def no_document(self, split: str) -> str:
+        """The error of a source without a document of this split."""
         given = {f"--{key.replace('_', '-')}": self.header[key] for key in ("max_tokens", "val_tokens")}
         limits = " and ".join(f"{name} {value}" for name, value in given.items() if value is not None)
         remedy = "Use more text, a larger --max-tokens or a smaller --val-tokens"
@@ -334,86 +309,3 @@ class Preparation:
             remedy = "A .txt is one document: split it, e.g. split -C 50K --additional-suffix=.txt TEXT part-"
         name = self.header["source"]["name"]
         return f"--source {name} has no {split} document{f' with {limits}' if limits else ''}. {remedy}"
-
-
-def recorded_settings(out: Path) -> dict[str, Any]:
-    """The settings that a finished or unfinished folder was made with; empty for a new folder."""
-    if (out / MANIFEST).is_file():
-        return open_dataset(out).manifest
-    path = out / UNFINISHED / SETTINGS
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({short_reason(error)}). Start again with --overwrite") from None
-
-
-def check_settings(out: Path, header: dict[str, Any]) -> None:
-    """Raise ValueError if the folder was begun with other settings. Record the settings of a new folder."""
-    recorded = recorded_settings(out)
-    finished = (out / MANIFEST).is_file()
-    for key, value in (header if finished else _without_contents(header)).items():
-        if recorded and recorded.get(key) != value:
-            name, old, new = _difference(key, recorded.get(key), value)
-            raise ValueError(
-                f"{out} was made with {name} {old}, but this command has {new}. Use another --out, or --overwrite"
-            )
-    for shard in recorded["shards"] if finished else ():
-        if not (out / shard["file"]).is_file():
-            raise ValueError(
-                f"{out / shard['file']} is missing, but the manifest lists it. Write the folder again with --overwrite"
-            )
-    if finished:
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    elif not recorded:
-        (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-        write_json(out / UNFINISHED / SETTINGS, _without_contents(header))
-    if older := [path for path in (out / UNFINISHED).glob("*") if path.is_dir()]:
-        print(f"{out / UNFINISHED} is of an earlier version: its shards are written again", flush=True)
-        for folder in older:
-            shutil.rmtree(folder)
-
-
-def _without_contents(header: dict[str, Any]) -> dict[str, Any]:
-    """The settings with only the names of the source files. Each chunk's record identifies its content."""
-    names = [file["name"] for file in header["source"]["files"]]
-    return header | {"source": header["source"] | {"files": names}}
-
-
-def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The innermost entry in which two values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
-        return _difference(f"{name} {key}", old.get(key), new.get(key))
-    if isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new):
-            return f"a number of {name} of", len(old), len(new)
-        i = next(i for i in range(len(old)) if old[i] != new[i])
-        label = old[i].get("name", i) if isinstance(old[i], dict) else i
-        return _difference(f"{name} {label}", old[i], new[i])
-    return name, old, new
-
-
-def remove_shards(out: Path, keep: set[str]) -> None:
-    """Remove shards and incomplete files except for the names in `keep`."""
-    for path in out.iterdir():
-        if (
-            re.fullmatch(r"(?:val|train)_\d{6}\.npy|\..*\.(?:unfinished|json\.[0-9a-f]+)", path.name)
-            and path.name not in keep
-        ):
-            path.unlink()
-
-
-def clear(out: Path, locks: FileLocks, only_empty: bool = False) -> bool:
-    """Remove all shards, the manifest first, unless `only_empty` and there is a train shard.
-
-    Returns whether they were removed. Raises ValueError if another process is writing the folder.
-    """
-    if only_empty and ((out / MANIFEST).exists() or any(out.glob("train_*.npy"))):
-        return False
-    locks.acquire(PRESENCE)
-    (out / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    remove_shards(out, keep=set())
-    return True

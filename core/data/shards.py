@@ -239,14 +239,16 @@ class Windows:
         import torch
 
         rows = np.stack([self._window(int(i)) for i in indices])
-        ids = torch.from_numpy(rows.astype(np.int64))  # (B, T + 1)
+        ids = torch.from_numpy(rows)  # (B, T + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def _window(self, index: int) -> np.ndarray:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         start = (index - first) * self.seq_len
-        return self._open(shard)[start : start + self.seq_len + 1]
+        return self._open(shard)[start : start + self.seq_len + 1].astype(
+            np.int64
+        )  # a copy, so that the file can close
 
 
 class TokenOrder:

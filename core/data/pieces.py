@@ -1,0 +1,278 @@
+"""A source as one ordered stream of documents, cut into pieces that worker processes read independently."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from core import cli
+from core.data.shards import short_reason
+from core.data.sources import SourceFile, is_local, open_file, retry
+
+FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+EXPANSION = 3  # bytes of text per compressed byte, approximately
+PIECE_BYTES, PIECE_FILES = 16 * 2**20, 1000  # limits of a piece: of text, and of whole files
+ROW_GROUP_BYTES = 64 * 2**20  # of text; reading a part of a row group also decodes the rows before that part
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The input of one task: whole files from `first` to before `last`, or a part of one.
+
+    A part is the rows of a row group or the lines of a .jsonl file that begin in a range of bytes. A large compressed
+    file can't be split from metadata: it is one piece, which `line_blocks` divides into many tasks.
+    """
+
+    first: int
+    last: int
+    bytes: int  # of text, approximately
+    begin: int = 0  # row or byte of the file
+    end: int = 0  # 0 for whole files
+    row_group: int = -1
+    large: bool = False  # a compressed file
+
+
+class InvalidDocument(str):
+    """In place of a document that can't be read as text: its place in the file and the reason."""
+
+
+Row = tuple[int, str | None]  # the place in the file, which is a row, byte or line; the text or an InvalidDocument
+
+
+def format_of(url: str) -> tuple[str, str | None]:
+    """The format and the compression, by the suffixes. Raises ValueError for others."""
+    stem, suffix = os.path.splitext(next((link for link in url.split("::") if "://" in link), url))
+    compression = COMPRESSIONS.get(suffix)
+    kind = FORMATS.get(os.path.splitext(stem)[1] if compression else suffix)
+    if kind is None or (compression and kind != "jsonl"):
+        raise ValueError(
+            f"--source file {url} must be .parquet, .txt, or .jsonl or .ndjson (one object with a `text` field per "
+            "line), which may be compressed (.jsonl.gz, .jsonl.zst). Convert it"
+        )
+    return kind, compression
+
+
+def cut(files: tuple[SourceFile, ...], limit: int) -> list[Piece]:
+    """Pieces of at most `limit` bytes of text, where the files can be split. Small files share a piece.
+
+    Only metadata is read. Raises ValueError for a file whose content doesn't match its suffix.
+    """
+    remote = not all(is_local(file.url) for file in files)
+    with ThreadPoolExecutor(16 if remote else 1) as pool:
+        tasks = pool.map(lambda i: retry(partial(_cut_file, i, files[i], limit), files[i].url), range(len(files)))
+        cut_files = list(cli.progress_bar(tasks, "opening files", len(files), leave=False, delay=1))
+    open_parquet.cache_clear()  # a forked worker must not read through this process's open file
+    pieces: list[Piece] = []
+    for piece in itertools.chain(*cut_files):
+        whole = not piece.end and not piece.large
+        first = pieces[-1].first if whole and pieces and not pieces[-1].end and not pieces[-1].large else piece.first
+        size = piece.bytes + (pieces[-1].bytes if first < piece.first else 0)
+        if first < piece.first and size <= limit and piece.last - first <= PIECE_FILES:
+            pieces[-1] = Piece(first, piece.last, size)
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+def _cut_file(number: int, file: SourceFile, limit: int) -> list[Piece]:
+    """The pieces of a file: one of the whole file if it has at most `limit` bytes of text or can't be split."""
+    (kind, compression), size, parts = format_of(file.url), file.bytes, list[Piece]()
+    if kind == "parquet":
+        parquet, column = open_parquet(file.url)
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        sizes, row = [group.column(column).total_uncompressed_size for group in groups], 0
+        size = sum(sizes)
+        for i, group in enumerate(groups):
+            count = min(-(-sizes[i] // min(limit * 4, ROW_GROUP_BYTES)), group.num_rows)
+            edges = [row + group.num_rows * part // max(count, 1) for part in range(count + 1)]
+            parts += [Piece(number, number + 1, sizes[i] // count, a, b, i) for a, b in itertools.pairwise(edges)]
+            row += group.num_rows
+    elif compression:
+        size *= EXPANSION
+        parts = [Piece(number, number + 1, size, large=True)]
+    elif kind == "jsonl":
+        edges = [*range(0, size, limit), size]
+        parts = [Piece(number, number + 1, b - a, a, b) for a, b in itertools.pairwise(edges)]
+    return parts if parts and size > limit else [Piece(number, number + 1, size)]
+
+
+@lru_cache(maxsize=1)  # the pieces of a file are read in order, and each opening reads the footer
+def open_parquet(url: str) -> tuple[Any, int]:
+    """A parquet file, and the index of its `text` column among the stored columns."""
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowInvalid
+
+    try:
+        # No read-ahead: a column chunk is one request, and other workers read the pieces that follow.
+        file = pq.ParquetFile(open_file(url, cache_type="none"), pre_buffer=False)
+    except ArrowInvalid as error:
+        raise ValueError(f"{url} is not a parquet file, or is cut short ({short_reason(error)}). Replace it") from None
+    schema, stored = file.schema_arrow, file.metadata.schema
+    if "text" not in schema.names:
+        names = ", ".join(schema.names)[:200]
+        raise ValueError(f"{url} has no `text` column: its columns are {names}. Rename the one with the text")
+    kind = schema.field("text").type
+    kind = str(getattr(kind, "value_type", kind))  # of a dictionary
+    if kind not in ("string", "large_string", "string_view", "null"):
+        raise ValueError(f"{url}: the `text` column holds {kind[:40]}, not strings. Convert it")
+    return file, next(i for i in range(file.metadata.num_columns) if stored.column(i).path == "text")
+
+
+def read_piece(piece: Piece, files: tuple[SourceFile, ...]) -> list[tuple[int, int, str | None]]:
+    """The documents of a piece, each as the number of its file, its place in it, and its text.
+
+    Raises ValueError for a damaged file, OSError for a file that can't be reached.
+    """
+    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "txt": _read_txt}
+
+    def read(url: str) -> list[Row]:
+        try:
+            return list(readers[format_of(url)[0]](piece, url))
+        except Exception:
+            open_parquet.cache_clear()
+            raise
+
+    rows: list[tuple[int, int, str | None]] = []
+    for number in range(piece.first, piece.last):
+        url = files[number].url
+        rows += [(number, place, text) for place, text in retry(partial(read, url), url)]
+    return rows
+
+
+def _read_parquet(piece: Piece, url: str) -> Iterator[Row]:
+    file, _ = open_parquet(url)
+    row = 0
+    for i in range(file.num_row_groups):
+        size = file.metadata.row_group(i).num_rows
+        if piece.row_group in (i, -1):
+            begin, end = (piece.begin - row, piece.end - row) if piece.end else (0, size)
+            with refuse_damage(url, f", row group {i}"):
+                column = _read_rows(file, i, begin, end)
+            try:
+                texts: Iterable[str | None] = column.to_pylist()
+            except UnicodeDecodeError:
+                raw = (value.as_buffer() for value in column)
+                texts = (b and _decode(bytes(b), f"row group {i}, row {begin + j}") for j, b in enumerate(raw))
+            yield from enumerate(texts, row + begin)
+        row += size
+
+
+def _read_rows(file: Any, row_group: int, begin: int, end: int) -> Any:
+    """The texts of rows of a row group. The rows before them are decoded and dropped."""
+    import pyarrow as pa
+
+    if not begin and end == file.metadata.row_group(row_group).num_rows:
+        column = file.read_row_group(row_group, columns=["text"], use_threads=False)["text"]
+    else:
+        row, arrays = 0, []
+        for batch in file.iter_batches(1000, row_groups=[row_group], columns=["text"], use_threads=False):
+            arrays.append(batch["text"][max(begin - row, 0) : max(end - row, 0)])
+            row += batch.num_rows
+            if row >= end:
+                break
+        column = pa.chunked_array(arrays)
+    if pa.types.is_dictionary(column.type):
+        column = pa.chunked_array([array.dictionary_decode() for array in column.chunks], column.type.value_type)
+    return column
+
+
+@contextlib.contextmanager
+def refuse_damage(url: str, place: str = "") -> Iterator[None]:
+    """Raise ValueError where pyarrow finds damaged content.
+
+    It also raises OSError for that, without an errno. For a parquet file on a network such an error is temporary.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and (error.errno or not is_local(url))):
+            raise
+        raise ValueError(f"{url}{place} is damaged ({short_reason(error)}). Replace the file") from None
+
+
+def _read_jsonl(piece: Piece, url: str) -> Iterator[Row]:
+    if format_of(url)[1]:
+        for first, lines in line_blocks(url):
+            yield from read_lines(first, lines)
+        return
+    with open_file(url) as file:
+        file.seek(max(piece.begin - 1, 0))
+        if piece.begin:
+            file.readline()  # the rest of a line of the piece before, or the last newline of that piece
+        byte = file.tell()
+        while (not piece.end or byte < piece.end) and (line := file.readline()):
+            if line.strip():
+                yield byte, _read_json_line(line, f"the line at byte {byte}")
+            byte += len(line)
+
+
+class _RetryingFile(io.RawIOBase):
+    """A file whose reads are retried."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._file = url, retry(lambda: open_file(url), url)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return retry(lambda: self._file.read(size), self._url)
+
+
+def line_blocks(url: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a compressed file in blocks, each with the number of its first line, from 1. At least one block."""
+    import pyarrow as pa
+
+    line, rest, block = 1, b"", b"more"
+    with pa.input_stream(_RetryingFile(url), compression=format_of(url)[1]) as stream:
+        while block:
+            with refuse_damage(url):
+                block = stream.read(PIECE_BYTES)
+            rest += block
+            end = rest.rfind(b"\n") + 1 if block else len(rest)
+            if end or not block:
+                yield line, rest[:end]
+            line, rest = line + rest.count(b"\n", 0, end), rest[end:]
+
+
+def read_lines(first: int, lines: bytes) -> Iterator[Row]:
+    """The documents of lines of a .jsonl file, of which the first has the number `first`."""
+    for number, line in enumerate(lines.split(b"\n"), first):
+        if line.strip():
+            yield number, _read_json_line(line, f"line {number}")
+
+
+def _read_json_line(line: bytes, place: str) -> str | None:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return InvalidDocument(f"{place}: not a JSON object with a `text` field ({short_reason(error)})")
+    if text is not None and not isinstance(text, str):
+        return InvalidDocument(f"{place}: `text` is {type(text).__name__}, not a string")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        reason = f"`text` holds half a surrogate pair, which is not a character (position {error.start})"
+        return InvalidDocument(f"{place}: {reason}")
+    return text
+
+
+def _read_txt(_: Piece, url: str) -> Iterator[Row]:
+    with open_file(url) as file:
+        yield 0, _decode(file.read(), "the whole file")
+
+
+def _decode(raw: bytes, place: str) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        return InvalidDocument(f"{place}: not UTF-8 text (byte {error.start} of the document)")
