@@ -1,14 +1,14 @@
-"""Convert text to token shards: FineWeb-Edu from the Hugging Face hub, or local parquet, jsonl or txt files.
+"""Convert text to token shards: FineWeb-Edu from the Hugging Face hub, or any parquet, jsonl or txt files.
 
     python fineweb.py                                                # the 10-billion-token sample: 20 GB of shards
     python fineweb.py --source 'my/*.parquet' --out data/mine        # column `text`; jsonl: field `text` of each line
     python fineweb.py --source 'books/*.txt' --out data/books        # one document per file
-    torchrun --nnodes 4 --nproc_per_node 1 ... fineweb.py            # distribute the source files over machines
+    torchrun --nnodes 4 --nproc_per_node 1 ... fineweb.py            # distribute the shards over machines
     python fineweb.py --verify data/mine                             # check each shard against the manifest
-    python fineweb.py --adopt edu_fineweb10B                         # describe shards of build-nanogpt or llm.c
+    python fineweb.py --adopt edu_fineweb10B                         # describe shards of build-nanogpt, llm.c or nanoGPT
 
 By default it writes to the folder that train.py reads by default. After an interruption, rerun the same command to
-resume after the last complete shard.
+resume after the last complete shard. The same command in a second terminal shares the work.
 """
 
 import os
@@ -28,7 +28,7 @@ from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST, UNFINIS
 from core.files import PRESENCE, FileLocks
 
 VAL_TOKENS_HELP = tyro.conf.arg(
-    help="Tokens held out for validation: complete documents from the start of the first file. "
+    help="Tokens held out for validation: complete documents from the start of the source. "
     f"Default: {DEFAULT_VAL_TOKENS:,}, or 1 % of a smaller source.",
     help_behavior_hint="",
 )
@@ -43,14 +43,14 @@ def available_cores() -> int:
 @dataclass
 class Config:
     source: str = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"
-    """Source files, as a glob: .parquet with a `text` column, .jsonl with a `text` field, or .txt; local or any fsspec
-    address. For a larger sample of FineWeb-Edu replace 10BT by 100BT or 350BT."""
+    """Source files, as a glob: .parquet with a `text` column, .jsonl or .ndjson with a `text` field (also .gz or .zst),
+    or .txt; local or any fsspec address. For a larger sample of FineWeb-Edu replace 10BT by 100BT or 350BT."""
     out: str = DEFAULT_DATA
     """Folder for the shards, the manifest and the tokenizer files."""
     encoding: str = "gpt2"
     """Encoding: a name that tiktoken knows, or a folder with a tokenizer.json. At most 65,536 ids."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard; a shard takes 2 bytes per token. The last shard of a source file is smaller."""
+    """Tokens per shard, approximately: documents and large compressed files are not divided. A token takes 2 bytes."""
     val_tokens: Annotated[int | None, VAL_TOKENS_HELP] = None
     max_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Maximum number of tokens: stop before the document that would exceed it. Default: the entire source."""
@@ -67,8 +67,8 @@ class Config:
     """Folder to check instead of writing one: hash and counts of each shard against the manifest, and a sample of
     documents. Default: no check."""
     adopt: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """Folder of another project's shards (.npy of build-nanogpt, .bin of llm.c) to describe in a manifest for train.py.
-    --encoding is their encoding; `val` in a file name means validation. Default: no such folder."""
+    """Folder of another project's shards (.npy of build-nanogpt, .bin of llm.c or nanoGPT) to describe in a manifest for
+    train.py. --encoding is their encoding; the word `val` in a file name means validation. Default: no such folder."""
     terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 

@@ -1,6 +1,7 @@
 """Promise 2: the order of tokens is a pure function of (manifest hash, seed, sequence length, i), for any ranks."""
 
 import json
+import resource
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import torch
 from conftest import resolved
 
+from core.data import shards
 from core.data.shards import TokenOrder, Windows, open_dataset
 from core.distributed import Ranks
+from core.files import sha256
 from core.train.recipe import Schedule
 from core.train.setup import micro_batches
 
@@ -49,6 +52,29 @@ def test_each_token_except_the_first_of_a_shard_is_a_target_once(tmp_path, sizes
         assert size - 1 - used < SEQ_LEN
         first += size
     assert targets.flatten().tolist() == expected
+
+
+def test_more_shards_than_a_process_can_open_are_checked_and_read(tmp_path):
+    """A mapped shard takes a file descriptor. The usual limit is 1,024."""
+    write_dataset(tmp_path, [2 * SEQ_LEN + 1] * 1100)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for shard in manifest["shards"]:
+        shard["sha256"] = sha256(tmp_path / shard["file"])
+    path.write_text(json.dumps(manifest))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        dataset = open_dataset(tmp_path)
+        shards.verify(dataset, Ranks(0, 1, torch.device("cpu")))
+        windows = Windows(dataset, "train", SEQ_LEN)
+        order = TokenOrder(dataset.manifest_hash, 1, SEQ_LEN, len(windows))[range(len(windows))]
+        inputs, _ = windows.batch(order)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(windows) == 2200
+    first = [(i // 2) * (2 * SEQ_LEN + 1) + i % 2 * SEQ_LEN for i in order.tolist()]
+    assert inputs[:, 0].tolist() == first
 
 
 def test_epochs_contain_each_window_once_in_different_orders():

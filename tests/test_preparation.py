@@ -515,6 +515,7 @@ def test_no_shard_is_truncated_on_a_nearly_full_disk(disk):
             shard.add(Documents(zeros, np.zeros((4, 1), dtype=np.int64)))
             shard.finish()
             assert np.load(disk / "shard.npy").shape == (tokens,)
+        shard.discard()
         assert not list(disk.glob(".shard*"))
         (disk / "ballast").unlink()
         (disk / "shard.npy").unlink(missing_ok=True)

@@ -203,9 +203,9 @@ class Workers:
                 tag, key = in_flight.popleft()
                 yield tag, key, self._results[key].result()
                 del self._results[key]
-        except BrokenProcessPool:
+        except (BrokenProcessPool, MemoryError):
             raise OSError(
-                "a worker process was killed, probably because memory ran out. Use fewer --workers and rerun the same "
+                "a worker process ended, probably because memory ran out. Use fewer --workers and rerun the same "
                 "command to resume"
             ) from None
 
