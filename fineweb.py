@@ -5,7 +5,7 @@
     python fineweb.py --source 'books/*.txt' --out data/books        # one document per file
     torchrun --nnodes 4 --nproc_per_node 1 ... fineweb.py            # distribute the shards over machines
     python fineweb.py --verify data/mine                             # check each shard against the manifest
-    python fineweb.py --adopt edu_fineweb10B                         # describe shards of other projects
+    python fineweb.py --adopt edu_fineweb10B                         # describe shards of build-nanogpt, nanoGPT, llm.c
 
 By default it writes to the folder that train.py reads by default. After an interruption, rerun the same command to
 resume after the last complete shard. The same command in a second terminal shares the work.
@@ -67,8 +67,8 @@ class Config:
     """Folder to check instead of writing one: hash and counts of each shard against the manifest, and a sample of
     documents. Default: no check."""
     adopt: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """Folder of other shards (.npy of build-nanogpt, .bin of llm.c or nanoGPT) to describe in a manifest for
-    train.py. --encoding is their encoding; the word `val` in a file name means validation. Default: no such folder."""
+    """Folder of another project's shards (.npy of build-nanogpt, .bin of llm.c or nanoGPT) to describe in a manifest
+    for train.py. --encoding is their encoding; the word `val` in a name means validation. Default: no such folder."""
     terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 

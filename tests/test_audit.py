@@ -79,6 +79,20 @@ def test_shards_in_another_order_than_the_source_are_detected(world, data):
     assert "train_000004.npy begins at" in refused(verify(world, data, check=False))
 
 
+def test_a_folder_of_the_version_before_passes_and_trains(world, data):
+    """It divided documents between shards, and recorded the token of the document where a shard begins."""
+
+    def as_before(shards):
+        for number, shard in enumerate(shards):
+            shard["begin"] = {"row": number // 2, "token": number % 2 * 40}
+
+    change(data, as_before)
+    verify(world, data)
+    train_here(*TRAIN, "--data", data, "--run", "before", "--steps", 2, cwd=world)
+    change(data, lambda shards: shards[3]["begin"].update(token=0))
+    assert "train_000003.npy begins at" in refused(verify(world, data, check=False))
+
+
 def test_the_tokenizer_of_another_encoding_is_detected(world, data):
     path = data / "tokenizer.json"
     spec = json.loads(path.read_text())
