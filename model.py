@@ -37,11 +37,14 @@ class GPTConfig:
     n_embd: int
     n_positions: int = 1024
     vocab_size: int = 50257
+    activation_function: str = "gelu_new"
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
+        if self.activation_function not in ops.ACTIVATIONS:
+            raise ValueError(f"activation_function {self.activation_function} must be {' or '.join(ops.ACTIVATIONS)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -70,7 +73,8 @@ PRESETS = {
 
 def describe(config: GPTConfig) -> str:
     """The name of the preset with this shape, else the shape in words."""
-    name = next((n for n, preset in PRESETS.items() if replace(preset, vocab_size=config.vocab_size) == config), None)
+    free = {"vocab_size": config.vocab_size, "activation_function": config.activation_function}
+    name = next((n for n, preset in PRESETS.items() if replace(preset, **free) == config), None)  # type: ignore[arg-type]
     return name or (
         f"a GPT-2 with n_layer {config.n_layer}, n_head {config.n_head}, n_embd {config.n_embd}, context "
         f"{config.n_positions}"
@@ -120,12 +124,13 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.activation = ops.ACTIVATIONS[config.activation_function]
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, h: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """x + mlp(h), and norm of it; all (B, T, C)."""
-        return ops.add_mlp_norm(x, h, self.c_fc, ops.gelu, self.c_proj, norm)  # x + c_proj(gelu(c_fc(h)))
+        return ops.add_mlp_norm(x, h, self.c_fc, self.activation, self.c_proj, norm)  # x + c_proj(gelu(c_fc(h)))
 
 
 class Block(nn.Module):
@@ -276,7 +281,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":
-        """Load a Hugging Face GPT-2 from a folder or, by name, from the hub. Raises ValueError for anything else."""
+        """Load a GPT-2 from a folder, a checkpoint file or, by name, from the hub. Raises ValueError for others."""
         from core.convert import load_pretrained  # it imports this file
 
         return load_pretrained(name_or_folder)

@@ -17,7 +17,8 @@ from core.generation import sample_text
 @dataclass
 class Config:
     ckpt: str
-    """Model: a run or checkpoint folder, a Hugging Face folder, or a hub name (gpt2, gpt2-medium, ...)."""
+    """Model: a run or checkpoint folder, a Hugging Face folder, a checkpoint file of nanoGPT, build-nanogpt or llm.c,
+    or a hub name (gpt2, gpt2-medium, ...)."""
     prompt: Annotated[str, cli.DEFAULT_IN_HELP] = ""
     """Text to continue. Default: the start of a new document."""
     tokens: int = 100

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+from core import cli  # before torch, whose import takes seconds: Ctrl-C ends it without a traceback
+
+# isort: split
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core import cli
 from core.data.shards import open_dataset, verify
 from core.distributed import Ranks, autocast, process_group
 from core.train import setup

@@ -7,12 +7,14 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.convert import save_pretrained
+from core import formats
+from core.convert import download, refuse_adapter, save_pretrained
 from core.distributed import Ranks
 from core.files import METRICS, json_text, sha256, write_json
 from model import GPT, PRESETS
@@ -20,6 +22,7 @@ from model import GPT, PRESETS
 CHECKSUMS = "checksums.json"
 TRAINING_STATE = "training_state.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CHECKPOINT_FILES = (".pt", ".bin")  # endings of other projects' checkpoint files
 REQUIRED_FILES = ("config.json", "model.safetensors", TRAINING_STATE)
 
 
@@ -157,12 +160,17 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
 
 
 def resolve(ckpt: str, option: str = "--ckpt") -> str:
-    """What `--ckpt` (or another `option`) names, as a model folder or a hub name.
+    """What `--ckpt` (or another `option`) names, as a model folder, a checkpoint file or a hub name.
 
-    A checkpoint folder, a run folder (its newest valid checkpoint), a Hugging Face folder, or a hub name (gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl). Raises ValueError for any other folder, and for a damaged checkpoint.
+    A checkpoint folder, a run folder (its newest valid checkpoint), a Hugging Face folder, a checkpoint file of another
+    project, or a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl). Raises ValueError for anything else, and for a
+    damaged checkpoint.
     """
     folder = Path(ckpt)
+    if folder.is_file():
+        if not formats.is_checkpoint_file(folder):
+            raise ValueError(f"{option} {ckpt} is not a folder, and no checkpoint of a known format. {known_runs()}")
+        return str(folder)
     if not folder.is_dir():
         if folder.exists() or ckpt.startswith((".", "/", "logs/")):
             raise ValueError(f"{option} {ckpt} is not a folder. {known_runs()}")
@@ -176,8 +184,11 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
         return str(found)
     if (folder / CHECKSUMS).is_file() and (damage := find_damage(folder)):
         raise ValueError(f"{option} {ckpt}: {damage}. Use another checkpoint")
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{option} {ckpt} contains neither checkpoints nor a config.json. {known_runs()}")
+        files = sorted(path for path in folder.glob("*") if path.name.endswith(CHECKPOINT_FILES))
+        remedy = f"Name a checkpoint file in it, such as {files[-1]}" if files else known_runs()
+        raise ValueError(f"{option} {ckpt} contains neither checkpoints nor a config.json. {remedy}")
     return str(folder)
 
 
@@ -198,20 +209,58 @@ def known_runs() -> str:
 
 
 def load_model(source: str) -> GPT:
-    """The model of a folder or hub name that `resolve` returned. Raises ValueError where it isn't a GPT-2."""
+    """The model of a source that `resolve` returned. Raises ValueError where it isn't a GPT-2."""
     try:
-        return GPT.from_pretrained(source)
+        if not Path(source).is_file():
+            return GPT.from_pretrained(source)
+        model, note = formats.read_checkpoint_file(Path(source))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    print_note(note)
+    return model
+
+
+def print_note(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", flush=True)
+
+
+def check_tokens(source: str, model: GPT, data: Path, data_vocab_size: int) -> None:
+    """Raise ValueError where an id of the shards in `data` is, or can be, another token in the model of `source`."""
+    from core.data import tokenizer_files
+
+    folder = Path(source) if Path(source).exists() else download(source)
+    has_tokenizer = [
+        any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")) for path in (data, folder)
+    ]
+    if not all(has_tokenizer):
+        if model.config.vocab_size > replace(model.config, vocab_size=data_vocab_size).padded_vocab_size:
+            raise ValueError(
+                f"{source} has {model.config.vocab_size:,} token ids, {data} has {data_vocab_size:,}, and one has no "
+                f"tokenizer to compare. Add its tokenizer.json"
+            )
+        return
+    expected, found = (tokenizer_files.read(path).tokens() for path in (data, folder))
+    for i, token in expected.items():
+        if found.get(i) != token:
+            raise ValueError(
+                f"{source} has another tokenizer than {data}: id {i} is {found.get(i)!r:.40} in the model and "
+                f"{token!r:.40} in the shards. Use shards of the model's tokenizer"
+            )
 
 
 def load_encoding(source: str, vocab_size: int) -> Any:
-    """The tokenizer in a model folder; without one, that of GPT-2 if the vocabulary has its size."""
+    """The tokenizer in a model folder; without one, that of GPT-2 if the vocabulary has its size, padded or not."""
     from core.data import tokenizer
 
     folder = Path(source)
+    if not folder.exists():
+        folder = download(source)
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         return tokenizer.load(folder)
-    if vocab_size != PRESETS["gpt2"].vocab_size:
-        raise ValueError(f"{source} has {vocab_size} token ids and no tokenizer.json. Add its tokenizer.json")
+    gpt2 = PRESETS["gpt2"]
+    if not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
+        remedy = "Convert it with convert.py, and add" if folder.is_file() else "Add"
+        raise ValueError(f"{source} has {vocab_size} token ids and no tokenizer.json. {remedy} its tokenizer.json")
+    print_note(f"{source} has no tokenizer: GPT-2's is used")
     return tokenizer.load("gpt2")

@@ -22,6 +22,7 @@ REMEDIES = {  # for errors of the operating system that concern a path
     errno.ENOTDIR: "a file has the name of a folder on this path; choose another path",
     errno.EEXIST: "a file has the name of a folder on this path; choose another path",
     errno.EACCES: "choose another path, or change its permissions",
+    errno.ENOMEM: "free memory and rerun the same command",
     errno.EMFILE: "raise the limit on open files, as by ulimit -n 65536",
     errno.ENOSPC: "free disk space and rerun the same command",
 }
@@ -44,8 +45,8 @@ terminal = Terminal()
 def run(main: Callable[[Options], None], config_type: type[Options], description: str | None) -> None:
     """Parse the command line into `config_type` and call `main` with it.
 
-    ValueError and OSError are errors that a user can cause: they end in one line and exit status 2. With TRACEBACK=1
-    in the environment the traceback is shown instead.
+    ValueError, OSError and MemoryError are errors that a user can cause: they end in one line and exit status 2. With
+    TRACEBACK=1 in the environment the traceback is shown instead.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows other characters as escapes
@@ -54,7 +55,7 @@ def run(main: Callable[[Options], None], config_type: type[Options], description
     terminal.quiet = getattr(config, "terminal", terminal).quiet
     try:
         main(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         print(f"error: {message(error)}", file=sys.stderr)
@@ -74,6 +75,8 @@ def message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         remedy = REMEDIES.get(error.errno or 0)
         return f"{error.filename}: {error.strerror}{f': {remedy}' if remedy else ''}"
+    if isinstance(error, MemoryError):
+        return f"out of memory: {str(error) or 'the machine has too little'}. Free memory and rerun the same command"
     return str(error)
 
 

@@ -6,15 +6,20 @@ A network that was modified in model.py isn't a GPT-2 for other programs: its co
 import inspect
 import json
 import math
-import pickle
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.data import tokenizer_files
+from core.data.shards import short_reason
+from core.files import refuse_pointer
+from core.formats import read_checkpoint_file
+from core.weights import WEIGHT_FILES, hf_view, load_state, read_weights
 from model import GPT, LAYER_NORM_EPSILON, GPTConfig
 
 HF_CONSTANTS = {
@@ -34,6 +39,22 @@ HF_CONSTANTS = {
 }
 # What config.json says of a network that computes something else than GPT-2: `transformers` knows neither value.
 MODIFIED = {"architectures": ["ModifiedGPT2"], "model_type": "gpt2_modified", "activation_function": "modified"}
+ACTIVATIONS = {  # names of the same functions in `transformers` -> those of GPTConfig
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+}
+# The shape: names in config.json -> older or general names of the same value.
+SHAPE_KEYS: dict[str, tuple[str, ...]] = {
+    "n_layer": ("num_hidden_layers",),
+    "n_head": ("num_attention_heads",),
+    "n_embd": ("hidden_size",),
+    "n_positions": ("max_position_embeddings", "n_ctx"),
+    "vocab_size": (),
+}
+ADAPTER = "adapter_config.json"
 # Keys of config.json that determine the logits; an absent key has the value of HF_CONSTANTS.
 ARCHITECTURE_KEYS = (
     "model_type",
@@ -45,18 +66,28 @@ ARCHITECTURE_KEYS = (
 )
 
 
-def load_pretrained(name_or_folder: str | Path) -> GPT:
-    """A Hugging Face GPT-2 from a folder or, by name, from the hub.
+def load_pretrained(source: str | Path) -> GPT:
+    """A GPT-2 from a Hugging Face folder, from a checkpoint file of another project or, by name, from the hub.
 
     Raises ValueError where it isn't a GPT-2, or a tensor is missing, unknown or of another shape.
     """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        folder = download(str(name_or_folder))
+    path = Path(source)
+    if path.is_file():
+        return read_checkpoint_file(path)[0]
+    folder = path if path.is_dir() else download(str(source))
+    refuse_adapter(folder)
     model = GPT(read_config(folder / "config.json"), seed=None)
-    load_hf_state(model, read_weights(folder))
+    load_state(model, read_weights(folder), conv1d=True)
     check_network(model, folder / "config.json")
     return model
+
+
+def refuse_adapter(folder: Path) -> None:
+    if (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{folder} is a PEFT adapter ({ADAPTER}), not a model. Merge it into its base model with PEFT's "
+            f"merge_and_unload(), and save that"
+        )
 
 
 @torch.no_grad()
@@ -97,6 +128,7 @@ def save_pretrained(
     is_gpt2 = computes_gpt2(model) if is_gpt2 is None else is_gpt2
     if not is_gpt2:
         config |= MODIFIED | {"modified_logits": sample_logits(model).tolist()}
+        config |= {"modified_activation": model.config.activation_function}
         shutil.copyfile(str(inspect.getsourcefile(type(model))), folder / "model.py")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
@@ -107,57 +139,72 @@ def read_config(path: Path) -> GPTConfig:
     """The shape in a Hugging Face config.json. Raises ValueError where it isn't a plain GPT-2."""
     if not path.is_file():
         raise ValueError(f"{path} is missing. A model folder contains config.json and model.safetensors")
+    refuse_pointer(path)
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
-        config = GPTConfig(**{name: int(hf[name]) for name in GPTConfig.__dataclass_fields__})
-    except KeyError as error:
-        raise ValueError(f"{path} is not the config.json of a GPT-2: it lacks {error}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not the config.json of a GPT-2: it isn't UTF-8 text") from None
-    except (ValueError, TypeError) as error:
+        if not isinstance(hf, dict):
+            raise TypeError("it isn't an object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not the config.json of a GPT-2: {short_reason(error)}") from None
+    check_architecture(path, hf)
+    activation = str(hf.get("modified_activation", hf.get("activation_function", "gelu_new")))
+    activation = ACTIVATIONS.get(activation, "gelu_new")  # modified networks of earlier versions name none
+    shape: dict[str, int] = {}
+    for name, others in SHAPE_KEYS.items():
+        values = {key: hf[key] for key in (name, *others) if key in hf}
+        if not values:
+            raise ValueError(f"{path} is not the config.json of a GPT-2: it lacks {name}")
+        shape[name] = next(iter(values.values()))
+        for key, value in values.items():
+            if type(value) is not int:
+                raise ValueError(f"{path} is not the config.json of a GPT-2: {key} is {shown(value)}, not an integer")
+            if value != shape[name]:
+                raise ValueError(f"{path}: {name} is {shape[name]}, but {key}, its other name, is {value}. Remove one")
+    try:
+        config = GPTConfig(**shape, activation_function=activation)
+    except ValueError as error:
         raise ValueError(f"{path} is not the config.json of a GPT-2: {error}") from None
-    is_modified = hf.get("model_type") == MODIFIED["model_type"]
-    expected = HF_CONSTANTS | (MODIFIED if is_modified else {})
-    for key in ARCHITECTURE_KEYS:
-        if hf.get(key, expected[key]) != expected[key]:
-            raise ValueError(f"{path}: {key} is {hf[key]!r}, but GPT-2 has {expected[key]!r}")
     if hf.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner is {hf['n_inner']}, but GPT-2 has {4 * config.n_embd}")
+        raise ValueError(f"{path}: n_inner is {shown(hf['n_inner'])}, but GPT-2 has {4 * config.n_embd}")
     return config
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, or of an older pytorch_model.bin without executing its pickle."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def check_architecture(path: Path, hf: dict[str, Any]) -> None:
+    """Raise ValueError, naming the key, where a config.json is that of another network than GPT-2."""
+    is_modified = hf.get("model_type") == MODIFIED["model_type"]
+    if hf.get("model_type") == "openai-gpt":
+        raise ValueError(f"{path}: model_type is 'openai-gpt', GPT-1, which is another network. Use a GPT-2")
+    expected = HF_CONSTANTS | (MODIFIED if is_modified else {})
+    for key in ARCHITECTURE_KEYS:
+        value = hf.get(key, expected[key])
+        is_known = key == "activation_function" and isinstance(value, str) and value in ACTIVATIONS
+        if value != expected[key] and not is_known:
+            raise ValueError(f"{path}: {key} is {shown(value)}, but GPT-2 has {expected[key]!r}")
+    for key in ("quantization_config", "transformers_weights"):
+        if hf.get(key) is not None:
+            raise ValueError(f"{path}: {key} is set, which this project doesn't support. Use float weights without it")
 
-    weights, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if weights.is_file():
-        try:
-            return load_file(weights)
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is truncated or damaged: {error}") from None
-    if pickled.is_file():
-        try:
-            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-            return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        except (OSError, MemoryError):
-            raise
-        except pickle.UnpicklingError:
-            raise ValueError(f"{pickled} contains more than tensors. Use a file of tensors only") from None
-        except Exception as error:  # a damaged file can make the reader raise anything
-            raise ValueError(f"{pickled} can't be read as tensors ({type(error).__name__}). Fetch it again") from None
-    raise ValueError(f"{folder} contains neither model.safetensors nor pytorch_model.bin")
+
+def shown(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def download(name: str) -> Path:
-    """Download a GPT-2 from the Hugging Face hub, or find it in the cache of the hub; return its folder."""
+    """Download a GPT-2 from the Hugging Face hub, or find it in the cache of the hub; return its folder.
+
+    Of several forms of the weights only the first is downloaded, the one that read_weights reads.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    files = ["config.json", "model.safetensors", "generation_config.json", "vocab.json", "merges.txt"]
+    files = ["config.json", "generation_config.json", ADAPTER, *tokenizer_files.NAMES]
     try:
-        return Path(snapshot_download(name, allow_patterns=[*files, "tokenizer*.json"]))
+        for weights in WEIGHT_FILES:
+            shards = [weights.replace(".index.json", "").replace(".", "-*.")] if weights.endswith(".index.json") else []
+            folder = Path(snapshot_download(name, allow_patterns=[*files, weights, *shards]))
+            if (folder / weights).is_file():
+                break
+        return folder
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -169,34 +216,6 @@ def download(name: str) -> Path:
 def hf_state(model: GPT) -> dict[str, Tensor]:
     """The weights on the CPU under Hugging Face's names and in its shapes, without padding."""
     return {name: hf_view(model, name, p).cpu().contiguous() for name, p in model.named_parameters()}
-
-
-@torch.no_grad()
-def load_hf_state(model: GPT, weights: dict[str, Tensor]) -> None:
-    """Copy weights with Hugging Face's names and shapes into a model. Raises ValueError on any mismatch."""
-    # OpenAI's upload has no "transformer." prefix and contains the causal masks; the head is tied to wte.
-    given = {n if n.startswith("transformer.") else f"transformer.{n}": w for n, w in weights.items()}
-    ignored = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
-    given = {n: w for n, w in given.items() if not n.endswith(ignored)}
-    expected = dict(model.named_parameters())
-    for problem, names in (("lacks", expected.keys() - given.keys()), ("also has", given.keys() - expected.keys())):
-        if names:
-            shown = ", ".join(sorted(names)[:3])
-            raise ValueError(f"the weights file {problem} {len(names)} tensors, such as {shown}: not this GPT-2")
-    for name, p in expected.items():
-        target = hf_view(model, name, p)
-        if given[name].shape != target.shape:
-            raise ValueError(f"{name} has shape {tuple(given[name].shape)}, but config.json says {tuple(target.shape)}")
-        target.copy_(given[name])
-    model.transformer.wte.weight[model.config.vocab_size :] = 0.0
-
-
-def hf_view(model: GPT, name: str, p: Tensor) -> Tensor:
-    """A view of a parameter in Hugging Face's shape."""
-    if name == "transformer.wte.weight":
-        return p[: model.config.vocab_size]
-    is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return p.T if is_linear else p  # Hugging Face's Conv1D stores (in, out)
 
 
 @torch.no_grad()
@@ -240,6 +259,9 @@ def reference_logits(model: GPT, tokens: Tensor, last: int) -> Tensor:
         scores = (q @ k.mT / math.sqrt(C // H)).masked_fill(~mask, -math.inf)
         x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C), f"h.{i}.attn.c_proj")
         u = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)))
+        if config.activation_function == "gelu":
+            gelu = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
+        else:
+            gelu = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)))
         x = x + linear(gelu, f"h.{i}.mlp.c_proj")
     return norm(x[:, -last:], "ln_f") @ wte.T

@@ -107,12 +107,7 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
             torch.cuda.set_device(device)  # events of cuda:1 must be recorded on its own stream
         yield Ranks(rank=0, world_size=1, device=device)
         return
-    missing = [key for key in ("RANK", "LOCAL_RANK") if key not in os.environ]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE is set in the environment, but {' and '.join(missing)} not. Start with torchrun, or unset it"
-        )
-    rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, world_size = launched_ranks()
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if local_rank >= count:
@@ -137,6 +132,28 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def launched_ranks() -> tuple[int, int, int]:
+    """RANK, LOCAL_RANK and WORLD_SIZE, as torchrun sets them. Raises ValueError for what it would not set."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(
+            f"WORLD_SIZE is set in the environment, but {' and '.join(missing)} not. Start with torchrun, or unset it"
+        )
+    values = []
+    for name, low, high in zip(names, (0, 0, 1, 0), (2**31, 2**31, 2**31, 2**16), strict=False):
+        text = os.environ[name]
+        if not text.isdecimal() or not low <= int(text) < high:
+            raise ValueError(
+                f"{name} {text!r:.40} in the environment must be an integer from {low} to {high - 1}. Start with "
+                f"torchrun, or unset WORLD_SIZE"
+            )
+        values.append(int(text))
+    rank, local_rank, world_size, _ = values
+    if rank >= world_size:
+        raise ValueError(f"RANK {rank} in the environment must be below WORLD_SIZE {world_size}. Start with torchrun")
+    return rank, local_rank, world_size
+
+
 def rendezvous_store(rank: int, timeout: timedelta) -> dist.Store:
     """The key-value store through which the ranks connect, hosted by rank 0.
 
@@ -144,7 +161,13 @@ def rendezvous_store(rank: int, timeout: timedelta) -> dist.Store:
     (https://github.com/pytorch/pytorch/issues/135712, seen with torch 2.13). It only passes on the port of rank 0 here,
     and each rank checks that this port is alive.
     """
-    shared, _, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        shared, _, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistNetworkError as error:  # its text continues with a C++ stack trace
+        address = f"MASTER_ADDR {os.environ['MASTER_ADDR']} and MASTER_PORT {os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise ValueError(f"{address}: the port is in use. Use another MASTER_PORT, or --master_port") from None
+        raise ValueError(f"{address}: {str(error).splitlines()[0][:200]}. Check that rank 0 is running") from None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return shared
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + timeout.total_seconds()

@@ -19,6 +19,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError where a file is the pointer that Git LFS leaves in place of the content."""
+    with open(path, "rb") as file:
+        if file.read(42).startswith(b"version https://git-lfs.github.com/spec/v1"):
+            raise ValueError(f"{path} is a pointer of Git LFS, not the content. Run git lfs pull in its repository")
+
+
 def json_text(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 

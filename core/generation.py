@@ -1,5 +1,6 @@
 """Text generation with a key-value cache."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from core import cli
 from model import GPT, KVCache
+
+MIN_TEMPERATURE = 1e-6  # logits divided by less overflow float32; 0 gives the same ids
 
 
 @torch.no_grad()
@@ -22,11 +25,13 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_id: int | None = None,
+    masked_ids: Tensor | None = None,
 ) -> list[list[int]]:
     """Continue `prompt` (token ids) `samples` times by up to `max_tokens` ids each. Returns the new ids.
 
     Temperature 0 picks the most likely id; top_k keeps the k most likely ids, top_p the fewest whose probabilities
-    reach p. A sample ends before `stop_id`. Equal seeds give equal samples on the same device.
+    reach p. A sample ends before `stop_id`, and never contains `masked_ids`, (vocab_size,) bool. Equal seeds give
+    equal samples on the same device.
     Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the model's context, a
     setting out of range, or logits that are not finite.
     """
@@ -38,9 +43,9 @@ def generate(
             f"the prompt of {len(prompt)} tokens and {max_tokens} new tokens exceed the model's context of "
             f"{config.n_positions}. Shorten the prompt, or generate at most {room} tokens"
         )
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, seed)
     generator = torch.Generator(model.device).manual_seed(seed)
-    cache = KVCache(config, samples, len(prompt) + max_tokens, like=model.transformer.wte.weight)
+    cache = allocate_cache(model, samples, len(prompt) + max_tokens)
     tokens = torch.tensor([prompt] * samples, device=model.device)  # (N, T)
     rows: list[list[int]] = [[] for _ in range(samples)]
     is_running = [True] * samples
@@ -48,6 +53,8 @@ def generate(
         logits = model.logits(model.hidden(tokens, cache)[:, -1])  # (N, V)
         if not logits.isfinite().all():
             raise ValueError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
+        if masked_ids is not None:
+            logits = logits.masked_fill(masked_ids, -torch.inf)
         tokens = sample_next(logits, temperature, top_k, top_p, generator)  # (N, 1)
         for i, token in enumerate(tokens[:, 0].tolist()):
             is_running[i] = is_running[i] and token != stop_id
@@ -56,6 +63,13 @@ def generate(
         if not any(is_running):
             break
     return rows
+
+
+def allocate_cache(model: GPT, samples: int, length: int) -> KVCache:
+    try:
+        return KVCache(model.config, samples, length, like=model.transformer.wte.weight)
+    except RuntimeError:  # of the allocator; torch.OutOfMemoryError is one
+        raise ValueError(f"--samples {samples}: out of memory for {length} tokens each. Use fewer samples") from None
 
 
 def check_prompt(prompt: list[int], vocab_size: int) -> None:
@@ -68,9 +82,11 @@ def check_prompt(prompt: list[int], vocab_size: int) -> None:
             )
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if temperature < 0:
-        raise ValueError(f"--temperature {temperature} must be at least 0")
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"--seed {seed} must be an integer of 64 bits. Use a smaller one")
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"--temperature {temperature} must be 0, or at least {MIN_TEMPERATURE:g}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"--top-k {top_k} must be at least 1, or 0 for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
@@ -92,6 +108,18 @@ def sample_next(
         excluded = p.cumsum(dim=-1) - p >= top_p  # more likely ids reach p without this one
         logits = logits.masked_fill(excluded.gather(-1, order.argsort(dim=-1)), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+
+
+def ids_without_token(model: GPT, encoding: Any) -> Tensor | None:
+    """The ids of a padded vocabulary that stand for no token, (vocab_size,) bool; None: every id has a token."""
+    from core.data import tokenizer
+
+    unused = [i for i in range(model.config.vocab_size) if not tokenizer.has_token(encoding, i)]
+    if not unused:
+        return None
+    mask = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    mask[unused] = True
+    return mask.to(model.device)
 
 
 def sample_text(
@@ -120,6 +148,7 @@ def sample_text(
         top_p=top_p,
         seed=seed,
         stop_id=end_of_text,
+        masked_ids=ids_without_token(model, encoding),
     )
     for row in rows:
         yield prompt + encoding.decode(row)

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import signal
+import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN, config_of, refused, run
+from conftest import ROOT, TRAIN, config_of, refused, run
 
 import eval_lambada
 import sample
@@ -168,7 +170,7 @@ def test_invalid_weights_are_refused_by_the_name_of_the_option(error_of, here, s
 
 @pytest.mark.parametrize(
     "preset, vocab_size, named",
-    [("demo", 664, ["other is demo with"]), ("tiny", 700, ["other is tiny with 700", "664"])],
+    [("demo", 664, ["other is demo with"]), ("tiny", 600, ["other is tiny with 600", "664"])],
 )
 def test_init_from_weights_of_another_shape_or_vocabulary(error_of, here, preset, vocab_size, named):
     save_model(here / "other", preset, vocab_size)
@@ -178,9 +180,9 @@ def test_init_from_weights_of_another_shape_or_vocabulary(error_of, here, preset
 
 
 def test_eval_only_with_another_vocabulary_or_a_sequence_beyond_the_context(error_of, here):
-    save_model(here / "other", "demo", 700)
+    save_model(here / "other", "demo", 600)
     error = error_of(train, *COMMAND, "--init-from", "other", "--eval-only")
-    assert error == "other has 700 token ids, data/small has 664. Name shards of its encoding with --data"
+    assert error == "other has 600 token ids, data/small has 664. Name shards of its encoding with --data"
     save_model(here / "other", "demo")
     error = error_of(train, *COMMAND, "--init-from", "other", "--eval-only", "--seq-len", 257)
     assert error == "--seq-len 257 must be between 1 and 256"
@@ -287,7 +289,12 @@ def test_folder_with_the_name_of_a_required_file(error_of, here):
         (["--samples", 0], "--samples 0 must be above 0"),
         (["--tokens", 64], "prompt of 1 tokens and 64 new tokens exceed .* context of 64.* at most 63"),
         (["--prompt", "word " * 70], r"prompt of .* context of 64\. Shorten the prompt"),
-        (["--temperature", -1], r"--temperature -1\.0 must be at least 0"),
+        (["--temperature", -1], r"--temperature -1\.0 must be 0, or at least 1e-06"),
+        (["--temperature", "1e-40"], r"--temperature 1e-40 must be 0, or at least 1e-06"),
+        (["--temperature", "nan"], r"--temperature nan must be 0, or at least 1e-06"),
+        (["--temperature", "inf"], r"--temperature inf must be 0, or at least 1e-06"),
+        (["--seed", 2**64], f"--seed {2**64} must be an integer of 64 bits"),
+        (["--samples", 10**15], "--samples 10{15}: out of memory for 6 tokens each. Use fewer samples"),
         (["--top-k", -1], "--top-k -1 must be at least 1, or 0 for all tokens"),
         (["--top-p", 0], "--top-p 0.* must be above 0 and at most 1"),
         (["--top-p", 1.5], r"--top-p 1\.5 must be above 0 and at most 1"),
@@ -295,7 +302,10 @@ def test_folder_with_the_name_of_a_required_file(error_of, here):
         (["--ckpt", "nowhere/at/all"], "nowhere/at/all"),
         (["--ckpt", "logs/none"], "--ckpt logs/none is not a folder. Train one with train.py"),
         (["--ckpt", "data/small"], "--ckpt data/small contains neither checkpoints nor a config.json"),
-        (["--ckpt", "saved/config.json"], "--ckpt saved/config.json is not a folder"),
+        (
+            ["--ckpt", "saved/config.json"],
+            "--ckpt saved/config.json is not a folder, and no checkpoint of a known format",
+        ),
     ],
 )
 def test_invalid_option_of_sample(error_of, here, arguments, message):
@@ -334,6 +344,77 @@ def test_sample_with_a_damaged_tokenizer(error_of, here):
     path.write_text(path.read_text()[:1000])
     error = error_of(sample, "--ckpt", "saved", "--device", "cpu")
     assert error.startswith("saved/tokenizer.json is not a Hugging Face tokenizer file")
+
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE '' in the environment must be an integer from 1 to"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE 'two' in the environment must be an integer from 1 to"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE '0' in the environment must be an integer from 1 to"),
+        ({"RANK": ""}, "RANK '' in the environment must be an integer from 0 to"),
+        ({"RANK": "3"}, "RANK 3 in the environment must be below WORLD_SIZE 1"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT '99999' in the environment must be an integer from 0 to 65535"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE is set in the environment, but MASTER_PORT not"),
+    ],
+)
+def test_invalid_variables_of_torchrun_are_named(error_of, here, monkeypatch, environment, message):
+    variables = ADDRESS | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"} | environment
+    for name, value in variables.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert message in error_of(train, *COMMAND)
+    assert_no_run(here)
+
+
+def test_a_port_in_use_is_named(error_of, here, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (variables | {"MASTER_PORT": str(port)}).items():
+            monkeypatch.setenv(name, value)
+        error = error_of(train, *COMMAND)
+    assert error.startswith(
+        f"MASTER_ADDR 127.0.0.1 and MASTER_PORT {port}: the port is in use. Use another MASTER_PORT"
+    )
+    assert_no_run(here)
+
+
+def test_compilation_without_a_compiler(error_of, here, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    error = error_of(train, *COMMAND, "--compile", "on")
+    assert error == (
+        "--compile on needs a C++ compiler, and no-such-compiler is not installed. Install it, or use --compile off"
+    )
+    assert_no_run(here)
+
+
+# As Ctrl-C while torch is imported: raised by an import within torch.
+SIGINT_AT_IMPORT = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "eval_lambada.py", "convert.py"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(script, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SIGINT_AT_IMPORT)
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = run(script, "--ckpt", "x", "--out", "y", cwd=tmp_path, check=False, **environment)
+    assert result.stderr == "stopped\n"
+    assert result.returncode in (130, -signal.SIGINT)
 
 
 def test_error_on_the_command_line_is_one_line(world):

@@ -140,7 +140,7 @@ def test_a_sample_ends_before_the_stop_id(model):
         ([5, -1], {}, "token id -1 .* vocabulary of 663"),
         ([5] * 60, {}, "60 tokens and 5 new tokens exceed .* context of 64.* at most 4"),
         ([5] * 70, {}, "70 tokens .* context of 64"),
-        (PROMPT, {"temperature": -1.0}, "--temperature -1.0 must be at least 0"),
+        (PROMPT, {"temperature": -1.0}, "--temperature -1.0 must be 0, or at least 1e-06"),
         (PROMPT, {"top_k": 0}, "--top-k 0 must be at least 1"),
         (PROMPT, {"top_p": 0.0}, "--top-p 0.0 must be above 0"),
         (PROMPT, {"top_p": 1.1}, r"--top-p 1\.1 must be .* at most 1"),

@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import option_names, run
 
+import convert
 import eval_cbt
 import eval_hellaswag
 import eval_lambada
@@ -17,7 +18,7 @@ from core import cli
 from core.train.recipe import SMALL_BATCH_TOKENS, SMALL_WIDTH
 from model import PRESETS
 
-SCRIPTS = (fineweb, train, eval_lambada, eval_cbt, eval_hellaswag, sample, report)
+SCRIPTS = (fineweb, train, eval_lambada, eval_cbt, eval_hellaswag, sample, convert, report)
 TRAIN = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048, "--device", "cpu")
 
 

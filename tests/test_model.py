@@ -87,7 +87,7 @@ def test_logits_equal_transformers(name, layers):
 
 
 def test_presets_have_the_four_published_shapes():
-    shapes = {name: tuple(asdict(config).values()) for name, config in PRESETS.items() if name.startswith("gpt2")}
+    shapes = {name: tuple(asdict(config).values())[:5] for name, config in PRESETS.items() if name.startswith("gpt2")}
     assert shapes == {
         "gpt2": (12, 12, 768, 1024, 50257),
         "gpt2-medium": (24, 16, 1024, 1024, 50257),

@@ -25,7 +25,8 @@ class ScoringConfig:
     """Models, precision and output files."""
 
     ckpt: Annotated[tuple[str, ...], cli.DEFAULT_IN_HELP] = ()
-    """Models: run or checkpoint folders, Hugging Face folders, or hub names (gpt2, gpt2-medium, ...).
+    """Models: run or checkpoint folders, Hugging Face folders, checkpoint files of nanoGPT, build-nanogpt or llm.c, or
+    hub names (gpt2, gpt2-medium, ...).
     Several models give one table, and McNemar's test for each pair. Required without --compare."""
     compare: Annotated[tuple[str, str] | None, cli.DEFAULT_IN_HELP] = None
     """Two files that --items wrote: print McNemar's exact test of their models. Scores nothing. Default: no test."""

@@ -30,6 +30,14 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_exact(x: Tensor) -> Tensor:
+    """GELU by the error function, as in nanoGPT. It has no kernel body."""
+    return F.gelu(x)
+
+
+ACTIVATIONS = {"gelu_new": gelu, "gelu": gelu_exact}  # by Hugging Face's names
+
+
 def project_heads(x: Tensor, linear: nn.Linear, n_head: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, each (B, H, T, D): linear(x) of x (B, T, C), split among the heads."""
     B, T, C = x.shape

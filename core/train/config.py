@@ -35,7 +35,7 @@ class RunConfig:
     seed: int = 1337
     """Random seed of the initial weights and of the data order."""
     init_from: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """Initial weights: a run, a checkpoint folder, a Hugging Face folder, or a hub name such as gpt2.
+    """Initial weights: a run, a checkpoint folder or file, a Hugging Face folder, or a hub name such as gpt2.
     Default: random weights."""
     no_verify: bool = False
     """Skip the sha256 check of the shards at the start. Its result is cached: only the first start takes the time."""

@@ -1,7 +1,9 @@
 """Everything around the training loop: settings, model and optimizer at their start, data loader, DDP, compilation."""
 
 import contextlib
+import os
 import shutil
+import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -127,7 +129,10 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
     for split in ("train", "val"):
         Windows(dataset, split, recipe.seq_len)
-    return recipe, resolve_system(config.system, ranks)
+    system = resolve_system(config.system, ranks)
+    if system.compile:
+        check_compiler(ranks)
+    return recipe, system
 
 
 def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
@@ -151,6 +156,20 @@ def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
         activation_checkpointing=config.activation_checkpointing,
         micro_batch=None if config.micro_batch == "auto" else config.micro_batch,
     )
+
+
+def check_compiler(ranks: Ranks) -> None:
+    """Raise ValueError where the compiler that torch.compile runs is missing: of C on CUDA, of C++ on the CPU."""
+    if ranks.device.type == "cuda":
+        language, variable, names = "C", "CC", ["gcc", "clang", "cc"]
+    else:
+        language, variable, names = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    if not any(shutil.which(name.split()[0]) for name in names):
+        raise ValueError(
+            f"--compile on needs a {language} compiler, and {' or '.join(names)} is not installed. Install it, or use "
+            f"--compile off"
+        )
 
 
 def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -223,13 +242,16 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
         INITIALIZERS[recipe.init](model)
         return model
     model = checkpoint.load_model(str(source))
-    if model.config != shape:
+    free = {"vocab_size": shape.vocab_size, "activation_function": shape.activation_function}
+    if replace(model.config, **free) != shape or model.config.vocab_size < shape.vocab_size:  # type: ignore[arg-type]
         preset = config.run.preset
         raise ValueError(
             f"{source} is {describe(model.config)} with {model.config.vocab_size:,} token ids, but --preset {preset} "
             f"and {dataset.folder} need {preset} with {shape.vocab_size:,}. Use the --preset of these weights, and "
             f"shards of their vocabulary"
         )
+    if isinstance(source, str):  # --init-from
+        checkpoint.check_tokens(source, model, dataset.folder, dataset.vocab_size)
     return model
 
 

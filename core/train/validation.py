@@ -169,11 +169,12 @@ def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Pa
         source = str(found)
     model = checkpoint.load_model(source).to(ranks.device)
     shape = model.config
-    if shape.vocab_size != dataset.vocab_size:
+    if shape.vocab_size < dataset.vocab_size:
         raise ValueError(
             f"{source} has {shape.vocab_size:,} token ids, {dataset.folder} has {dataset.vocab_size:,}. "
             f"Name shards of its encoding with --data"
         )
+    checkpoint.check_tokens(source, model, dataset.folder, dataset.vocab_size)
     dtype = resolve_system(config.system, ranks).dtype
     seq_len = config.recipe.seq_len or shape.n_positions
     micro_batch = VAL_BATCH if config.system.micro_batch == "auto" else config.system.micro_batch
