@@ -16,7 +16,7 @@ from core.distributed import Ranks, process_group
 from core.eval import results
 from core.eval.results import Result
 from core.eval.scoring import Request, Score, default_batch_tokens, score, tokens_to_truncate
-from core.eval.task import Encode, QuestionSet, Task, TaskConfig, UnscorableError, Verdict
+from core.eval.task import QuestionSet, Task, TaskConfig, UnscorableError, Verdict
 from model import GPT, PRESETS
 
 
@@ -46,6 +46,10 @@ class ScoringConfig:
 def run(task: Task, questions: TaskConfig, options: ScoringConfig) -> None:
     """Score all models on all question sets, print one table, and save results and items; or only compare."""
     data = [questions.data] if isinstance(questions.data, str) else list(questions.data or ())
+    if options.compare and task.windows:
+        raise ValueError(
+            f"--compare counts right answers, which {task.title} has none of. Compare the intervals of --out"
+        )
     if options.compare:
         return compare(options, data)
     sources = check_options(options, data)
@@ -118,7 +122,7 @@ def evaluate(
     task: Task, model: GPT, encoding: Any, questions: QuestionSet, options: ScoringConfig, ranks: Ranks
 ) -> dict[str, list[Verdict]]:
     """Verdicts by protocol, in the order of the questions. All ranks must call it."""
-    instances = build_requests(task, questions, encoding.encode_ordinary, model.config.n_positions)
+    instances = build_requests(task, questions, encoding, model.config.n_positions)
     try:
         verdicts = score_requests(
             task,
@@ -143,30 +147,34 @@ class Instance:
 
     protocol: str
     question: Any
-    requests: list[Request]
+    groups: list[list[Request]]  # as for scoring.score: one of all requests, or one for each window
     unscored: str | None = None  # the reason
     warnings: tuple[str, ...] = ()
 
 
-def build_requests(task: Task, questions: QuestionSet, encode: Encode, n_positions: int) -> list[Instance]:
+def build_requests(task: Task, questions: QuestionSet, encoding: Any, n_positions: int) -> list[Instance]:
     """All questions by the first protocol, then all by the next, for a model with a context of n_positions tokens."""
     return [
-        _build_instance(task, protocol, question, encode, n_positions)
+        _build_instance(task, protocol, question, encoding, n_positions)
         for protocol in questions.protocols
         for question in questions.questions
     ]
 
 
-def _build_instance(task: Task, protocol: str, question: Any, encode: Encode, n_positions: int) -> Instance:
+def _build_instance(task: Task, protocol: str, question: Any, encoding: Any, n_positions: int) -> Instance:
     try:
-        requests = task.requests(protocol, question, encode)
+        if task.windows:
+            windows = task.windows(protocol, question, encoding, n_positions)
+            return Instance(protocol, question, [[request] for request in windows])
+        assert task.requests is not None
+        requests = task.requests(protocol, question, encoding.encode_ordinary)
     except UnscorableError as reason:
         return Instance(protocol, question, [], unscored=str(reason))
     cut = tokens_to_truncate(requests, n_positions)
     if cut >= min(len(request.context) for request in requests):
         return Instance(protocol, question, [], unscored=f"longer than the model's context of {n_positions} tokens")
     warnings = (f"context cut to the model's {n_positions} tokens",) if cut else ()
-    return Instance(protocol, question, requests, warnings=warnings)
+    return Instance(protocol, question, [requests], warnings=warnings)
 
 
 def score_requests(
@@ -181,12 +189,14 @@ def score_requests(
     label: str = "scoring",
 ) -> list[Verdict]:
     """A verdict per instance; the settings are those of scoring.score. All ranks must call it."""
-    groups = [instance.requests for instance in instances if instance.requests]
+    groups = [group for instance in instances for group in instance.groups]
     scores = score(
         model, groups, ranks=ranks, dtype=dtype, batch_tokens=batch_tokens, masked_ids=masked_ids, label=label
     )
     remaining = iter(scores)
-    return [_judge(task, instance, next(remaining) if instance.requests else []) for instance in instances]
+    return [
+        _judge(task, instance, [score for _ in instance.groups for score in next(remaining)]) for instance in instances
+    ]
 
 
 def _judge(task: Task, instance: Instance, scores: list[Score]) -> Verdict:
@@ -211,6 +221,7 @@ def summarize(
     """The result of one model on one set by one protocol."""
     shape = (model.config.n_layer, model.config.n_embd)
     sizes = [size for size in results.published_sizes() if (PRESETS[size].n_layer, PRESETS[size].n_embd) == shape]
+    pages = [page for verdict in verdicts for page in verdict.pages]
     return Result(
         task=task.name,
         protocol=protocol,
@@ -220,7 +231,7 @@ def summarize(
         data=questions.data,
         sha256=questions.sha256,
         subset=questions.subset,
-        correct=sum(verdict.correct for verdict in verdicts),
+        correct=None if task.windows else sum(verdict.correct for verdict in verdicts),
         total=len(verdicts),
         unscored=dict(Counter(verdict.unscored for verdict in verdicts if verdict.unscored)),
         warnings=dict(Counter(warning for verdict in verdicts for warning in verdict.warnings)),
@@ -228,6 +239,8 @@ def summarize(
         seconds=seconds,
         has_published=questions.has_published,
         near_ties=sum(verdict.near_tie for verdict in verdicts),
+        perplexity_interval=results.bootstrap(pages),
+        bits_per_byte=results.bits_per_byte(pages),
     )
 
 
@@ -242,6 +255,8 @@ def build_items(task: Task, result: Result, questions: QuestionSet, verdicts: li
     for index, (question, verdict) in enumerate(zip(questions.questions, verdicts, strict=True)):
         digest = hashlib.sha256(task.text(question).encode()).hexdigest()[:16]
         fields = {name: value for name, value in results.to_json(verdict).items() if value is not None and value != ()}
+        if task.windows:
+            del fields["correct"]
         items.append(common | {"index": index, "question": digest} | fields)
     return items
 
