@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from core import checkpoint, cli
 from core.distributed import Ranks, process_group
-from core.eval import results
+from core.eval import check, results
 from core.eval.results import Result
 from core.eval.scoring import Request, Score, default_batch_tokens, score, tokens_to_truncate
 from core.eval.task import QuestionSet, Task, TaskConfig, UnscorableError, Verdict
@@ -41,6 +42,9 @@ class ScoringConfig:
     """File for the results (JSON). Default: one file per result in logs/results/, where report.py reads them."""
     items: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File for the outcome of each question, one JSON object per line, for --compare. Default: not written."""
+    check: bool = False
+    """Compare each score of OpenAI's weights with the published figure of its protocol and size, within 0.3 points of
+    accuracy and 1 % of perplexity. Exit status: 0 all pass, 1 one fails, 2 a figure is missing."""
 
 
 def run(task: Task, questions: TaskConfig, options: ScoringConfig) -> None:
@@ -54,10 +58,17 @@ def run(task: Task, questions: TaskConfig, options: ScoringConfig) -> None:
         return compare(options, data)
     sources = check_options(options, data)
     sets = task.load(questions)
+    status = 0
     with process_group(options.device) as ranks:
         found, items = score_models(task, sources, sets, options, ranks)
         if ranks.is_main:
             save_and_print(options, found, items)
+            if options.check:
+                rows = check.compare(found)
+                print(f"\n{check.table(rows)}")
+                status = check.status(rows)
+    if status:
+        sys.exit(status)
 
 
 def check_options(options: ScoringConfig, data: list[str]) -> list[str]:
@@ -79,7 +90,8 @@ def check_options(options: ScoringConfig, data: list[str]) -> list[str]:
 
 def compare(options: ScoringConfig, data: list[str]) -> None:
     """Print McNemar's test of the models in the two files of --compare."""
-    given = {"--ckpt": options.ckpt, "--data": data, "--out": options.out, "--items": options.items}
+    given: dict[str, Any] = {"--ckpt": options.ckpt, "--data": data, "--out": options.out, "--items": options.items}
+    given["--check"] = options.check
     if excluded := " and ".join(name for name, value in given.items() if value):
         raise ValueError(f"--compare reads two files of --items and scores nothing. Remove {excluded}")
     a, b = options.compare or ("", "")
@@ -219,14 +231,12 @@ def summarize(
     seconds: float,
 ) -> Result:
     """The result of one model on one set by one protocol."""
-    shape = (model.config.n_layer, model.config.n_embd)
-    sizes = [size for size in results.published_sizes() if (PRESETS[size].n_layer, PRESETS[size].n_embd) == shape]
     pages = [page for verdict in verdicts for page in verdict.pages]
     return Result(
         task=task.name,
         protocol=protocol,
         model=name,
-        size=sizes[0] if sizes else None,
+        size=size_of(model),
         dtype=dtype,
         data=questions.data,
         sha256=questions.sha256,
@@ -242,6 +252,13 @@ def summarize(
         perplexity_interval=results.bootstrap(pages),
         bits_per_byte=results.bits_per_byte(pages),
     )
+
+
+def size_of(model: GPT) -> str | None:
+    """The GPT-2 with published figures that has the shape of this model; None: there is none."""
+    shape = (model.config.n_layer, model.config.n_embd)
+    sizes = [size for size in results.published_sizes() if (PRESETS[size].n_layer, PRESETS[size].n_embd) == shape]
+    return sizes[0] if sizes else None
 
 
 def build_items(task: Task, result: Result, questions: QuestionSet, verdicts: list[Verdict]) -> list[dict[str, Any]]:

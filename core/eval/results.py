@@ -147,14 +147,20 @@ def published(task: str) -> list[dict[str, Any]]:
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))[task]
 
 
-def published_figure(result: Result) -> list[Any] | None:
-    """Published accuracy % and perplexity of OpenAI's weights: same size, protocol and questions. None if unknown."""
+def published_entry(result: Result) -> dict[str, Any] | None:
+    """The published figures of OpenAI's weights for the protocol and questions of a result, by size."""
     if result.has_published and result.size is not None:
         for figure in published(result.task):
             is_openai = "model" not in figure
             if is_openai and (figure["protocol"], subset_of(figure)) == (result.protocol, result.subset):
-                return figure.get(result.size)
+                return figure
     return None
+
+
+def published_figure(result: Result) -> list[Any] | None:
+    """Published accuracy % and perplexity of OpenAI's weights: same size, protocol and questions. None if unknown."""
+    entry = published_entry(result)
+    return entry.get(result.size or "") if entry else None
 
 
 def subset_of(figure: dict[str, Any]) -> str:
