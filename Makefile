@@ -1,10 +1,10 @@
-# Targets: demo, test, lint, soak. Each installs the requirements into .venv first.
+# Targets: demo, test, lint, soak, check-published. Each installs the requirements into .venv first.
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: demo test lint soak setup
+.PHONY: demo test lint soak setup check-published
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed
@@ -26,6 +26,12 @@ demo: setup
 
 test: setup
 	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# Models to check against published figures: make check-published SIZES="gpt2 gpt2-xl"
+SIZES ?= gpt2
+
+check-published: setup
+	python -m core.train.check_published --ckpt $(SIZES)
 
 soak: setup
 	SOAK_KILLS=25 python -m pytest -q tests/test_kills.py

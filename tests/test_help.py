@@ -10,6 +10,7 @@ import convert
 import eval_cbt
 import eval_hellaswag
 import eval_lambada
+import eval_wikitext
 import fineweb
 import report
 import sample
@@ -18,7 +19,7 @@ from core import cli
 from core.train.recipe import SMALL_BATCH_TOKENS, SMALL_WIDTH
 from model import PRESETS
 
-SCRIPTS = (fineweb, train, eval_lambada, eval_cbt, eval_hellaswag, sample, convert, report)
+SCRIPTS = (fineweb, train, eval_lambada, eval_cbt, eval_hellaswag, eval_wikitext, sample, convert, report)
 TRAIN = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048, "--device", "cpu")
 
 

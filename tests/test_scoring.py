@@ -353,9 +353,10 @@ TOO_LONG = f"longer than the model's context of {POSITIONS} tokens"
 )
 def test_a_long_question_is_truncated_or_unscored(lengths, unscored, warnings):
     question = [Request([1] * context, [2] * ending) for context, ending in lengths]
-    (instance,) = evaluate.build_requests(TOY, QuestionSet([question], ["a"], "toy", None), None, POSITIONS)
+    encoding = SimpleNamespace(encode_ordinary=None)
+    (instance,) = evaluate.build_requests(TOY, QuestionSet([question], ["a"], "toy", None), encoding, POSITIONS)
     assert (instance.unscored, instance.warnings) == (unscored, warnings)
-    assert instance.requests == ([] if unscored else question)
+    assert instance.groups == ([] if unscored else [question])
 
 
 def test_every_question_counts_once_and_unscored_ones_as_wrong(model):

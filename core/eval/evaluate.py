@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from core import checkpoint, cli
 from core.distributed import Ranks, process_group
-from core.eval import results
+from core.eval import check, results
 from core.eval.results import Result
 from core.eval.scoring import Request, Score, default_batch_tokens, score, tokens_to_truncate
-from core.eval.task import Encode, QuestionSet, Task, TaskConfig, UnscorableError, Verdict
+from core.eval.task import QuestionSet, Task, TaskConfig, UnscorableError, Verdict
 from model import GPT, PRESETS
 
 
@@ -41,19 +42,33 @@ class ScoringConfig:
     """File for the results (JSON). Default: one file per result in logs/results/, where report.py reads them."""
     items: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File for the outcome of each question, one JSON object per line, for --compare. Default: not written."""
+    check: bool = False
+    """Compare each score of OpenAI's weights with the published figure of its protocol and size, within 0.3 points of
+    accuracy and 1 % of perplexity. Exit status: 0 all pass, 1 one fails, 2 a figure is missing."""
 
 
 def run(task: Task, questions: TaskConfig, options: ScoringConfig) -> None:
     """Score all models on all question sets, print one table, and save results and items; or only compare."""
     data = [questions.data] if isinstance(questions.data, str) else list(questions.data or ())
+    if options.compare and task.windows:
+        raise ValueError(
+            f"--compare counts right answers, which {task.title} has none of. Compare the intervals of --out"
+        )
     if options.compare:
         return compare(options, data)
     sources = check_options(options, data)
     sets = task.load(questions)
+    status = 0
     with process_group(options.device) as ranks:
         found, items = score_models(task, sources, sets, options, ranks)
         if ranks.is_main:
             save_and_print(options, found, items)
+            if options.check:
+                rows = check.compare(found)
+                print(f"\n{check.table(rows)}")
+                status = check.status(rows)
+    if status:
+        sys.exit(status)
 
 
 def check_options(options: ScoringConfig, data: list[str]) -> list[str]:
@@ -75,7 +90,8 @@ def check_options(options: ScoringConfig, data: list[str]) -> list[str]:
 
 def compare(options: ScoringConfig, data: list[str]) -> None:
     """Print McNemar's test of the models in the two files of --compare."""
-    given = {"--ckpt": options.ckpt, "--data": data, "--out": options.out, "--items": options.items}
+    given: dict[str, Any] = {"--ckpt": options.ckpt, "--data": data, "--out": options.out, "--items": options.items}
+    given["--check"] = options.check
     if excluded := " and ".join(name for name, value in given.items() if value):
         raise ValueError(f"--compare reads two files of --items and scores nothing. Remove {excluded}")
     a, b = options.compare or ("", "")
@@ -118,7 +134,7 @@ def evaluate(
     task: Task, model: GPT, encoding: Any, questions: QuestionSet, options: ScoringConfig, ranks: Ranks
 ) -> dict[str, list[Verdict]]:
     """Verdicts by protocol, in the order of the questions. All ranks must call it."""
-    instances = build_requests(task, questions, encoding.encode_ordinary, model.config.n_positions)
+    instances = build_requests(task, questions, encoding, model.config.n_positions)
     try:
         verdicts = score_requests(
             task,
@@ -143,30 +159,34 @@ class Instance:
 
     protocol: str
     question: Any
-    requests: list[Request]
+    groups: list[list[Request]]  # as for scoring.score: one of all requests, or one for each window
     unscored: str | None = None  # the reason
     warnings: tuple[str, ...] = ()
 
 
-def build_requests(task: Task, questions: QuestionSet, encode: Encode, n_positions: int) -> list[Instance]:
+def build_requests(task: Task, questions: QuestionSet, encoding: Any, n_positions: int) -> list[Instance]:
     """All questions by the first protocol, then all by the next, for a model with a context of n_positions tokens."""
     return [
-        _build_instance(task, protocol, question, encode, n_positions)
+        _build_instance(task, protocol, question, encoding, n_positions)
         for protocol in questions.protocols
         for question in questions.questions
     ]
 
 
-def _build_instance(task: Task, protocol: str, question: Any, encode: Encode, n_positions: int) -> Instance:
+def _build_instance(task: Task, protocol: str, question: Any, encoding: Any, n_positions: int) -> Instance:
     try:
-        requests = task.requests(protocol, question, encode)
+        if task.windows:
+            windows = task.windows(protocol, question, encoding, n_positions)
+            return Instance(protocol, question, [[request] for request in windows])
+        assert task.requests is not None
+        requests = task.requests(protocol, question, encoding.encode_ordinary)
     except UnscorableError as reason:
         return Instance(protocol, question, [], unscored=str(reason))
     cut = tokens_to_truncate(requests, n_positions)
     if cut >= min(len(request.context) for request in requests):
         return Instance(protocol, question, [], unscored=f"longer than the model's context of {n_positions} tokens")
     warnings = (f"context cut to the model's {n_positions} tokens",) if cut else ()
-    return Instance(protocol, question, requests, warnings=warnings)
+    return Instance(protocol, question, [requests], warnings=warnings)
 
 
 def score_requests(
@@ -181,12 +201,14 @@ def score_requests(
     label: str = "scoring",
 ) -> list[Verdict]:
     """A verdict per instance; the settings are those of scoring.score. All ranks must call it."""
-    groups = [instance.requests for instance in instances if instance.requests]
+    groups = [group for instance in instances for group in instance.groups]
     scores = score(
         model, groups, ranks=ranks, dtype=dtype, batch_tokens=batch_tokens, masked_ids=masked_ids, label=label
     )
     remaining = iter(scores)
-    return [_judge(task, instance, next(remaining) if instance.requests else []) for instance in instances]
+    return [
+        _judge(task, instance, [score for _ in instance.groups for score in next(remaining)]) for instance in instances
+    ]
 
 
 def _judge(task: Task, instance: Instance, scores: list[Score]) -> Verdict:
@@ -209,18 +231,17 @@ def summarize(
     seconds: float,
 ) -> Result:
     """The result of one model on one set by one protocol."""
-    shape = (model.config.n_layer, model.config.n_embd)
-    sizes = [size for size in results.published_sizes() if (PRESETS[size].n_layer, PRESETS[size].n_embd) == shape]
+    pages = [page for verdict in verdicts for page in verdict.pages]
     return Result(
         task=task.name,
         protocol=protocol,
         model=name,
-        size=sizes[0] if sizes else None,
+        size=size_of(model),
         dtype=dtype,
         data=questions.data,
         sha256=questions.sha256,
         subset=questions.subset,
-        correct=sum(verdict.correct for verdict in verdicts),
+        correct=None if task.windows else sum(verdict.correct for verdict in verdicts),
         total=len(verdicts),
         unscored=dict(Counter(verdict.unscored for verdict in verdicts if verdict.unscored)),
         warnings=dict(Counter(warning for verdict in verdicts for warning in verdict.warnings)),
@@ -228,7 +249,16 @@ def summarize(
         seconds=seconds,
         has_published=questions.has_published,
         near_ties=sum(verdict.near_tie for verdict in verdicts),
+        perplexity_interval=results.bootstrap(pages),
+        bits_per_byte=results.bits_per_byte(pages),
     )
+
+
+def size_of(model: GPT) -> str | None:
+    """The GPT-2 with published figures that has the shape of this model; None: there is none."""
+    shape = (model.config.n_layer, model.config.n_embd)
+    sizes = [size for size in results.published_sizes() if (PRESETS[size].n_layer, PRESETS[size].n_embd) == shape]
+    return sizes[0] if sizes else None
 
 
 def build_items(task: Task, result: Result, questions: QuestionSet, verdicts: list[Verdict]) -> list[dict[str, Any]]:
@@ -242,6 +272,8 @@ def build_items(task: Task, result: Result, questions: QuestionSet, verdicts: li
     for index, (question, verdict) in enumerate(zip(questions.questions, verdicts, strict=True)):
         digest = hashlib.sha256(task.text(question).encode()).hexdigest()[:16]
         fields = {name: value for name, value in results.to_json(verdict).items() if value is not None and value != ()}
+        if task.windows:
+            del fields["correct"]
         items.append(common | {"index": index, "question": digest} | fields)
     return items
 

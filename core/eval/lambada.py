@@ -5,7 +5,6 @@
 `stop-filter` follows the GPT-2 paper's description. It is approximate: the paper's word list and rule are unpublished.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +31,6 @@ FILES = {  # LAMBADA's own files: the text and the number of passages of each
     "lambada_test_plain_text.txt": ("standard", TEST_PASSAGES),
     "lambada_test.jsonl": ("openai", TEST_PASSAGES),
 }
-LARGEST_EXPONENT = 700  # of a float; only a diverged model reaches it
 
 
 @dataclass
@@ -181,8 +179,7 @@ def perplexity(protocol: str, verdicts: list[Verdict]) -> float | None:
     logprobs = [verdict.logprob for verdict in verdicts if verdict.logprob is not None]
     if protocol not in PER_WORD or not logprobs:
         return None
-    nats = -math.fsum(logprobs) / len(logprobs)
-    return math.exp(nats) if nats < LARGEST_EXPONENT else None
+    return task.exp_mean(logprobs, len(logprobs))
 
 
 def stop_word_mask(encoding: Any, vocab_size: int) -> Any:

@@ -4,12 +4,12 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from core.eval.task import Verdict, read_json_lines
+from core.eval.task import LARGEST_EXPONENT, Page, Verdict, read_json_lines
 from core.files import markdown_table, write_json
 
 RESULTS = Path("logs/results")  # where report.py reads them
@@ -30,7 +30,7 @@ class Result:
     data: str
     sha256: str | None  # of the data file; None for a data set of the hub
     subset: str  # as in published.json, such as `NE validation`
-    correct: int
+    correct: int | None  # None for a task that measures perplexity alone
     total: int  # all questions; those without a score count as wrong
     unscored: dict[str, int]  # the number of questions without a score, by reason
     warnings: dict[str, int]  # the number of irregular questions with a score, by irregularity
@@ -38,10 +38,17 @@ class Result:
     seconds: float  # of the scoring pass, which several protocols can share
     has_published: bool  # whether published figures are for exactly these questions
     near_ties: int  # questions whose outcome can depend on batch size or device
+    perplexity_interval: list[float] | None = None  # 95 %, for tasks of texts
+    bits_per_byte: float | None = None
 
     @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
+    def accuracy(self) -> float | None:
+        return None if self.correct is None else self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the accuracy."""
+        return None if self.correct is None else wilson(self.correct, self.total)
 
     @property
     def protocol_and_dtype(self) -> str:
@@ -62,7 +69,12 @@ def to_json(value: Result | Verdict) -> dict[str, Any]:
 
 def save(results: list[Result], out: str | None) -> Path:
     """Write all results to the file `out`, or each to its own file in logs/results/. Returns the path."""
-    rows = [to_json(r) | {"accuracy": r.accuracy, "interval": wilson(r.correct, r.total)} for r in results]
+    rows = [
+        to_json(r)
+        | {"accuracy": r.accuracy, "interval": r.interval}
+        | {"byte_perplexity": None if r.bits_per_byte is None else 2**r.bits_per_byte}
+        for r in results
+    ]
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(out), rows)
@@ -85,6 +97,10 @@ def load_items(path: str) -> list[dict[str, Any]]:
     """Read an items file. Raises ValueError with file and line for anything else."""
     items = []
     for place, item in read_json_lines(Path(path)):
+        if item.get("task") == "wikitext":
+            raise ValueError(
+                f"{place}: WikiText has no right answers to compare. Compare intervals of the perplexities"
+            )
         if any(type(item.get(name)) is not kind for name, kind in ITEM.items()):
             raise ValueError(f"{place} was not written by --items. Score the model again with --items {path}")
         items.append(item)
@@ -94,12 +110,15 @@ def load_items(path: str) -> list[dict[str, Any]]:
 
 
 def load_all() -> list[Result]:
-    """Every result in logs/results/."""
+    """Every result in logs/results/. Files of earlier versions lack the fields that have a default."""
     found = []
+    names = {name: JSON_NAMES.get(name, name) for name in Result.__dataclass_fields__}
+    required = {f.name for f in fields(Result) if f.default is MISSING}
     for path in sorted(RESULTS.glob("*.json")):
         try:
             for row in json.loads(path.read_text(encoding="utf-8")):
-                found.append(Result(**{name: row[JSON_NAMES.get(name, name)] for name in Result.__dataclass_fields__}))
+                known = {name for name, key in names.items() if name in required or key in row}
+                found.append(Result(**{name: row[names[name]] for name in known}))
         except (ValueError, KeyError, TypeError) as error:
             reason = type(error).__name__
             raise ValueError(f"{path} is not a results file ({reason}). Remove it, or rerun its evaluation") from None
@@ -128,36 +147,64 @@ def published(task: str) -> list[dict[str, Any]]:
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))[task]
 
 
-def published_figure(result: Result) -> list[Any] | None:
-    """Published accuracy % and perplexity of OpenAI's weights: same size, protocol and questions. None if unknown."""
+def published_entry(result: Result) -> dict[str, Any] | None:
+    """The published figures of OpenAI's weights for the protocol and questions of a result, by size."""
     if result.has_published and result.size is not None:
         for figure in published(result.task):
             is_openai = "model" not in figure
             if is_openai and (figure["protocol"], subset_of(figure)) == (result.protocol, result.subset):
-                return figure.get(result.size)
+                return figure
     return None
 
 
+def published_figure(result: Result) -> list[Any] | None:
+    """Published accuracy % and perplexity of OpenAI's weights: same size, protocol and questions. None if unknown."""
+    entry = published_entry(result)
+    return entry.get(result.size or "") if entry else None
+
+
 def subset_of(figure: dict[str, Any]) -> str:
-    """The questions of a published figure, such as `NE validation`; empty for a task with one set."""
-    return " ".join(figure[key] for key in ("type", "split") if key in figure)
+    """The questions of a published figure: `NE validation`, `stride 512`; empty for a task with one set."""
+    return (
+        f"stride {figure['stride']}"
+        if "stride" in figure
+        else " ".join(figure[key] for key in ("type", "split") if key in figure)
+    )
 
 
 def results_table(results: list[Result]) -> str:
     """One row per result, with the published figure of OpenAI's weights of the same size where there is one."""
-    header = ["model", "task", "protocol", "questions", "accuracy %", "95 % interval", "correct", "perplexity"]
-    has_published = any(published_figure(r) for r in results)
-    rows = []
-    for r in results:
+    columns = ["model", "task", "protocol", "questions"]
+    if any(r.correct is not None for r in results):
+        columns += ["accuracy %", "95 % interval", "correct"]
+    columns.append("perplexity")
+    columns += ["95 % of perplexity"] * any(r.perplexity_interval for r in results)
+    columns += ["bits per byte"] * any(r.bits_per_byte for r in results)
+    columns += ["published, same size", "difference"] * any(published_figure(r) for r in results)
+    return markdown_table(columns, [[_cells(r).get(column, "") for column in columns] for r in results])
+
+
+def _cells(r: Result) -> dict[str, str]:
+    """The cells of a result by column; a cell that doesn't apply is missing."""
+    cells = {"model": r.model, "task": r.task, "protocol": r.protocol_and_dtype, "questions": r.data}
+    figure = published_figure(r)
+    if r.correct is not None:
         low, high = (100 * bound for bound in wilson(r.correct, r.total))
-        perplexity = f"{r.perplexity:,.2f}" if r.perplexity else ""
-        row = [r.model, r.task, r.protocol_and_dtype, r.data, f"{100 * r.accuracy:.2f}", f"{low:.2f} to {high:.2f}"]
-        row += [f"{r.correct:,} of {r.total:,}", perplexity]
-        if has_published:
-            figure = published_figure(r)
-            row += [format_figure(figure), f"{100 * r.accuracy - figure[0]:+.2f}" if figure else ""]
-        rows.append(row)
-    return markdown_table(header + ["published, same size", "difference"] * has_published, rows)
+        percent = 100 * r.correct / r.total
+        cells |= {"accuracy %": f"{percent:.2f}", "95 % interval": f"{low:.2f} to {high:.2f}"}
+        cells |= {"correct": f"{r.correct:,} of {r.total:,}"}
+        cells |= {"difference": f"{percent - figure[0]:+.2f}"} if figure else {}
+    elif figure and r.perplexity:
+        cells["difference"] = f"{r.perplexity / figure[1] - 1:+.2%}".replace("%", " %")
+    if figure:
+        cells["published, same size"] = format_figure(figure)
+    if r.perplexity:
+        cells["perplexity"] = f"{r.perplexity:,.2f}"
+    if r.perplexity_interval:
+        cells["95 % of perplexity"] = "{:,.2f} to {:,.2f}".format(*r.perplexity_interval)
+    if r.bits_per_byte:
+        cells["bits per byte"] = f"{r.bits_per_byte:.4f}"
+    return cells
 
 
 def comparison_table(items_a: list[dict[str, Any]], items_b: list[dict[str, Any]] | None = None) -> str | None:
@@ -191,6 +238,8 @@ def correct_by_question(items: list[dict[str, Any]]) -> dict[tuple[str, ...], di
     """(task, protocol, subset, model) -> (index, question) -> correct."""
     found: dict[tuple[str, ...], dict[tuple[int, str], bool]] = {}
     for item in items:
+        if "correct" not in item:  # of a task of texts
+            continue
         key = (item["task"], item["protocol"], item["subset"], item["model"])
         found.setdefault(key, {})[item["index"], item["question"]] = item["correct"]
     return found
@@ -205,7 +254,7 @@ def published_table(task: str, protocols: list[str]) -> str:
     sizes = published_sizes()
     rows = []
     for figure in published(task):
-        if figure["protocol"] in protocols:
+        if figure["protocol"] in protocols or figure.get("shown_with") in protocols:
             cells = [format_figure(figure.get(size)) for size in sizes]
             rows.append([f"{subset_of(figure)} `{figure['protocol']}`".strip(), *cells, figure["source"]])
     return markdown_table([f"{task}, published", *sizes.values(), "source"], rows)
@@ -215,8 +264,9 @@ def format_figure(figure: list[float | None] | None) -> str:
     """Accuracy, with the perplexity in parentheses if it was published."""
     if figure is None:
         return ""
-    perplexity = f" ({figure[1]:.2f})" if len(figure) > 1 and figure[1] else ""
-    return f"{figure[0]:.2f}{perplexity}"
+    accuracy = f"{figure[0]:.2f}" if figure[0] is not None else ""
+    perplexity = f"({figure[1]:.2f})" if len(figure) > 1 and figure[1] else ""
+    return f"{accuracy} {perplexity}".strip()
 
 
 Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
@@ -228,6 +278,28 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+BOOTSTRAP_SAMPLES = 10_000
+
+
+def bootstrap(pages: list[Page]) -> list[float] | None:
+    """The 95 % interval of a perplexity, by the percentile bootstrap over pages (Efron 1979); None for one page."""
+    import numpy as np
+
+    if len(pages) < 2:
+        return None
+    logprobs, counts = (np.array([page[i] for page in pages]) for i in (0, 1))
+    drawn = np.random.default_rng(0).integers(len(pages), size=(BOOTSTRAP_SAMPLES, len(pages)))
+    nats = -logprobs[drawn].sum(axis=1) / counts[drawn].sum(axis=1)  # (samples,)
+    low, high = np.quantile(nats, (0.025, 0.975))
+    return [math.exp(low), math.exp(high)] if high < LARGEST_EXPONENT else None
+
+
+def bits_per_byte(pages: list[Page]) -> float | None:
+    """Bits of information per byte of the original text; None for a protocol without that measure."""
+    size = sum(page.bytes for page in pages)
+    return -math.fsum(page.logprob for page in pages) / math.log(2) / size if size else None
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -5,11 +5,12 @@ the command line; and a test.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # report.py shows results without torch
     from core.eval.scoring import Request, Score
@@ -19,6 +20,14 @@ Encode = Callable[[str], list[int]]
 
 class UnscorableError(Exception):
     """No model can be scored on this question. It is counted under this reason, and as wrong."""
+
+
+class Page(NamedTuple):
+    """The log-probability of one page of text, and what it is divided by."""
+
+    logprob: float
+    units: int  # words or tokens, by protocol
+    bytes: int = 0  # 0: the protocol has no measure per byte
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Verdict:
     chosen: str | None = None  # the candidate with the highest score, for tasks with candidates
     unscored: str | None = None  # the reason, where the question has no score
     warnings: tuple[str, ...] = ()  # irregularities of a question that has a score
+    pages: tuple[Page, ...] = ()  # for tasks that measure perplexity and have no right answers
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,25 @@ class Task:
     title: str
     protocols: tuple[str, ...]
     load: Callable[[Any], list[QuestionSet]]  # from the task's options; raises ValueError
-    requests: Callable[[str, Any, Encode], "list[Request]"]  # by protocol; raises UnscorableError
+    requests: Callable[[str, Any, Encode], "list[Request]"] | None  # by protocol; raises UnscorableError
     judge: Callable[[str, Any, "list[Score]"], Verdict]  # by protocol; the scores of those requests
     text: Callable[[Any], str]  # the complete content of a question; two questions are the same if their texts are
+    windows: Callable[[str, Any, Any, int], "list[Request]"] | None = None
+    """Replaces `requests` in a task of texts, whose verdicts have pages and are neither right nor wrong: independent
+    requests that fit a model, from protocol, text, encoding and context length."""
     perplexity: Callable[[str, list[Verdict]], float | None] = lambda protocol, verdicts: None
     masked_ids: Callable[[list[str], Any, int], Any] = lambda protocols, encoding, vocab_size: None
     """From protocols, encoding and vocabulary size: ids to exclude from `Score.allowed_margins`, as a (vocab_size,)
     bool tensor, or None."""
+
+
+LARGEST_EXPONENT = 700  # of a float; only a diverged model reaches it
+
+
+def exp_mean(logprobs: list[float], count: int) -> float | None:
+    """exp of the negative sum of log-probabilities per item; None where it is too large for a float."""
+    nats = -math.fsum(logprobs) / count
+    return math.exp(nats) if nats < LARGEST_EXPONENT else None
 
 
 def select_protocols(chosen: tuple[str, ...], allowed: list[str]) -> list[str]:

@@ -106,8 +106,8 @@ class LambadaDuringTraining:
         self._ranks, self._dtype = ranks, dtype
         questions = lambada.load_file(Path(file))
         self.protocol = questions.protocols[0]
-        encode = tokenizer.load(dataset.folder).encode_ordinary
-        self._instances = evaluate.build_requests(lambada.TASK, questions, encode, n_positions)
+        encoding = tokenizer.load(dataset.folder)
+        self._instances = evaluate.build_requests(lambada.TASK, questions, encoding, n_positions)
 
     def run(self, model: GPT, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """Accuracy, counts, and perplexity per word; None where stopped before it started."""
