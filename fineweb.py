@@ -171,6 +171,8 @@ def resolve_settings(
 def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -> None:
     """Write the shards that are left, and the manifest if this process is the last."""
     with job.locks.exclusive():
+        if (job.out / MANIFEST).is_file():
+            return print(f"another process has finished {job.out}")
         validation = job.write_validation(workers)
     chunks = job.plan(validation)
     remaining = [chunk for chunk in chunks if not job.record(chunk)]

@@ -21,9 +21,9 @@ def train_lines(folder):
 
 
 def test_losses_are_those_of_float32_up_to_rounding(world):
-    train_here(*COMMAND, "--run", "full", cwd=world)
-    train_here(*COMMAND, *HALF, "--run", "half", cwd=world)
-    full, half = (train_lines(world / f"logs/{name}") for name in ("full", "half"))
+    train_here(*COMMAND, "--run", "in-float32", cwd=world)
+    train_here(*COMMAND, *HALF, "--run", "in-float16", cwd=world)
+    full, half = (train_lines(world / f"logs/{name}") for name in ("in-float32", "in-float16"))
     assert [line["loss"] for line in half] == pytest.approx([line["loss"] for line in full], rel=2e-3)
     assert [line["loss"] for line in half] != [line["loss"] for line in full]
     assert [line["grad_norm"] for line in half] == pytest.approx([line["grad_norm"] for line in full], rel=0.05)

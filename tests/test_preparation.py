@@ -64,6 +64,21 @@ core.data.prepare.{moment} = kill
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+LATE = """
+import os, runpy, subprocess, sys
+import core.data.prepare
+
+method = getattr(core.data.prepare.Preparation, "{moment}")
+
+def late(*args, **kwargs):
+    if not os.environ.get("INNER"):
+        subprocess.run([sys.executable, *sys.argv], env=os.environ | {"INNER": "1"}, check=True)
+    return method(*args, **kwargs)
+
+core.data.prepare.Preparation.{moment} = late
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 NO_LOCKS = """
 import errno, fcntl, os, runpy, sys
 
@@ -333,6 +348,17 @@ def test_options_for_one_process_are_refused_while_another_runs(world, large, tm
         first.send_signal(signal.SIGCONT)
         assert ended(first).returncode == 0
     assert f"another process is writing {tmp_path}" in message
+    assert same(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("moment", ["__init__", "plan"])
+def test_a_process_that_comes_after_another_has_finished_changes_nothing(world, small, tmp_path, moment):
+    """The other one finishes after this one has read the settings, or has seen the validation shard."""
+    source, uninterrupted = small
+    script = LATE.replace("{moment}", moment)
+    execute(
+        [sys.executable, "-c", script, str(ROOT / "fineweb.py"), *map(str, command(source, tmp_path))], world, True, {}
+    )
     assert same(tmp_path, uninterrupted)
 
 

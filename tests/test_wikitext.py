@@ -240,14 +240,16 @@ def test_a_trained_model_is_better_and_ranks_share_the_windows(scored):
     [
         ({"stride": (512,)}, "--stride 512 has no effect on --protocol harness"),
         ({"protocol": ("strided",), "stride": (0,)}, "--stride 0 must be above 0"),
-        ({"compare": ("a", "b")}, "which WikiText has none of"),
     ],
 )
-def test_options_that_have_no_effect_are_refused(options, message):
-    compare = options.get("compare")
-    text = {name: value for name, value in options.items() if name != "compare"}
+def test_a_stride_without_effect_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.run(wikitext.TASK, wikitext.WikiTextConfig(**text), ScoringConfig(compare=compare, ckpt=(".",)))
+        wikitext.load(wikitext.WikiTextConfig(**options))
+
+
+def test_answers_of_a_task_without_questions_are_not_compared():
+    with pytest.raises(ValueError, match="which WikiText has none of"):
+        evaluate.run(wikitext.TASK, wikitext.WikiTextConfig(), ScoringConfig(compare=("a", "b"), ckpt=(".",)))
 
 
 @needs_text

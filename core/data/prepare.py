@@ -236,6 +236,8 @@ class Preparation:
             if self.record(chunk):  # another process has completed it before the lock
                 self.locks.release(chunk.number)
                 continue
+            if (self.out / MANIFEST).is_file():  # another process has finished, and removed the records
+                return
             if self.read_record(chunk.name):
                 tqdm.write(f"{chunk.name}.npy is written again: its source files have changed")
             yield chunk
