@@ -1,6 +1,7 @@
 """Promise 5 for files of other projects: the logits of transformers, or a refusal by name; written files read back."""
 
 import json
+import os
 import math
 import shutil
 import struct
@@ -19,7 +20,7 @@ from core.convert import hf_state
 from core.data import tokenizer
 from model import GPT, PRESETS
 
-MODELS = Path(__file__).parent.parent.parent / "shared/models"
+MODELS = Path(os.environ.get("GPT2_TEST_MODELS", "no folder"))
 V, T, C, L, H = 300, 64, 32, 2, 2  # vocabulary, context, width, layers and heads of the tiny model below
 TOKENS = torch.randint(V, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -244,7 +245,7 @@ def test_the_original_projects_checkpoint_has_the_logits_of_transformers(tmp_pat
     assert f"note: {tmp_path}/step19072.pt {note}" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not MODELS.is_dir(), reason="needs ../shared/models")
+@pytest.mark.skipif(not MODELS.is_dir(), reason="GPT2_TEST_MODELS is not a folder of trained models")
 @torch.no_grad()
 def test_small_trained_models_of_other_projects():
     from transformers import GPT2LMHeadModel

@@ -166,7 +166,7 @@ def overfit(model: GPT, ids: torch.Tensor, known: dict[str, Any]) -> list[float]
 
 
 def page(rows: list[Row], found: list[Result], ranks: Ranks) -> str:
-    """The Markdown page: verdicts, all results beside the published figures, and where they were computed."""
+    """The Markdown page: verdicts, all results with the published figures, and the hardware and version."""
     place = f"{ranks.world_size} x {device_name(ranks.device)}, torch {torch.__version__}"
     date = datetime.now(UTC).date().isoformat()
     sections = ["# Published figures of GPT-2", f"`make check-published` on {date}: {place}."]
