@@ -1,8 +1,8 @@
 """Promise 5 for files of other projects: the logits of transformers, or a refusal by name; written files read back."""
 
 import json
-import os
 import math
+import os
 import shutil
 import struct
 import sys
