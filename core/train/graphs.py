@@ -88,6 +88,8 @@ def record_small_steps(
     for shape in small_shapes(recipe, micro_batch, ranks.world_size, step):
         try:
             graph, used = faster_graph(loss_fn, shape, system.dtype, ranks, budget)
+        except torch.OutOfMemoryError:  # perhaps on this rank only: the others must not wait for it
+            raise
         except RuntimeError as error:  # of the capture: model.py was edited, and its forward waits for the GPU
             ranks.log(f"warning: no CUDA graph for small steps ({str(error).strip().splitlines()[0][:100]})")
             return {}
