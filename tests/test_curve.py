@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import TRAIN, on_ranks, run, train_here
 
+import eval_hellaswag
 import eval_lambada
 import report
 import train
 from core.distributed import Ranks
-from core.eval import evaluate, scoring
+from core.eval import evaluate, hellaswag, scoring
 from core.eval.lambada import LambadaConfig
 from core.files import read_metrics
 from core.train.validation import LambadaDuringTraining
@@ -48,6 +49,26 @@ def test_the_scores_equal_those_of_the_script_at_the_same_steps(world, scored, m
         assert line["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
         assert f"LAMBADA openai {line['accuracy']:.2%} ({line['correct']} of {line['total']}) | perplexity" in output
     assert len({line["perplexity"] for line in lines}) == len(lines)
+
+
+def test_hellaswag_is_scored_by_completion_norm_as_by_the_script(world, monkeypatch):
+    monkeypatch.chdir(world)
+    passages = (world / "data/stories/lambada.txt").read_text().splitlines()
+    questions = [
+        {"ctx": text, "endings": [f"{word} {word}." for word in text.split()[:4]], "label": i % 4}
+        for i, text in enumerate(passages)
+    ]
+    (world / "hellaswag.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    options = ("--eval-hellaswag", "hellaswag.jsonl", "--eval-every", 4, "--run", "endings")
+    output = run("train.py", *RECIPE, *options, "--steps", 8, "--save-every", 4, cwd=world).stdout
+    lines = [line for line in read_metrics(world / "logs/endings") if line["split"] == "hellaswag"]
+    assert [line["step"] for line in lines] == [0, 4, 8]
+    config = hellaswag.HellaSwagConfig(data="hellaswag.jsonl", protocol=("completion-norm",))
+    scoring_config = evaluate.ScoringConfig(ckpt=("logs/endings",), device="cpu", out="out.json")
+    eval_hellaswag.main(eval_hellaswag.Config(config, scoring_config))
+    (row,) = json.loads((world / "out.json").read_text())
+    assert {name: row[name] for name in ("protocol", "correct", "total", "accuracy")}.items() <= lines[-1].items()
+    assert f"HellaSwag completion-norm {row['accuracy']:.2%} ({row['correct']} of {row['total']})" in output
 
 
 def test_scoring_changes_neither_the_steps_nor_their_time(world, scored, monkeypatch):

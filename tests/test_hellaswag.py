@@ -2,16 +2,21 @@
 
 import itertools
 import json
+import os
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENCODING, execute, run, save_model
 
+from core.data import tokenizer
 from core.eval import hellaswag, scoring
 from core.eval.hellaswag import PROTOCOLS, clean, judge, parse, read, requests
 from core.eval.scoring import Score
 from core.eval.task import UnscorableError
+from model import GPT, PRESETS
 
 STORY = {
     "ind": 1,
@@ -94,7 +99,7 @@ def test_irregular_endings_give_warnings_and_ties_are_marked():
         ("[1]", r"q\.jsonl, line 2 is not a JSON object"),
         (
             json.dumps(STORY | {"endings": None}),
-            "line 2 is not a question: it needs strings activity_label, .* a list `endings`",
+            "line 2 is not a question: it needs a list `endings`, and ctx or activity_label, ctx_a and ctx_b",
         ),
         (json.dumps(STORY | {"ctx_b": 3}), "line 2 is not a question"),
         (json.dumps(STORY | {"label": ""}), "line 2 has no label: the test split's labels are unpublished"),
@@ -117,6 +122,29 @@ def test_an_empty_file_and_an_incomplete_file_of_the_authors_are_refused(tmp_pat
     (tmp_path / hellaswag.FILE).write_text(json.dumps(STORY) + "\n")
     with pytest.raises(ValueError, match="has 1 questions, expected 10,042"):
         read(tmp_path / hellaswag.FILE)
+
+
+def test_files_with_fewer_fields_are_accepted_where_the_protocol_allows(tmp_path):
+    forms = {
+        "authors": (STORY | {"split": "val", "dataset": "activitynet"}, PROTOCOLS),
+        "hub": (STORY | {"label": "0", "source_id": "x", "split_type": "indomain"}, PROTOCOLS),
+        "ctx": ({name: STORY[name] for name in ("ctx", "label", "endings")}, ("completion", "completion-norm")),
+        "parts": ({name: value for name, value in STORY.items() if name != "ctx"}, ("harness", "harness-norm")),
+    }
+    for name, (fields, allowed) in forms.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(fields) + "\n")
+        for protocol in PROTOCOLS:
+            if protocol in allowed:
+                (question,) = hellaswag.load_file(path, [protocol]).questions
+                assert decoded(requests(protocol, question, ENCODING.encode_ordinary)) == decoded(
+                    requests(protocol, story(), ENCODING.encode_ordinary)
+                )
+            else:
+                needed = f"has no .*ctx.*, which --protocol {protocol} needs"
+                message = rf"{name}\.jsonl, line 1 {needed}. Use --protocol {' '.join(allowed)}"
+                with pytest.raises(ValueError, match=message):
+                    hellaswag.load_file(path, [protocol])
 
 
 def test_a_label_can_be_a_digit_as_on_the_hub():
@@ -216,10 +244,43 @@ json.dump([[each["acc"], each["acc_norm"]] for each in scored], open(answers, "w
 """
 
 
-def test_the_answers_equal_the_harness(world, tmp_path):
+REAL_QUESTIONS = int(os.environ.get("HELLASWAG_QUESTIONS", "60"))  # of the file's 2,000, which take minutes
+
+
+def real(world, folder):
+    """Real questions, and a model with GPT-2's tokenizer and a context that they fit.
+
+    The file has `ctx` alone: the text after its last full stop becomes ctx_b, as in the original.
+    """
+    file = Path(os.environ.get("GPT2_TEST_EVAL", ""), "hellaswag_val_2000.jsonl")
+    if not file.is_file():
+        pytest.skip(f"GPT2_TEST_EVAL has no {file.name}")
+    try:
+        encoding = tokenizer.load("gpt2")
+    except ValueError:
+        pytest.skip("GPT-2's vocabulary is not available")
+    model = GPT(replace(PRESETS["tiny"], n_positions=256), seed=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4) if p.dim() == 2 else None
+    model.save_pretrained(folder, encoding.eot_token)
+    tokenizer.save(encoding, folder)
+    with open(file, encoding="utf-8") as lines:
+        for line in itertools.islice(lines, REAL_QUESTIONS):
+            fields = json.loads(line)
+            before, mark, after = fields["ctx"].rpartition(". ")
+            yield fields | {"ctx_a": before + mark.strip(), "ctx_b": after}
+
+
+def invented(world, folder):
+    save_model(folder, seed=1)
+    return [*generated(world, 40), *edge_cases()]
+
+
+@pytest.mark.parametrize("make_questions", [invented, real])
+def test_the_answers_equal_the_harness(world, tmp_path, make_questions):
     pytest.importorskip("lm_eval")
-    save_model(tmp_path / "model", seed=1)
-    stories = [*generated(world, 40), *edge_cases()]
+    stories = [*make_questions(world, tmp_path / "model")]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(fields) + "\n" for fields in stories))
     run("eval_hellaswag.py", *("--ckpt", "model", "--data", "q.jsonl", "--device", "cpu", "--protocol", "all"),
         *("--out", "out.json", "--items", "items.jsonl"), cwd=tmp_path)  # fmt: skip
@@ -230,6 +291,7 @@ def test_the_answers_equal_the_harness(world, tmp_path):
         found = [item["correct"] for item in items if item["protocol"] == protocol]
         assert found == [bool(answers[column]) for answers in expected]
         assert 0 < sum(found[:40]) < 40
+        assert len(found) == len(stories)
     rows = {row["protocol"]: row for row in json.loads((tmp_path / "out.json").read_text())}
     assert list(rows) == list(PROTOCOLS)
     correct = {p: sum(item["correct"] for item in items if item["protocol"] == p) for p in PROTOCOLS}

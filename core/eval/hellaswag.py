@@ -22,6 +22,7 @@ PROTOCOLS = ("harness", "harness-norm", "completion", "completion-norm")
 HUB = "Rowan/hellaswag"
 ENDINGS = 4
 FILE, QUESTIONS = "hellaswag_val.jsonl", 10_042  # the authors' validation file, and its number of questions
+NEEDED = {"harness": ("activity_label", "ctx_a", "ctx_b"), "completion": ("ctx",)}  # fields, by kind of protocol
 TEXTS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 
@@ -30,7 +31,8 @@ class HellaSwagConfig:
     """Questions and scoring rules."""
 
     data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """File of questions, one JSON object per line, in the format of the authors' hellaswag_val.jsonl.
+    """File of questions, one JSON object per line: the authors' hellaswag_val.jsonl, rows of the hub, or other files
+    with label and endings. harness also needs activity_label, ctx_a and ctx_b; completion needs ctx.
     Default: the hub's validation split."""
     protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("harness", "harness-norm")  # type: ignore[valid-type]
     """Scoring protocols: harness like lm-evaluation-harness, completion like build-nanogpt; -norm divides by length."""
@@ -38,12 +40,12 @@ class HellaSwagConfig:
 
 @dataclass(frozen=True)
 class Question:
-    """One question, with the field names of the data set."""
+    """One question, with the field names of the data set. None: the file doesn't have the field."""
 
-    activity_label: str
-    ctx_a: str
-    ctx_b: str
-    ctx: str
+    activity_label: str | None
+    ctx_a: str | None
+    ctx_b: str | None
+    ctx: str | None
     endings: list[str]
     label: int  # the index of the correct ending
 
@@ -56,10 +58,30 @@ def load(config: HellaSwagConfig) -> list[QuestionSet]:
 
 
 def load_file(path: Path, protocols: list[str]) -> QuestionSet:
-    """The questions of a file. Published figures apply to the authors' validation file only."""
+    """The questions of a file. Published figures apply to the authors' validation file only.
+
+    Raises ValueError where a question lacks a field that a protocol needs.
+    """
+    questions = read(path)
+    for number, question in enumerate(questions, 1):
+        check_fields(question, protocols, f"{path}, line {number}")
     return QuestionSet(
-        questions=read(path), protocols=protocols, data=path.name, sha256=sha256(path), has_published=path.name == FILE
+        questions=questions, protocols=protocols, data=path.name, sha256=sha256(path), has_published=path.name == FILE
     )
+
+
+def check_fields(question: Question, protocols: list[str], place: str) -> None:
+    """Raise ValueError, with a protocol that works, where the question lacks a field that a protocol needs."""
+    lacks = {kind: [name for name in names if getattr(question, name) is None] for kind, names in NEEDED.items()}
+    for protocol in protocols:
+        if missing := lacks[_kind(protocol)]:
+            other = next((kind for kind, names in lacks.items() if not names), None)
+            remedy = f"Use --protocol {other} {other}-norm" if other else "Add the fields"
+            raise ValueError(f"{place} has no {', '.join(missing)}, which --protocol {protocol} needs. {remedy}")
+
+
+def _kind(protocol: str) -> str:
+    return protocol.removesuffix("-norm")
 
 
 def read(path: Path) -> list[Question]:
@@ -85,8 +107,11 @@ def parse(fields: dict[str, Any], place: str) -> Question:
     """A question from its JSON fields. Raises ValueError with the place for missing or wrong ones."""
     endings, label = fields.get("endings"), fields.get("label")
     texts: dict[str, Any] = {name: fields.get(name) for name in TEXTS}
-    if not isinstance(endings, list) or not all(isinstance(text, str) for text in [*texts.values(), *endings]):
-        raise ValueError(f"{place} is not a question: it needs strings {', '.join(TEXTS)} and a list `endings`. Fix it")
+    given = [text for text in texts.values() if text is not None]
+    if not isinstance(endings, list) or not all(isinstance(text, str) for text in [*given, *endings]) or not given:
+        raise ValueError(
+            f"{place} is not a question: it needs a list `endings`, and ctx or activity_label, ctx_a and ctx_b. Fix it"
+        )
     if label is None or label == "":
         raise ValueError(f"{place} has no label: the test split's labels are unpublished. Use the validation split")
     if str(label) not in map(str, range(len(endings))):  # a number in the authors' file, a digit on the hub
@@ -100,8 +125,11 @@ def clean(text: str) -> str:
 
 
 def context_and_endings(protocol: str, question: Question) -> tuple[str, list[str]]:
+    """The texts of a protocol, of a question that has its fields."""
     if protocol.startswith("completion"):
+        assert question.ctx is not None
         return question.ctx, question.endings
+    assert question.ctx_b is not None
     context = f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}"
     return clean(context), [clean(ending) for ending in question.endings]
 
@@ -140,7 +168,7 @@ def judge(protocol: str, question: Question, scores: list[Score]) -> Verdict:
 
 def text(question: Question) -> str:
     """A question as one line of text."""
-    texts = [question.activity_label, question.ctx_a, question.ctx_b, question.ctx]
+    texts = [getattr(question, name) or "" for name in TEXTS]
     return "\t".join([*texts, *question.endings, str(question.label)])
 
 

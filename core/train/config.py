@@ -163,8 +163,10 @@ class EvalConfig:
     """Maximum validation tokens; always the first ones of the split."""
     eval_lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of LAMBADA passages to score during training. Default: no LAMBADA."""
+    eval_hellaswag: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
+    """File of HellaSwag questions to score during training by completion-norm, as llm.c does. Default: no HellaSwag."""
     eval_every: int = 250
-    """Steps between LAMBADA scores."""
+    """Steps between LAMBADA and HellaSwag scores."""
     sample_every: int = 0
     """Steps between text samples; 0: no samples."""
     log_every: int = 10

@@ -1,7 +1,8 @@
-"""Evaluation during training, shared among the ranks: validation loss and LAMBADA; and `train.py --eval-only`."""
+"""Evaluation during training, shared by the ranks: validation loss, LAMBADA, HellaSwag; and `train.py --eval-only`."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,8 @@ from core import checkpoint, cli, generation
 from core.data import tokenizer
 from core.data.shards import Dataset, Windows, verify
 from core.distributed import Ranks, autocast
-from core.eval import evaluate, lambada
+from core.eval import evaluate, hellaswag, lambada
+from core.eval.task import QuestionSet, Task
 from core.train.config import Config, EvalConfig
 from core.train.setup import resolve_system
 from model import GPT, GPTConfig
@@ -88,42 +90,59 @@ class Validation:
         return f"val_loss {result['loss']:.4f}{bits}"
 
 
-class LambadaDuringTraining:
-    """LAMBADA by the protocol that the text allows: `standard` for the tokenized one, `openai` for all others."""
+class QuestionsDuringTraining:
+    """The accuracy on the questions of a file, by the first protocol of `load`; the subclass names the task."""
 
-    split = "lambada"
+    split: str
+    task: Task
+    option: str
+    load: Callable[[Path], QuestionSet]
 
     def __init__(
         self, file: str, dataset: Dataset, ranks: Ranks, *, n_positions: int, dtype: str, every: int = 0
     ) -> None:
-        """Read and encode the passages. Raises ValueError for a damaged file, or shards without a tokenizer."""
+        """Read and encode the questions. Raises ValueError for a damaged file, or shards without a tokenizer."""
         if not (dataset.folder / "tokenizer.json").is_file():
             raise ValueError(
-                f"--eval-lambada needs {dataset.folder / 'tokenizer.json'}, which is missing. Omit --eval-lambada, or "
+                f"{self.option} needs {dataset.folder / 'tokenizer.json'}, which is missing. Omit {self.option}, or "
                 f"copy the tokenizer's files there"
             )
         self.every, self.data = every, file
         self._ranks, self._dtype = ranks, dtype
-        questions = lambada.load_file(Path(file))
+        questions = self.load(Path(file))
         self.protocol = questions.protocols[0]
         encoding = tokenizer.load(dataset.folder)
-        self._instances = evaluate.build_requests(lambada.TASK, questions, encoding, n_positions)
+        self._instances = evaluate.build_requests(self.task, questions, encoding, n_positions)
 
     def run(self, model: GPT, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
-        """Accuracy, counts, and perplexity per word; None where stopped before it started."""
+        """Accuracy, counts, and perplexity if the task has one; None where stopped before it started."""
         if stop():
             return None
         verdicts = evaluate.score_requests(
-            lambada.TASK, model, self._instances, ranks=self._ranks, dtype=self._dtype, label="LAMBADA"
+            self.task, model, self._instances, ranks=self._ranks, dtype=self._dtype, label=self.task.title
         )
         correct = sum(verdict.correct for verdict in verdicts)
         facts = {"protocol": self.protocol, "accuracy": correct / len(verdicts), "correct": correct}
-        return facts | {"total": len(verdicts), "perplexity": lambada.perplexity(self.protocol, verdicts)}
+        return facts | {"total": len(verdicts), "perplexity": self.task.perplexity(self.protocol, verdicts)}
 
     def describe(self, result: dict[str, Any]) -> str:
         perplexity = f" | perplexity {result['perplexity']:,.2f}" if result["perplexity"] else ""
         counts = f"{result['correct']:,} of {result['total']:,}"
-        return f"LAMBADA {result['protocol']} {result['accuracy']:.2%} ({counts}){perplexity}"
+        return f"{self.task.title} {result['protocol']} {result['accuracy']:.2%} ({counts}){perplexity}"
+
+
+class LambadaDuringTraining(QuestionsDuringTraining):
+    """LAMBADA by the protocol that the text allows: `standard` for the tokenized one, `openai` for all others."""
+
+    split, task, option = "lambada", lambada.TASK, "--eval-lambada"
+    load = staticmethod(lambada.load_file)
+
+
+class HellaSwagDuringTraining(QuestionsDuringTraining):
+    """HellaSwag by `completion-norm`, the figure that llm.c and build-nanogpt report during training."""
+
+    split, task, option = "hellaswag", hellaswag.TASK, "--eval-hellaswag"
+    load = staticmethod(partial(hellaswag.load_file, protocols=["completion-norm"]))
 
 
 def build_evaluations(
@@ -147,12 +166,15 @@ def build_evaluations(
         dtype=dtype,
         every=options.val_every,
     )
-    if options.eval_lambada is None:
-        return [validation]
-    lambada_evaluation = LambadaDuringTraining(
-        options.eval_lambada, dataset, ranks, n_positions=shape.n_positions, dtype=dtype, every=options.eval_every
-    )
-    return [validation, lambada_evaluation]
+    evaluations: list[Evaluation] = [validation]
+    for kind, file in (
+        (LambadaDuringTraining, options.eval_lambada),
+        (HellaSwagDuringTraining, options.eval_hellaswag),
+    ):
+        if file is not None:
+            n_positions, every = shape.n_positions, options.eval_every
+            evaluations.append(kind(file, dataset, ranks, n_positions=n_positions, dtype=dtype, every=every))
+    return evaluations
 
 
 def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Path) -> None:
