@@ -184,7 +184,7 @@ def evaluate(
 ) -> None:
     """Run and log the evaluations that are due at this step, except those that are `already_logged`.
 
-    A signal ends them, LAMBADA and HellaSwag before they start: a resume runs them again. Those of the last step complete.
+    A signal ends them, accuracies before they start: a resume runs them again. Those of the last step complete.
     """
 
     def stop() -> bool:
