@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import sys
 from functools import cache
 from types import SimpleNamespace
 from typing import ClassVar
@@ -102,7 +104,8 @@ def expected(model, groups):
 @pytest.mark.parametrize("batch_tokens", [1, 37, 10_000, None])
 def test_scores_equal_a_plain_computation(model, groups, expected, batch_tokens, share_prefixes, monkeypatch):
     if batch_tokens == 37:
-        monkeypatch.setattr(scoring, "LOGIT_ROWS", 5)  # logits of one batch in several chunks
+        monkeypatch.setitem(scoring.LOGIT_BYTES, "cpu", 5 * 128 * 4)  # logits of one batch in several chunks
+        monkeypatch.setitem(scoring.SUM_ROWS, "cpu", 2)
     found = score(model, groups, batch_tokens=batch_tokens, share_prefixes=share_prefixes)
     assert_same(found, expected)
     for group, requests in zip(found, groups, strict=True):
@@ -113,6 +116,20 @@ def test_scores_equal_a_plain_computation(model, groups, expected, batch_tokens,
                 assert (margin > 0) == (token == best)
     margins = [margin for group in found for actual in group for margin in actual.margins]
     assert 3 * 11 <= sum(margin > 0 for margin in margins) < len(margins) / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of Linux")
+def test_the_memory_of_logits_is_used_again_on_a_cpu():
+    model = make_model(n_layer=1, vocab_size=50_257)
+    generator = torch.Generator().manual_seed(5)
+    groups = [[Request(draw(generator, 4), draw(generator, 20))] for _ in range(60)]
+    masked = torch.zeros(50_257, dtype=torch.bool)
+    for _ in range(2):  # the first call grows the heap
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        score(model, groups, masked_ids=masked)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    pages = 60 * 20 * 50_304 * 4 / resource.getpagesize()  # of the logits of all targets
+    assert faults < pages / 4
 
 
 TINY = make_model(n_layer=1, vocab_size=7)

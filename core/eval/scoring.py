@@ -17,13 +17,25 @@ from core.distributed import Ranks, autocast
 from model import GPT
 
 NEAR_TIE = 1e-5  # the order of log-probabilities closer than this may depend on batch size and device
-LOGIT_ROWS = 2048  # rows of logits per matrix product: 0.4 GB for GPT-2's vocabulary
+# Bytes of logits per matrix product. A CPU's allocator keeps blocks of up to 32 MiB for the next product; larger ones
+# are returned to the system, and the page faults of new ones took 40 % of the time of HellaSwag with a small model.
+LOGIT_BYTES = {"cpu": 32 << 20, "gpu": 400 << 20}
+SUM_ROWS = {"cpu": 16, "gpu": 1 << 20}  # rows of logits per sum
 WIDTH_MULTIPLE = 8  # attention kernels need aligned rows of the mask
 
 
 def default_batch_tokens(device: torch.device) -> int:
     """Enough to keep a GPU busy; on a CPU what fits its caches (8,192 took 1.4 times as long for GPT-2 124M)."""
     return 1024 if device.type == "cpu" else 32_768
+
+
+def logit_rows(model: GPT) -> int:
+    """Rows of logits per matrix product: 160 on a CPU and 2,086 on a GPU for GPT-2's vocabulary."""
+    return max(LOGIT_BYTES[_kind(model.device)] // (4 * model.config.padded_vocab_size), 1)
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "gpu"
 
 
 @dataclass(frozen=True)
@@ -233,11 +245,13 @@ def _score_batch(
     unique, inverse = np.unique(indices[order], return_inverse=True)  # (u,), (n,)
     targets = np.concatenate([row.targets for row in rows])[order]  # (n,)
     slots = np.concatenate([row.slots for row in rows])[order]  # (n,)
-    for first in range(0, len(unique), LOGIT_ROWS):
-        chunk = slice(*np.searchsorted(inverse, [first, first + LOGIT_ROWS]))
+    chunks = -(-len(unique) // logit_rows(model))
+    size = -(-len(unique) // chunks)  # equal chunks: a product of few rows takes almost as long as one of many
+    for first in range(0, len(unique), size):
+        chunk = slice(*np.searchsorted(inverse, [first, first + size]))
         chunk_indices, which, chunk_targets = (
             torch.from_numpy(values).to(model.device)
-            for values in (unique[first : first + LOGIT_ROWS], inverse[chunk] - first, targets[chunk])
+            for values in (unique[first : first + size], inverse[chunk] - first, targets[chunk])
         )
         yield slots[chunk], _logprobs_and_margins(model.logits(hidden[chunk_indices]), which, chunk_targets, masked_ids)
 
@@ -265,21 +279,32 @@ def _hidden(model: GPT, rows: list[_Row], ranks: Ranks, dtype: str) -> tuple[Ten
 
 
 def _logprobs_and_margins(logits: Tensor, which: Tensor, targets: Tensor, masked_ids: Tensor | None) -> Tensor:
-    """logits (u, V); targets (n,), target j belongs to row which[j]. Returns (n, 3), the columns of `_score_batch`."""
+    """logits (u, V), which it overwrites; targets (n,), target j belongs to row which[j].
+
+    Returns (n, 3), the columns of `_score_batch`.
+    """
     own = logits[which, targets]  # (n,)
-    columns = [own - logits.logsumexp(dim=-1)[which], own - _highest_other(logits, which, targets)]
+    # Blocks, as logsumexp copies its input: a second block of the size of the logits would be returned to the system.
+    sums = torch.cat([block.logsumexp(dim=-1) for block in logits.split(SUM_ROWS[_kind(logits.device)])])  # (u,)
+    columns = [own - sums[which], own - _highest_other(logits, which, own)]
     if masked_ids is None:
         columns.append(columns[1])
     else:
-        others = _highest_other(logits.masked_fill(masked_ids, -torch.inf), which, targets)
+        others = _highest_other(logits.masked_fill_(masked_ids, -torch.inf), which, own)
         columns.append(torch.where(masked_ids[targets], -torch.inf, own - others))
     return torch.stack(columns, dim=1)
 
 
-def _highest_other(logits: Tensor, which: Tensor, targets: Tensor) -> Tensor:
-    """The highest logit except the target's own, (n,)."""
-    best = logits.topk(2, dim=-1)  # (u, 2) each
-    return torch.where(best.indices[which, 0] == targets, best.values[which, 1], best.values[which, 0])
+def _highest_other(logits: Tensor, which: Tensor, own: Tensor) -> Tensor:
+    """The highest logit except the target's own (n,), where target j belongs to row which[j]; (n,)."""
+    best = logits.amax(dim=-1)  # (u,)
+    is_best = own >= best[which]  # (n,)
+    if _kind(logits.device) == "cpu":  # only where it is needed: topk takes seven times as long as amax
+        rows = which[is_best].unique()
+        second = best.index_copy(0, rows, logits[rows].topk(2, dim=-1).values[:, 1])  # (u,)
+    else:  # a GPU would wait for the choice of rows
+        second = logits.topk(2, dim=-1).values[:, 1]
+    return torch.where(is_best, second[which], best[which])
 
 
 def _to_score(table: np.ndarray, sequence: _Sequence) -> Score:
