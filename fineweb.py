@@ -180,7 +180,7 @@ def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -
     if 0 < len(remaining) < len(chunks):
         print(f"resuming after {len(chunks) - len(remaining)} of {len(chunks)} shards", flush=True)
     tokens = sum(chunk.tokens for chunk in remaining)
-    with cli.progress_bar(unit="tok", unit_scale=True, total=tokens) as bar:
+    with cli.progress_bar(desc="tokens", unit="tok", unit_scale=True, total=tokens) as bar:
         try:
             job.write_chunks(chunks, workers, validation["tokens"], bar)
         except KeyboardInterrupt:

@@ -3,14 +3,16 @@
 Nested dataclasses are groups of options in `--help`; their names don't become part of the option's name.
 """
 
+import contextlib
 import errno
 import io
 import math
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import tyro
 from tqdm import tqdm
@@ -36,7 +38,8 @@ class Terminal:
     """Output on the terminal."""
 
     quiet: bool = False
-    """No progress bars and no line per step; only results, warnings and errors. CI=1 in the environment: no bars."""
+    """No progress bars, no progress lines and no line per step; only results, warnings and errors. Without a terminal,
+    or with CI=1 in the environment, long work prints a line every 30 seconds in place of a bar."""
 
 
 terminal = Terminal()
@@ -88,9 +91,80 @@ def message(error: Exception) -> str:
     return str(error)
 
 
-def progress_bar(*args: Any, hidden: bool = False, **settings: Any) -> Any:
-    """A tqdm bar, shown on a terminal only, and neither with --quiet nor in CI."""
-    return tqdm(*args, disable=hidden or terminal.quiet or bool(os.environ.get("CI")) or None, **settings)
+LINE_SECONDS = 30.0  # between two progress lines
+
+
+class ProgressLines:
+    """The progress of long work without a terminal: a line on stderr every LINE_SECONDS. The interface of tqdm."""
+
+    def __init__(
+        self, iterable: Iterable[Any] | None, desc: str, total: int | None = None, *, unit: str, scaled: bool = False
+    ) -> None:
+        """`scaled`: numbers as 1.50M."""
+        self._iterable, self._desc, self._unit, self._scaled = iterable, desc, unit, scaled
+        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self._done, self._start = 0, time.monotonic()
+        self._last = self._start
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable or ():
+            yield item
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._last >= LINE_SECONDS:
+            self._last = now
+            with contextlib.suppress(OSError):  # a closed stderr, or a log file on a full disk
+                print(self.line(now - self._start), file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """Done and total, the rate, and the time left, after `seconds`."""
+        rate = self._done / max(seconds, 1e-9)
+        done, total, speed = (self._format(number) for number in (self._done, self._total or 0, rate))
+        counts = f"{done}/{total}" if self._total else done
+        parts = [f"{self._desc}: {counts} {self._unit}".removeprefix(": "), f"{speed} {self._unit}/s"]
+        if self._total and rate:
+            parts.append(f"{tqdm.format_interval((self._total - self._done) / rate)} left")
+        return " | ".join(parts)
+
+    def _format(self, number: float) -> str:
+        if self._scaled:
+            return tqdm.format_sizeof(number)
+        return f"{number:,}" if isinstance(number, int) else f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+
+    def close(self) -> None:
+        """No line: the result of the work follows."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None,
+    desc: str = "",
+    total: int | None = None,
+    *,
+    unit: str = "it",
+    unit_scale: bool = False,
+    hidden: bool = False,
+    lines: bool = True,
+    **settings: Any,
+) -> Any:
+    """A tqdm bar on a terminal. Elsewhere and in CI: ProgressLines, unless not `lines`. Neither with --quiet.
+
+    `settings`: of the tqdm bar alone.
+    """
+    on_terminal = sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("CI")
+    hidden = hidden or terminal.quiet
+    if lines and not hidden and not on_terminal:
+        return ProgressLines(iterable, desc, total, unit=unit, scaled=unit_scale)
+    tqdm_settings = {"unit": f" {unit}", "unit_scale": unit_scale, "disable": hidden or not on_terminal} | settings
+    return tqdm(iterable, desc, total, **tqdm_settings)
 
 
 def option_name(field: str) -> str:

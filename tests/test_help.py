@@ -1,10 +1,14 @@
 """--help explains every option, a mistyped option is answered with the nearest one, and --quiet keeps the results."""
 
+import json
+import os
 import re
 import sys
+from functools import partial
 
 import pytest
-from conftest import option_names, run
+from conftest import ROOT, on_ranks, option_names, run, save_model
+from tqdm import tqdm
 
 import convert
 import eval_cbt
@@ -79,11 +83,67 @@ def test_quiet_training_prints_only_results(world):
     assert result.stderr == ""
 
 
-def test_progress_bars_are_shown_only_on_a_terminal(monkeypatch):
-    for terminal, environment, shown in ((True, "", True), (True, "1", False), (False, "", False)):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+def test_progress_bars_are_shown_only_on_a_terminal(monkeypatch, capsys):
+    for is_terminal, environment, shown in ((True, "", True), (True, "1", False), (False, "", False)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
         monkeypatch.setenv("CI", environment)
-        assert bool(cli.progress_bar(total=1, file=sys.stderr).disable) is not shown
+        assert isinstance(cli.progress_bar(total=1), tqdm) is shown
+        monkeypatch.setattr(cli, "LINE_SECONDS", 0)
+        for hidden in ({"hidden": True}, {"lines": False}):
+            if not (shown and "lines" in hidden):
+                assert [*cli.progress_bar("ab", **hidden)] == ["a", "b"]
         monkeypatch.setattr(cli.terminal, "quiet", True)
-        assert cli.progress_bar(total=1, file=sys.stderr).disable
+        assert [*cli.progress_bar("ab")] == ["a", "b"]
         monkeypatch.undo()
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert not [line for line in lines if "2/2" in line]
+
+
+def test_without_a_terminal_progress_is_a_line_every_30_seconds(monkeypatch, capsys):
+    now = 100.0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    bar = cli.progress_bar(total=10_042, desc="HellaSwag", unit="requests")
+    for seconds in (10, 29, 31, 60, 62, 63):
+        now = 100.0 + seconds
+        bar.update(800)
+    assert capsys.readouterr().err.splitlines() == [
+        "HellaSwag: 2,400/10,042 requests | 77.4 requests/s | 01:38 left",
+        "HellaSwag: 4,000/10,042 requests | 64.5 requests/s | 01:33 left",
+    ]
+    for _ in cli.progress_bar(range(2), unit="files"):
+        now += 40
+    with cli.progress_bar(desc="tokens", unit="tok", unit_scale=True) as bar:
+        now += 40
+        bar.update(2_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "1/2 files | 0.025 files/s | 00:40 left",
+        "2/2 files | 0.025 files/s | 00:00 left",
+        "tokens: 2.00M tok | 50.0k tok/s",
+    ]
+
+
+def test_all_long_work_shows_its_progress_without_a_terminal(world, tmp_path):
+    """With a line at every update in place of one every 30 seconds."""
+    (tmp_path / "sitecustomize.py").write_text("import core.cli\ncore.cli.LINE_SECONDS = 0\n")
+    python_path = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def lines(script, *arguments, ranks=1):
+        start = partial(on_ranks, ranks) if ranks > 1 else run
+        return start(script, *arguments, cwd=world, PYTHONPATH=python_path).stderr
+
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": f"Story {i}."}) + "\n" for i in range(50)))
+    few = ("--source", tmp_path / "few.jsonl", "--encoding", "data/stories", "--out", tmp_path / "few")
+    preparation = lines("fineweb.py", *few, "--val-tokens", 64)
+    assert re.search(r"^tokens: \S+/\S+ tok \| \S+ tok/s \| \d\d:\d\d left$", preparation, re.M)
+    assert "checking shards: 2/2 shards" in lines("fineweb.py", "--verify", tmp_path / "few")
+    training = lines("train.py", *TRAIN, "--run", "lines", "--steps", 3)
+    assert re.search(r"^validation: \d+/\d+ batches", training, re.M)
+    assert " steps" not in training  # they have their own lines
+    save_model(tmp_path / "model", seed=1)
+    questions = ("--data", "data/stories/lambada.txt", "--text", "other", "--device", "cpu", "--batch-tokens", 300)
+    for ranks in (1, 2):
+        scoring = lines("eval_lambada.py", "--ckpt", tmp_path / "model", *questions, ranks=ranks)
+        found = [(int(a), int(b)) for a, b in re.findall(r"^LAMBADA.*: (\d+)/(\d+) requests", scoring, re.M)]
+        assert len(found) > 1
+        assert {total for _, total in found} == {found[-1][0]}
+        assert [done for done, _ in found] == sorted({done for done, _ in found})  # of one rank alone

@@ -45,7 +45,7 @@ def verify(folder: Path) -> None:
     problems = _out_of_order(shards)
     with ThreadPoolExecutor(8) as pool:
         checks = pool.map(lambda shard: _check_shard(dataset, shard, sizes), shards)
-        checks = cli.progress_bar(checks, "checking shards", len(shards), leave=False, delay=1)
+        checks = cli.progress_bar(checks, "checking shards", len(shards), unit="shards", leave=False, delay=1)
         problems += [problem for problem in checks if problem]
     if not problems:
         problems = _check_sample(dataset, tokenizer.load(folder))
@@ -151,7 +151,8 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     sizes = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
     sizes[end_of_text_id] = 0
     shards = []
-    for path in cli.progress_bar(sorted(paths, key=lambda path: (splits[path] != "val", path.name)), "reading"):
+    paths.sort(key=lambda path: (splits[path] != "val", path.name))
+    for path in cli.progress_bar(paths, "reading", unit="shards"):
         ids = open_shard(path)
         try:
             counts = _counts(ids, end_of_text_id, sizes)

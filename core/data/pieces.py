@@ -67,7 +67,7 @@ def cut(files: tuple[SourceFile, ...], limit: int) -> list[Piece]:
     remote = not all(is_local(file.url) for file in files)
     with ThreadPoolExecutor(16 if remote else 1) as pool:
         tasks = pool.map(lambda i: retry(partial(_cut_file, i, files[i], limit), files[i].url), range(len(files)))
-        cut_files = list(cli.progress_bar(tasks, "opening files", len(files), leave=False, delay=1))
+        cut_files = list(cli.progress_bar(tasks, "opening files", len(files), unit="files", leave=False, delay=1))
     open_parquet.cache_clear()  # a forked worker must not read through this process's open file
     pieces: list[Piece] = []
     for piece in itertools.chain(*cut_files):

@@ -128,7 +128,12 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     verified = _read_verified(dataset.folder)
     shards = dataset.manifest["shards"]
     own = cli.progress_bar(
-        shards[ranks.rank :: ranks.world_size], "checking shards", leave=False, delay=1, hidden=ranks.rank > 0
+        shards[ranks.rank :: ranks.world_size],
+        "checking shards",
+        unit="shards",
+        leave=False,
+        delay=1,
+        hidden=ranks.rank > 0,
     )
     checked = {shard["file"]: _check_shard(dataset, shard, verified) for shard in own}
     results = {file: result for of_rank in ranks.all_gather(checked) for file, result in of_rank.items()}

@@ -115,15 +115,17 @@ def score(
     sequences = _truncate(model, groups)
     rows = [_build_row(merged) for merged in _merge(sequences, share_prefixes)]
     # Batches are formed before ranks share them: each batch is the same for any number of ranks.
-    batches = _build_batches(rows, batch_tokens or default_batch_tokens(model.device))[ranks.rank :: ranks.world_size]
+    batches = _build_batches(rows, batch_tokens or default_batch_tokens(model.device))
     slots, values = [np.empty(0, np.int64)], [torch.empty(0, 3, device=model.device)]
-    count = sum(map(len, batches))
-    with cli.progress_bar(total=count, desc=label, unit="row", hidden=not ranks.is_main, leave=False) as bar:
-        for batch in batches:
-            for batch_slots, batch_values in _score_batch(model, batch, ranks, dtype, masked_ids):
-                slots.append(batch_slots)
-                values.append(batch_values)  # stays on the device, so that the host can build the next batch
-            bar.update(len(batch))
+    total = sum(len(row.branches) for row in rows)
+    with cli.progress_bar(total=total, desc=label, unit="requests", hidden=not ranks.is_main, leave=False) as bar:
+        for first in range(0, len(batches), ranks.world_size):
+            round_ = batches[first : first + ranks.world_size]  # one batch for each rank
+            for batch in round_[ranks.rank : ranks.rank + 1]:
+                for batch_slots, batch_values in _score_batch(model, batch, ranks, dtype, masked_ids):
+                    slots.append(batch_slots)
+                    values.append(batch_values)  # stays on the device, so that the host can build the next batch
+            bar.update(sum(len(row.branches) for batch in round_ for row in batch))
         share = np.concatenate(slots), torch.cat(values).cpu().numpy()
     table = np.empty((sum(len(sequence.targets) for group in sequences for sequence in group), 3), np.float32)
     for rank_slots, rank_values in ranks.all_gather(share):

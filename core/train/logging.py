@@ -35,7 +35,9 @@ class RunLog:
         self.already_logged = frozenset(line["split"] for line in kept if line["step"] == step)
         self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
-        self._bar = cli.progress_bar(total=settings["steps"], initial=step, unit="step", dynamic_ncols=True)
+        self._bar = cli.progress_bar(
+            total=settings["steps"], initial=step, unit="step", lines=False, dynamic_ncols=True
+        )
         self._wandb: Any = start_wandb(run, settings, wandb_project) if wandb_project else None
         if not cli.terminal.quiet:
             self.log(summary(run, settings))

@@ -66,7 +66,7 @@ class Validation:
         ranks, size = self._ranks, self._batch_size
         batches = range(0, self._count, ranks.world_size * size)  # of all ranks, so that they stop together
         check_every = 8 if ranks.device.type == "cuda" else 1  # agreement waits for the device
-        bar = cli.progress_bar(batches, "validation", leave=False, delay=1, hidden=not ranks.is_main)
+        bar = cli.progress_bar(batches, "validation", unit="batches", leave=False, delay=1, hidden=not ranks.is_main)
         for number, start in enumerate(bar):
             if number % check_every == 0 and stop():
                 return None
