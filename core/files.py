@@ -32,10 +32,18 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write as `write_text` does."""
+    write_text(path, json_text(value))
+
+
+def write_text(path: Path, text: str) -> None:
     """Write by rename: a reader finds the old file or the complete new one. Raises OSError with a remedy."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_text(json_text(value), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

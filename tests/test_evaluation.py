@@ -539,7 +539,7 @@ def test_a_protocol_has_its_own_row_and_is_scored_once(call, models, monkeypatch
     assert [row["protocol"] for row in accuracies] == protocols
     scored = []
 
-    def score_models(task, sources, sets, options, ranks):
+    def score_models(task, sources, sets, options, ranks, add):
         scored.extend(sets)
         raise ValueError("enough")
 
@@ -645,7 +645,7 @@ def test_no_output_overwrites_another_file(call, world, models, name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_an_impossible_output_path_is_refused_before_scoring(call, world, models, monkeypatch, name):
-    monkeypatch.setattr(evaluate, "score_models", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(evaluate, "score_models", lambda *_, **__: pytest.fail("scored"))
     printed, error, status = call(name, "--ckpt", models[0], *SETS[name][1], "--items", "data/stories/lambada.txt/x")
     assert (status, error.count("\n"), printed) == (2, 1, "")
 
@@ -764,9 +764,8 @@ def test_questions_are_identified_by_their_complete_text(world, models):
         ),
     ]
     for kind, questions in sets:
-        result = make_result(task=kind.name)
         verdicts = [Verdict(True)] * len(questions)
-        items = evaluate.build_items(kind, result, QuestionSet(questions, ["openai"], "a", None), verdicts)
+        items = evaluate.build_items(kind, "m", "openai", QuestionSet(questions, ["openai"], "a", None), verdicts)
         assert len({item["question"] for item in items}) == len(questions)
-        again = evaluate.build_items(kind, result, QuestionSet(questions, ["openai"], "b", None), verdicts)
+        again = evaluate.build_items(kind, "m", "openai", QuestionSet(questions, ["openai"], "b", None), verdicts)
         assert again == items

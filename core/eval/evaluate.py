@@ -5,7 +5,9 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +17,9 @@ from torch import Tensor
 from core import checkpoint, cli
 from core.distributed import Ranks, process_group
 from core.eval import check, results
+from core.eval.interruption import INTERRUPTED, Output, interruptible
 from core.eval.results import Result
-from core.eval.scoring import Request, Score, default_batch_tokens, score, tokens_to_truncate
+from core.eval.scoring import Interrupted, Request, Score, default_batch_tokens, score, tokens_to_truncate
 from core.eval.task import QuestionSet, Task, TaskConfig, UnscorableError, Verdict
 from model import GPT, PRESETS
 
@@ -59,12 +62,20 @@ def run(task: Task, questions: TaskConfig, options: ScoringConfig) -> None:
     sources = check_options(options, data)
     sets = task.load(questions)
     status = 0
-    with process_group(options.device) as ranks:
-        found, items = score_models(task, sources, sets, options, ranks)
-        if ranks.is_main:
-            save_and_print(options, found, items)
+    with process_group(options.device) as ranks, interruptible(is_main=ranks.is_main):
+        sources = ranks.broadcast(sources)  # ranks may have found different newest checkpoints of a run in training
+        output = Output(options.out, options.items) if ranks.is_main else None
+        try:
+            score_models(task, sources, sets, options, ranks, add=output.add if output else None)
+        except KeyboardInterrupt:
+            names = results.short_names(sources)
+            expected = [(name, p, questions.data) for name in names for questions in sets for p in questions.protocols]
+            print(output.interruption(expected) if output else "", file=sys.stderr)
+            raise
+        if output:
+            print_tables(output)
             if options.check:
-                rows = check.compare(found)
+                rows = check.compare(output.results)
                 print(f"\n{check.table(rows)}")
                 status = check.status(rows)
     if status:
@@ -95,31 +106,52 @@ def compare(options: ScoringConfig, data: list[str]) -> None:
     if excluded := " and ".join(name for name, value in given.items() if value):
         raise ValueError(f"--compare reads two files of --items and scores nothing. Remove {excluded}")
     a, b = options.compare or ("", "")
-    table = results.comparison_table(results.load_items(a), results.load_items(b))
+    items_a, items_b = results.load_items(a), results.load_items(b)
+    table = results.comparison_table(items_a, items_b)
     if table is None:
         raise ValueError(f"--compare {a} {b}: the files have no protocol in common. Score both models by the same one")
     print(table)
+    for file, items in ((a, items_a), (b, items_b)):
+        if any(INTERRUPTED in item for item in items):
+            print(f"\n{file} is not complete: its evaluation was interrupted")
 
 
 def score_models(
-    task: Task, sources: list[str], sets: list[QuestionSet], options: ScoringConfig, ranks: Ranks
-) -> tuple[list[Result], list[dict[str, Any]]]:
-    """Results and items of every model on every set. All ranks must call it."""
+    task: Task,
+    sources: list[str],
+    sets: list[QuestionSet],
+    options: ScoringConfig,
+    ranks: Ranks,
+    add: Callable[[list[Result], list[dict[str, Any]]], None] | None = None,
+) -> list[Result]:
+    """Results of every model on every set. All ranks must call it, with the same sources.
+
+    `add` gets the results and items of a set as soon as it is complete, and the items of a set that Ctrl-C ended.
+    """
     found: list[Result] = []
-    items: list[dict[str, Any]] = []
-    sources = ranks.broadcast(sources)  # ranks may have found different newest checkpoints of a run in training
+    add = add or (lambda found, items: None)
     for source, name in zip(sources, results.short_names(sources), strict=True):
         model = load_model(source, ranks)
         encoding = checkpoint.load_encoding(source, model.config.vocab_size)
+        label = name if options.dtype == "float32" else f"{name} ({options.dtype})"
         for questions in sets:
             start = time.perf_counter()
-            by_protocol = evaluate(task, model, encoding, questions, options, ranks)
+            try:
+                by_protocol = evaluate(task, model, encoding, questions, options, ranks)
+            except Interrupted as interrupted:
+                for protocol, some in split_verdicts(questions, interrupted.verdicts).items():
+                    partial = build_items(task, label, protocol, questions, some)
+                    add([], [item | {INTERRUPTED: True} for item in partial])
+                raise
             seconds = time.perf_counter() - start
+            new, items = [], []
             for protocol, verdicts in by_protocol.items():
-                found.append(summarize(task, model, name, protocol, questions, verdicts, options.dtype, seconds))
-                items += build_items(task, found[-1], questions, verdicts)
+                new.append(summarize(task, model, name, protocol, questions, verdicts, options.dtype, seconds))
+                items += build_items(task, label, protocol, questions, verdicts)
+            found += new
+            add(new, items)
         del model  # frees its memory before the next one is loaded
-    return found, items
+    return found
 
 
 def load_model(source: str, ranks: Ranks) -> GPT:
@@ -149,6 +181,11 @@ def evaluate(
     except torch.OutOfMemoryError:
         tokens = options.batch_tokens or default_batch_tokens(ranks.device)
         raise ValueError(f"--batch-tokens {tokens} is too large: out of memory. Use a smaller value") from None
+    return split_verdicts(questions, verdicts)
+
+
+def split_verdicts(questions: QuestionSet, verdicts: list[Any]) -> dict[str, list[Any]]:
+    """The verdicts on all questions by the first protocol, then by the next, as lists by protocol."""
     n = len(questions.questions)
     return {protocol: verdicts[i * n : (i + 1) * n] for i, protocol in enumerate(questions.protocols)}
 
@@ -202,13 +239,26 @@ def score_requests(
 ) -> list[Verdict]:
     """A verdict per instance; the settings are those of scoring.score. All ranks must call it."""
     groups = [group for instance in instances for group in instance.groups]
-    scores = score(
-        model, groups, ranks=ranks, dtype=dtype, batch_tokens=batch_tokens, masked_ids=masked_ids, label=label
-    )
+    try:
+        scores = score(
+            model, groups, ranks=ranks, dtype=dtype, batch_tokens=batch_tokens, masked_ids=masked_ids, label=label
+        )
+    except Interrupted as interrupted:
+        interrupted.verdicts = _judge_all(task, instances, interrupted.scores)
+        raise
+    verdicts = _judge_all(task, instances, [*scores])
+    return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _judge_all(task: Task, instances: list[Instance], scores: list[list[Score] | None]) -> list[Verdict | None]:
+    """A verdict per instance, from the scores of all groups; None where those of a group are missing."""
     remaining = iter(scores)
-    return [
-        _judge(task, instance, [score for _ in instance.groups for score in next(remaining)]) for instance in instances
-    ]
+    verdicts: list[Verdict | None] = []
+    for instance in instances:
+        own = [next(remaining) for _ in instance.groups]
+        is_complete = None not in own
+        verdicts.append(_judge(task, instance, [*chain(*filter(None, own))]) if is_complete else None)
+    return verdicts
 
 
 def _judge(task: Task, instance: Instance, scores: list[Score]) -> Verdict:
@@ -261,15 +311,18 @@ def size_of(model: GPT) -> str | None:
     return sizes[0] if sizes else None
 
 
-def build_items(task: Task, result: Result, questions: QuestionSet, verdicts: list[Verdict]) -> list[dict[str, Any]]:
-    """The lines of an items file, one per question.
+def build_items(
+    task: Task, model: str, protocol: str, questions: QuestionSet, verdicts: list[Verdict | None] | list[Verdict]
+) -> list[dict[str, Any]]:
+    """The lines of an items file, one per question that has a verdict.
 
     `question` is a hash of the question's text, so that --compare never pairs answers to different questions.
     """
-    model = result.model if result.dtype == "float32" else f"{result.model} ({result.dtype})"
-    common = {"task": task.name, "protocol": result.protocol, "model": model, "subset": questions.subset}
+    common = {"task": task.name, "protocol": protocol, "model": model, "subset": questions.subset}
     items = []
     for index, (question, verdict) in enumerate(zip(questions.questions, verdicts, strict=True)):
+        if verdict is None:
+            continue
         digest = hashlib.sha256(task.text(question).encode()).hexdigest()[:16]
         fields = {name: value for name, value in results.to_json(verdict).items() if value is not None and value != ()}
         if task.windows:
@@ -278,14 +331,12 @@ def build_items(task: Task, result: Result, questions: QuestionSet, verdicts: li
     return items
 
 
-def save_and_print(options: ScoringConfig, found: list[Result], items: list[dict[str, Any]]) -> None:
-    """Save results and items first, then print the tables: a closed terminal loses nothing."""
-    saved = results.save(found, options.out)
-    if options.items:
-        results.save_items(items, options.items)
-    parts = [results.results_table(found), results.comparison_table(items)]
+def print_tables(output: Output) -> None:
+    """Print results, comparisons and published figures, after all is saved: a closed terminal loses nothing."""
+    found = output.results
+    parts = [results.results_table(found), results.comparison_table(output.items)]
     if any(result.has_published for result in found):
         parts.append("Published figures, accuracy % (perplexity). OpenAI's weights, unless the source names others:")
         parts.append(results.published_table(found[0].task, [result.protocol for result in found]))
-    parts += [results.footnotes(found), f"saved {saved}"]
+    parts += [results.footnotes(found), f"saved {output.place}"]
     print("\n" + "\n\n".join(part for part in parts if part))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.eval.task import LARGEST_EXPONENT, Page, Verdict, read_json_lines
-from core.files import markdown_table, write_json
+from core.files import markdown_table, write_json, write_text
 
 RESULTS = Path("logs/results")  # where report.py reads them
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -90,7 +90,7 @@ def save(results: list[Result], out: str | None) -> Path:
 def save_items(items: list[dict[str, Any]], path: str) -> None:
     """Write an items file, one question per line."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    write_text(Path(path), "".join(json.dumps(item) + "\n" for item in items))
 
 
 def load_items(path: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ of 500 tokens cost 500 tokens and ten endings.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,16 @@ class Score:
         return sum(self.logprobs)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during scoring."""
+
+    def __init__(self, scores: list[list[Score] | None]) -> None:
+        """`scores` of this rank, by group; None: not complete."""
+        super().__init__()
+        self.scores = scores
+        self.verdicts: list[Any] = []  # a verdict per question, None where it is not complete
+
+
 def highest(values: list[float]) -> tuple[int, bool]:
     """The index of the highest of at least two values, the first of equals, and whether the second is a near tie."""
     second, first = sorted(values)[-2:]
@@ -107,7 +118,7 @@ def score(
     share_prefixes: False computes every request in its own row.
     masked_ids: (vocab_size,) bool, ids to exclude from `allowed_margins`.
     Batch size, number of ranks and sharing change the scores by rounding only.
-    Raises ValueError with the group's number for a request that the model can't score.
+    Raises ValueError with the group's number for a request that the model can't score, and Interrupted on Ctrl-C.
     """
     torch.set_float32_matmul_precision("highest")
     ranks = ranks or Ranks(0, 1, model.device)
@@ -116,21 +127,42 @@ def score(
     rows = [_build_row(merged) for merged in _merge(sequences, share_prefixes)]
     # Batches are formed before ranks share them: each batch is the same for any number of ranks.
     batches = _build_batches(rows, batch_tokens or default_batch_tokens(model.device))
-    slots, values = [np.empty(0, np.int64)], [torch.empty(0, 3, device=model.device)]
+    share = [(np.empty(0, np.int64), torch.empty(0, 3, device=model.device))]  # slots and values of this rank
     total = sum(len(row.branches) for row in rows)
     with cli.progress_bar(total=total, desc=label, unit="requests", hidden=not ranks.is_main, leave=False) as bar:
-        for first in range(0, len(batches), ranks.world_size):
-            round_ = batches[first : first + ranks.world_size]  # one batch for each rank
-            for batch in round_[ranks.rank : ranks.rank + 1]:
-                for batch_slots, batch_values in _score_batch(model, batch, ranks, dtype, masked_ids):
-                    slots.append(batch_slots)
-                    values.append(batch_values)  # stays on the device, so that the host can build the next batch
-            bar.update(sum(len(row.branches) for batch in round_ for row in batch))
-        share = np.concatenate(slots), torch.cat(values).cpu().numpy()
-    table = np.empty((sum(len(sequence.targets) for group in sequences for sequence in group), 3), np.float32)
-    for rank_slots, rank_values in ranks.all_gather(share):
-        table[rank_slots] = rank_values
-    return [[_to_score(table, sequence) for sequence in group] for group in sequences]
+        try:
+            for first in range(0, len(batches), ranks.world_size):
+                round_ = batches[first : first + ranks.world_size]  # one batch for each rank
+                for batch in round_[ranks.rank : ranks.rank + 1]:
+                    # The values stay on the device, so that the host can build the next batch.
+                    share += _score_batch(model, batch, ranks, dtype, masked_ids)
+                bar.update(sum(len(row.branches) for batch in round_ for row in batch))
+        except KeyboardInterrupt:
+            raise Interrupted(_collect(sequences, [_to_host(share)])) from None
+    scores = _collect(sequences, ranks.all_gather(_to_host(share)))
+    assert all(group is not None for group in scores)
+    return [group or [] for group in scores]
+
+
+def _to_host(share: list[tuple[np.ndarray, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    slots, values = zip(*share, strict=True)
+    return np.concatenate(slots), torch.cat(values).cpu().numpy()
+
+
+def _collect(
+    sequences: list[list["_Sequence"]], shares: list[tuple[np.ndarray, np.ndarray]]
+) -> list[list[Score] | None]:
+    """The scores of each group, from slots and values of the ranks; None for a group that lacks a value."""
+    count = sum(len(sequence.targets) for group in sequences for sequence in group)
+    table, is_scored = np.empty((count, 3), np.float32), np.zeros(count, bool)
+    for slots, values in shares:
+        table[slots], is_scored[slots] = values, True
+    return [
+        [_to_score(table, sequence) for sequence in group]
+        if all(is_scored[sequence.slot : sequence.slot + len(sequence.targets)].all() for sequence in group)
+        else None
+        for group in sequences
+    ]
 
 
 @dataclass

@@ -47,6 +47,7 @@ def main(config: Config) -> None:
     sources = evaluate.check_options(options, [])
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     with process_group(config.device) as ranks:
+        sources = ranks.broadcast(sources)
         sizes, rows = check_known_values(sources, ranks)
         report(ranks, rows)
         found: list[Result] = []
@@ -56,7 +57,7 @@ def main(config: Config) -> None:
             except ValueError as error:  # one data set that can't be fetched doesn't prevent the others
                 new = [missing(task, str(error))]
             else:
-                scored, _ = evaluate.score_models(task, sources, sets, options, ranks)
+                scored = evaluate.score_models(task, sources, sets, options, ranks)
                 found += scored
                 new = check.compare(scored)
                 if ranks.is_main:
@@ -101,7 +102,7 @@ def check_known_values(sources: list[str], ranks: Ranks) -> tuple[list[str | Non
     """The size of each model, and the known values of those that have the size of the values. On every rank."""
     rows: list[Row] = []
     sizes: list[str | None] = []
-    for source in ranks.broadcast(sources):
+    for source in sources:
         model = evaluate.load_model(source, ranks)
         sizes.append(evaluate.size_of(model))
         if sizes[-1] == known_values.load()["size"]:
