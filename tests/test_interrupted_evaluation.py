@@ -91,7 +91,7 @@ def test_a_stopped_evaluation_saves_complete_sets_and_marks_the_items_of_others(
     options, results, items, batches = complete
     count = len(items) // 4
     own = -(-batches // max(ranks, 1))  # of rank 0
-    result = stop(world, options, numbers, at=own + 3, ranks=ranks)  # the third batch of the second set
+    result = stop(world, options, numbers, at=own + own // 2, ranks=ranks)  # within the second set
     assert result.returncode == (1 if ranks else 130)  # torchrun has its own
     saved = lines(world / "some.jsonl")
     assert without_seconds(json.loads((world / "some.json").read_text())) == without_seconds(results[:2])
@@ -99,6 +99,7 @@ def test_a_stopped_evaluation_saves_complete_sets_and_marks_the_items_of_others(
     partial = saved[2 * count :]
     assert 0 < len(partial) < 2 * count
     assert partial == [marked for item in items[2 * count :] if (marked := item | {"interrupted": True}) in partial]
+    assert {item["protocol"] for item in partial} == set(PROTOCOLS)
     names = [f"interrupted {protocol} {DATA[1].rpartition('/')[2]}" for protocol in PROTOCOLS]
     assert result.stderr.count("interrupted: ") == 1
     assert (
