@@ -46,13 +46,13 @@ cli.run(eval_cbt.main, eval_cbt.Config, "")
 
 @pytest.fixture(scope="module")
 def complete(world):
-    """Of an evaluation that nothing stopped: options, results, items, and the number of batches of the first set."""
+    """Of an evaluation that nothing stopped: options, results, items, and the number of batches of each set."""
     save_model(world / "interrupted", seed=4)
     options = ("--data", *DATA, "--protocol", *PROTOCOLS, "--device", "cpu", "--batch-tokens", 300)
     (world / "stopped.py").write_text(SCRIPT)
     places = ("--ckpt", "interrupted", "--out", "all.json", "--items", "all.jsonl")
     printed = run(world / "stopped.py", *places, *options, cwd=world, AT="0").stdout
-    batches = int(printed.split("batches ")[1].split()[0])
+    batches = [int(line.split()[1]) for line in printed.splitlines() if line.startswith("batches ")]
     return options, json.loads((world / "all.json").read_text()), lines(world / "all.jsonl"), batches
 
 
@@ -90,8 +90,8 @@ def stop(world, options, numbers, *, at, ranks=0):
 def test_a_stopped_evaluation_saves_complete_sets_and_marks_the_items_of_others(world, complete, numbers, ranks):
     options, results, items, batches = complete
     count = len(items) // 4
-    own = -(-batches // max(ranks, 1))  # of rank 0
-    result = stop(world, options, numbers, at=own + own // 2, ranks=ranks)  # within the second set
+    own = [-(-number // max(ranks, 1)) for number in batches]  # of rank 0
+    result = stop(world, options, numbers, at=sum(own), ranks=ranks)  # at the last of the second set
     assert result.returncode == (1 if ranks else 130)  # torchrun has its own
     saved = lines(world / "some.jsonl")
     assert without_seconds(json.loads((world / "some.json").read_text())) == without_seconds(results[:2])
@@ -113,7 +113,7 @@ def test_a_stopped_evaluation_saves_complete_sets_and_marks_the_items_of_others(
 
 def test_a_kill_loses_only_the_set_that_is_scored(world, complete):
     options, results, items, batches = complete
-    assert stop(world, options, (signal.SIGKILL,), at=batches + 1).returncode == -signal.SIGKILL
+    assert stop(world, options, (signal.SIGKILL,), at=batches[0] + 1).returncode == -signal.SIGKILL
     assert without_seconds(json.loads((world / "some.json").read_text())) == without_seconds(results[:2])
     assert lines(world / "some.jsonl") == items[: len(items) // 2]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from core.eval import results
 from core.eval.results import Result
+from core.eval.task import QuestionSet
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = "interrupted"  # a field of the items of a set of questions that is not complete
@@ -36,9 +37,10 @@ class Output:
         if self._items and self.items:
             results.save_items(self.items, self._items)
 
-    def interruption(self, expected: list[tuple[str, str, str]]) -> str:
-        """A line on what is saved, and on what of `expected` (model, protocol, data) is missing."""
+    def interruption(self, models: list[str], sets: list[QuestionSet]) -> str:
+        """A line on what is saved, and on what is missing for these models on these sets."""
         self._save()  # again, as the signal may have ended it
+        expected = [(model, p, questions.data) for model in models for questions in sets for p in questions.protocols]
         complete = {(r.model, r.protocol, r.data) for r in self.results}
         missing = [" ".join(key) for key in expected if key not in complete]
         parts = [f"saved {len(complete)} of {len(expected)} results" + (f" in {self.place}" if self.place else "")]
