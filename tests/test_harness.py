@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ENCODING, execute, run, save_model
 
+from benchmarks import commands
 from core.data import tokenizer
 from model import GPT
 
@@ -123,3 +124,23 @@ def test_a_model_of_transformers_has_equal_scores_on_lambadas_own_passages(answe
         pytest.skip(f"GPT2_TEST_EVAL has no {OFFICIAL}, or GPT-2's vocabulary is not available")
     row = assert_equal(answered[1], "standard")
     assert (row["protocol"], row["remarks"]) == ("standard", {})
+
+
+def test_whole_commands_are_timed_and_their_scores_equal(world, tmp_path):
+    save_model(tmp_path / "model", seed=5)
+    passages = (world / "data/stories/lambada.txt").read_text().splitlines()
+    (tmp_path / "passages.txt").write_text("\n".join(line for line in passages if len(line) < 60) + "\n")
+    options = ("--device", "cpu", "--dtypes", "float32", "--batch-sizes", 4, "--out", "speed.json")
+    run("benchmarks.commands", "--ckpt", "model", "--lambada", "passages.txt", *options, cwd=tmp_path)
+    own, harness = json.loads((tmp_path / "speed.json").read_text())["measurements"]
+    assert (own["batch_size"], harness["batch_size"]) == (0, 4)
+    assert own["score"] == pytest.approx(harness["score"])
+    assert own["questions"] == harness["questions"]
+    assert f"{harness['seconds'] / own['seconds']:.2f}" in (tmp_path / "speed.md").read_text()
+
+
+def test_a_file_with_fewer_questions_is_repeated_with_other_labels():
+    question = {"activity_label": "Tale", "ctx": "He sat. Then he", "endings": ["a", "b"], "label": 0}
+    found = [*commands.repeated([question, question | {"ctx": "So"}], 5)]
+    assert [q["activity_label"] for q in found] == ["Tale", "Tale", "1 Tale", "1 Tale", "2 Tale"]
+    assert [(q["ctx_a"], q["ctx_b"]) for q in found[:2]] == [("He sat.", "Then he"), ("", "So")]
