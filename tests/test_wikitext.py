@@ -59,6 +59,15 @@ def test_the_hubs_rows_become_the_lines_of_the_file(monkeypatch):
     assert stream.data == "Salesforce/wikitext wikitext-2-raw-v1 test, stride 7"
 
 
+def test_a_line_with_more_equals_signs_on_one_side_starts_no_page():
+    assert len(split_pages(" = A = \n text \n = B = = = \n text \n = C = = \n")) == 1
+
+
+def test_the_stream_is_the_hubs_rows_joined_by_two_newlines():
+    assert joined_lines(" = A = \n \n text \n") == " = A = \n\n\n\n\n text \n"
+    assert joined_lines(" text \n more") == " text \n\n\n more\n"
+
+
 @pytest.mark.parametrize("length", [1, 2, 9, 10, 11, 25, 30])
 @pytest.mark.parametrize("n_positions", [1, 2, 10])
 def test_disjoint_windows_predict_each_id_once(length, n_positions):
