@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from core import cli
-from core.data import audit, encode, prepare, settings, sources, tokenizer
+from core.data import audit, encode, prepare, sources, tokenizer
 from core.data.encode import EncoderMismatchError
 from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST, UNFINISHED, open_dataset
 from core.files import PRESENCE, FileLocks
@@ -82,12 +82,14 @@ def main(config: Config) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     locks = FileLocks(out)
-    locks.acquire(PRESENCE, shared=True)
+    alone = config.max_tokens is not None
+    locks.acquire(PRESENCE, shared=not (alone or config.overwrite))
     if config.overwrite:
-        settings.clear(out, locks)
-    locks.acquire(PRESENCE, shared=config.max_tokens is None)
+        prepare.clear(out)
     with locks.exclusive():
-        source, header = resolve_settings(config, out, encoding, locks)
+        source, header = resolve_settings(config, out, encoding)
+        prepare.check_settings(out, header, locks)
+        locks.acquire(PRESENCE, shared=not alone)
         if source is None:
             return print(f"{out} is already finished with the same source and settings. --overwrite writes it again")
         if not (out / "tokenizer_config.json").exists():
@@ -138,33 +140,17 @@ def find_rank() -> tuple[int, int]:
     return 0, 1
 
 
-def resolve_settings(
-    config: Config, out: Path, encoding: Any, locks: FileLocks
-) -> tuple[sources.Source | None, dict[str, Any]]:
-    """The source, or None if it is finished, and the header of the manifest.
-
-    Raises ValueError if `out` was begun with other settings.
-    """
-    recorded, finished = settings.recorded_settings(out), (out / MANIFEST).is_file()
-    known = recorded.get("source", {})
+def resolve_settings(config: Config, out: Path, encoding: Any) -> tuple[sources.Source | None, dict[str, Any]]:
+    """The source, or None if it is finished, and the header of the manifest."""
+    known = prepare.recorded_settings(out).get("source", {})
     revision = known.get("revision") if known.get("name") == config.source else None
+    finished = (out / MANIFEST).is_file()
     # A commit never changes, so that a finished folder needs no request to the hub.
     source = None if revision and finished else sources.find_source(config.source, revision)
     header = {"source": source.to_json() if source else known, "encoding": encoding.name}
     header |= {"encoding_sha256": tokenizer.fingerprint(encoding), "vocab_size": encoding.n_vocab}
     header |= {"end_of_text_id": tokenizer.end_of_text_id(encoding)}
     header |= {key: getattr(config, key) for key in ("shard_tokens", "val_tokens", "max_tokens")}
-    try:
-        settings.check_settings(out, header)
-    except ValueError as error:
-        try:
-            emptied = settings.clear(out, locks, only_empty=True)
-        except ValueError:  # another process uses the other settings
-            emptied = False
-        if not emptied:
-            raise error from None
-        locks.acquire(PRESENCE, shared=config.max_tokens is None)
-        settings.check_settings(out, header)
     return (None if finished else source), header
 
 
@@ -187,7 +173,7 @@ def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -
             tqdm.write("interrupted; rerun the same command to resume after the last complete shard")
             raise
     with job.locks.exclusive():
-        if job.finish(validation, chunks):
+        if job.finish(validation):
             audit.summarize(open_dataset(job.out))
 
 

@@ -347,11 +347,11 @@ def test_an_error_of_the_machine_in_a_parquet_file_is_not_damage(tmp_path, monke
     files = sources.find_source(str(path), None).files
     (piece,) = pieces.cut(files, 1000)
 
-    def read_row_group(*_, **__):
+    def iter_batches(*_, **__):
         raise error
 
-    file, column = pieces.open_parquet(str(path))
-    monkeypatch.setattr(file, "read_row_group", read_row_group)
-    monkeypatch.setattr(pieces, "open_parquet", lru_cache(lambda url: (file, column)))
+    file = pieces.open_parquet(str(path))
+    monkeypatch.setattr(file, "iter_batches", iter_batches)
+    monkeypatch.setattr(pieces, "open_parquet", lru_cache(lambda url: file))
     with pytest.raises(kind, match=message):
         pieces.read_piece(piece, files)

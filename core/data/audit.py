@@ -10,7 +10,7 @@ import numpy as np
 
 from core import cli
 from core.data import tokenizer
-from core.data.shards import MANIFEST, UNFINISHED, Dataset, machine_error, open_dataset, open_shard, short_reason
+from core.data.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard, short_reason
 from core.files import sha256, write_json
 
 SAMPLE_DOCUMENTS = 50  # of each split, to decode and encode again
@@ -60,17 +60,10 @@ def verify(folder: Path) -> None:
 
 def _check_shard(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> str:
     """How a shard differs from the manifest; empty if it doesn't."""
-    path = dataset.folder / shard["file"]
     try:
-        if sha256(path) != shard["sha256"]:
-            return f"{shard['file']} was cut short or altered: its sha256 differs from the manifest"
-        found = _counts(open_shard(path, shard["tokens"]), dataset.manifest["end_of_text_id"], sizes)
-    except FileNotFoundError:
-        return f"{shard['file']} is missing"
-    except OSError as error:
-        raise machine_error(error, path) from None
+        found = _counts(dataset.check(shard), dataset.manifest["end_of_text_id"], sizes)
     except ValueError as error:
-        return f"{shard['file']} is damaged ({error})"
+        return str(error)
     differing = [f"{key} {found[key]}, not {shard.get(key)}" for key in found if found[key] != shard.get(key)]
     return f"{shard['file']} holds {', '.join(differing)}" if differing else ""
 

@@ -5,14 +5,14 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 from core import cli
-from core.data.shards import short_reason
+from core.data.shards import prefetched, short_reason
 from core.data.sources import SourceFile, is_local, open_file, retry
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
@@ -22,21 +22,23 @@ PIECE_BYTES, PIECE_FILES = 16 * 2**20, 1000  # limits of a piece: of text, and o
 ROW_GROUP_BYTES = 64 * 2**20  # of text; reading a part of a row group also decodes the rows before that part
 
 
+Lines = bytes  # each with its newline
+
+
 @dataclass(frozen=True)
 class Piece:
     """The input of one task: whole files from `first` to before `last`, or a part of one.
 
-    A part is the rows of a row group or the lines of a .jsonl file that begin in a range of bytes. A large compressed
-    file can't be split from metadata: it is one piece, which `line_blocks` divides into many tasks.
+    A part is the rows of a .parquet file, or the lines of a .jsonl file that begin in the bytes, from `begin` to before
+    `end`. A large compressed file can't be split from metadata: it is one part, of which `divide` makes many tasks.
     """
 
     first: int
     last: int
     bytes: int  # of text, approximately
-    begin: int = 0  # row or byte of the file
+    begin: int = 0
     end: int = 0  # 0 for whole files
-    row_group: int = -1
-    large: bool = False  # a compressed file
+    lines: Lines | None = None  # of a compressed file, from line `begin` on
 
 
 class InvalidDocument(str):
@@ -71,11 +73,11 @@ def cut(files: tuple[SourceFile, ...], limit: int) -> list[Piece]:
     open_parquet.cache_clear()  # a forked worker must not read through this process's open file
     pieces: list[Piece] = []
     for piece in itertools.chain(*cut_files):
-        whole = not piece.end and not piece.large
-        first = pieces[-1].first if whole and pieces and not pieces[-1].end and not pieces[-1].large else piece.first
-        size = piece.bytes + (pieces[-1].bytes if first < piece.first else 0)
-        if first < piece.first and size <= limit and piece.last - first <= PIECE_FILES:
-            pieces[-1] = Piece(first, piece.last, size)
+        last = pieces[-1] if pieces else piece
+        joined = Piece(last.first, piece.last, last.bytes + piece.bytes)
+        whole = bool(pieces) and not (last.end or piece.end)
+        if whole and joined.bytes <= limit and joined.last - joined.first <= PIECE_FILES:
+            pieces[-1] = joined
         else:
             pieces.append(piece)
     return pieces
@@ -85,27 +87,24 @@ def _cut_file(number: int, file: SourceFile, limit: int) -> list[Piece]:
     """The pieces of a file: one of the whole file if it has at most `limit` bytes of text or can't be split."""
     (kind, compression), size, parts = format_of(file.url), file.bytes, list[Piece]()
     if kind == "parquet":
-        parquet, column = open_parquet(file.url)
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-        sizes, row = [group.column(column).total_uncompressed_size for group in groups], 0
-        size = sum(sizes)
-        for i, group in enumerate(groups):
-            count = min(-(-sizes[i] // min(limit * 4, ROW_GROUP_BYTES)), group.num_rows)
+        metadata, row, size = open_parquet(file.url).metadata, 0, 0
+        column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "text")
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            text_bytes = group.column(column).total_uncompressed_size
+            count = min(-(-text_bytes // min(limit * 4, ROW_GROUP_BYTES)), group.num_rows)
             edges = [row + group.num_rows * part // max(count, 1) for part in range(count + 1)]
-            parts += [Piece(number, number + 1, sizes[i] // count, a, b, i) for a, b in itertools.pairwise(edges)]
-            row += group.num_rows
-    elif compression:
-        size *= EXPANSION
-        parts = [Piece(number, number + 1, size, large=True)]
+            parts += [Piece(number, number + 1, text_bytes // count, *span) for span in itertools.pairwise(edges)]
+            row, size = row + group.num_rows, size + text_bytes
     elif kind == "jsonl":
-        edges = [*range(0, size, limit), size]
+        size *= EXPANSION if compression else 1
+        edges = [*range(0, size, size if compression else limit), size] if size else []
         parts = [Piece(number, number + 1, b - a, a, b) for a, b in itertools.pairwise(edges)]
     return parts if parts and size > limit else [Piece(number, number + 1, size)]
 
 
 @lru_cache(maxsize=1)  # the pieces of a file are read in order, and each opening reads the footer
-def open_parquet(url: str) -> tuple[Any, int]:
-    """A parquet file, and the index of its `text` column among the stored columns."""
+def open_parquet(url: str) -> Any:
+    """A parquet file with a `text` column."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowInvalid
 
@@ -114,15 +113,14 @@ def open_parquet(url: str) -> tuple[Any, int]:
         file = pq.ParquetFile(open_file(url, cache_type="none"), pre_buffer=False)
     except ArrowInvalid as error:
         raise ValueError(f"{url} is not a parquet file, or is cut short ({short_reason(error)}). Replace it") from None
-    schema, stored = file.schema_arrow, file.metadata.schema
-    if "text" not in schema.names:
-        names = ", ".join(schema.names)[:200]
+    if "text" not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)[:200]
         raise ValueError(f"{url} has no `text` column: its columns are {names}. Rename the one with the text")
-    kind = schema.field("text").type
+    kind = file.schema_arrow.field("text").type
     kind = str(getattr(kind, "value_type", kind))  # of a dictionary
     if kind not in ("string", "large_string", "string_view", "null"):
         raise ValueError(f"{url}: the `text` column holds {kind[:40]}, not strings. Convert it")
-    return file, next(i for i in range(file.metadata.num_columns) if stored.column(i).path == "text")
+    return file
 
 
 def read_piece(piece: Piece, files: tuple[SourceFile, ...]) -> list[tuple[int, int, str | None]]:
@@ -147,40 +145,32 @@ def read_piece(piece: Piece, files: tuple[SourceFile, ...]) -> list[tuple[int, i
 
 
 def _read_parquet(piece: Piece, url: str) -> Iterator[Row]:
-    file, _ = open_parquet(url)
-    row = 0
+    file, row = open_parquet(url), 0
     for i in range(file.num_row_groups):
         size = file.metadata.row_group(i).num_rows
-        if piece.row_group in (i, -1):
-            begin, end = (piece.begin - row, piece.end - row) if piece.end else (0, size)
+        begin, end = max(piece.begin - row, 0), min((piece.end or row + size) - row, size)
+        if begin < end:
             with refuse_damage(url, f", row group {i}"):
-                column = _read_rows(file, i, begin, end)
-            try:
-                texts: Iterable[str | None] = column.to_pylist()
-            except UnicodeDecodeError:
-                raw = (value.as_buffer() for value in column)
-                texts = (b and _decode(bytes(b), f"row group {i}, row {begin + j}") for j, b in enumerate(raw))
-            yield from enumerate(texts, row + begin)
+                yield from enumerate(_read_rows(file, i, begin, end), row + begin)
         row += size
 
 
-def _read_rows(file: Any, row_group: int, begin: int, end: int) -> Any:
+def _read_rows(file: Any, row_group: int, begin: int, end: int) -> Iterator[str | None]:
     """The texts of rows of a row group. The rows before them are decoded and dropped."""
-    import pyarrow as pa
-
-    if not begin and end == file.metadata.row_group(row_group).num_rows:
-        column = file.read_row_group(row_group, columns=["text"], use_threads=False)["text"]
-    else:
-        row, arrays = 0, []
-        for batch in file.iter_batches(1000, row_groups=[row_group], columns=["text"], use_threads=False):
-            arrays.append(batch["text"][max(begin - row, 0) : max(end - row, 0)])
-            row += batch.num_rows
-            if row >= end:
-                break
-        column = pa.chunked_array(arrays)
-    if pa.types.is_dictionary(column.type):
-        column = pa.chunked_array([array.dictionary_decode() for array in column.chunks], column.type.value_type)
-    return column
+    row = 0
+    for batch in file.iter_batches(1000, row_groups=[row_group], columns=["text"], use_threads=False):
+        first = max(begin - row, 0)
+        column = batch["text"][first : max(end - row, 0)]
+        if hasattr(column, "dictionary_decode"):
+            column = column.dictionary_decode()
+        try:
+            yield from column.to_pylist()
+        except UnicodeDecodeError:
+            for i, text in enumerate(column, row + first):
+                yield _decode(bytes(text.as_buffer()), f"row group {row_group}, row {i}") if text.is_valid else None
+        row += len(batch)
+        if row >= end:
+            return
 
 
 @contextlib.contextmanager
@@ -200,9 +190,11 @@ def refuse_damage(url: str, place: str = "") -> Iterator[None]:
 
 
 def _read_jsonl(piece: Piece, url: str) -> Iterator[Row]:
-    if format_of(url)[1]:
-        for first, lines in line_blocks(url):
-            yield from read_lines(first, lines)
+    if piece.lines is not None or format_of(url)[1]:
+        for first, lines in line_blocks(url) if piece.lines is None else [(piece.begin, piece.lines)]:
+            for number, line in enumerate(lines.split(b"\n"), first):
+                if line.strip():
+                    yield number, _read_json_line(line, f"line {number}")
         return
     with open_file(url) as file:
         file.seek(max(piece.begin - 1, 0))
@@ -244,11 +236,17 @@ def line_blocks(url: str) -> Iterator[tuple[int, bytes]]:
             line, rest = line + rest.count(b"\n", 0, end), rest[end:]
 
 
-def read_lines(first: int, lines: bytes) -> Iterator[Row]:
-    """The documents of lines of a .jsonl file, of which the first has the number `first`."""
-    for number, line in enumerate(lines.split(b"\n"), first):
-        if line.strip():
-            yield number, _read_json_line(line, f"line {number}")
+def divide(piece: Piece, files: tuple[SourceFile, ...]) -> Iterator[Piece]:
+    """The tasks of a piece: the piece, or blocks of lines of a large compressed file, which this process decompresses.
+
+    There is at least one.
+    """
+    url = files[piece.first].url
+    if not piece.end or not format_of(url)[1]:
+        yield piece
+        return
+    for line, lines in prefetched(line_blocks(url), ahead=2, begin=lambda: None):
+        yield Piece(piece.first, piece.last, len(lines), line, lines=lines)
 
 
 def _read_json_line(line: bytes, place: str) -> str | None:
