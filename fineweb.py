@@ -13,7 +13,6 @@ resume after the last complete shard. The same command in a second terminal shar
 
 import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,7 +49,8 @@ class Config:
     encoding: str = "gpt2"
     """Encoding: a name that tiktoken knows, or a folder with a tokenizer.json. At most 65,536 ids."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard, approximately: documents and large compressed files are not divided. A token takes 2 bytes."""
+    """Tokens per shard, approximately: a document is not divided, nor is a compressed file, whatever its size. A token
+    takes 2 bytes."""
     val_tokens: Annotated[int | None, VAL_TOKENS_HELP] = None
     max_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Maximum number of tokens: stop before the document that would exceed it. Default: the entire source."""
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     if config.adopt:
         return audit.adopt(Path(config.adopt), config.encoding, config.overwrite)
     rank, world_size = check(config)
-    encoding = tokenizer.load(config.encoding)
+    encoder, encoding = encode.choose(config.encoder), tokenizer.load(config.encoding)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     locks = FileLocks(out)
@@ -95,7 +95,6 @@ def main(config: Config) -> None:
         if not (out / "tokenizer_config.json").exists():
             tokenizer.save(encoding, out)
     job = prepare.Preparation(out, source.files, header, locks, rank, world_size, config.skip_broken)
-    encoder = encode.choose(config.encoder)
     try:
         with encode.Workers(config.workers, job.pieces, job.files, encoder, config.encoding, out) as workers:
             convert(config, job, workers)
@@ -109,7 +108,6 @@ def check(config: Config) -> tuple[int, int]:
     limits = {"val_tokens": config.val_tokens, "max_tokens": config.max_tokens}
     given = {name: value for name, value in limits.items() if value is not None}
     cli.check_positive(workers=config.workers, shard_tokens=config.shard_tokens, **given)
-    encode.choose(config.encoder)
     rank, world_size = find_rank()
     if world_size > 1 and config.max_tokens is not None:
         raise ValueError(
@@ -162,10 +160,10 @@ def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -
         validation = job.write_validation(workers)
     chunks = job.plan(validation)
     remaining = [chunk for chunk in chunks if not job.record(chunk)]
-    check_disk(config, job, remaining)
+    tokens = min(sum(chunk.tokens for chunk in remaining), job.max_tokens)
+    check_disk(config.out, 2 * tokens)
     if 0 < len(remaining) < len(chunks):
         print(f"resuming after {len(chunks) - len(remaining)} of {len(chunks)} shards", flush=True)
-    tokens = sum(chunk.tokens for chunk in remaining)
     with cli.progress_bar(unit="tok", unit_scale=True, total=tokens) as bar:
         try:
             job.write_chunks(chunks, workers, validation["tokens"], bar)
@@ -177,14 +175,13 @@ def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -
             audit.summarize(open_dataset(job.out))
 
 
-def check_disk(config: Config, job: prepare.Preparation, remaining: list[prepare.Chunk]) -> None:
-    """Raise ValueError if the remaining shards clearly don't fit on the disk."""
-    needed = 2 * min(sum(chunk.tokens for chunk in remaining), config.max_tokens or sys.maxsize)
-    free = shutil.disk_usage(job.out).free
+def check_disk(out: str, needed: int) -> None:
+    """Raise ValueError if so many bytes clearly don't fit on the disk."""
+    free = shutil.disk_usage(out).free
     if needed > free:
         raise ValueError(
-            f"--out {job.out} has {free / 1e9:,.3f} GB free, but the shards need about {needed / 1e9:,.3f} GB. Free "
-            "disk space, or use another --out or a smaller --max-tokens"
+            f"--out {out} has {free / 1e9:,.3f} GB free, but the shards need about {needed / 1e9:,.3f} GB. Free disk "
+            "space, or use another --out or a smaller --max-tokens"
         )
 
 

@@ -106,13 +106,10 @@ def _cut_file(number: int, file: SourceFile, limit: int) -> list[Piece]:
 def open_parquet(url: str) -> Any:
     """A parquet file with a `text` column."""
     import pyarrow.parquet as pq
-    from pyarrow import ArrowInvalid
 
-    try:
+    with refuse_damage(url):
         # No read-ahead: a column chunk is one request, and other workers read the pieces that follow.
         file = pq.ParquetFile(open_file(url, cache_type="none"), pre_buffer=False)
-    except ArrowInvalid as error:
-        raise ValueError(f"{url} is not a parquet file, or is cut short ({short_reason(error)}). Replace it") from None
     if "text" not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)[:200]
         raise ValueError(f"{url} has no `text` column: its columns are {names}. Rename the one with the text")
@@ -128,49 +125,44 @@ def read_piece(piece: Piece, files: tuple[SourceFile, ...]) -> list[tuple[int, i
 
     Raises ValueError for a damaged file, OSError for a file that can't be reached.
     """
-    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "txt": _read_txt}
-
-    def read(url: str) -> list[Row]:
-        try:
-            return list(readers[format_of(url)[0]](piece, url))
-        except Exception:
-            open_parquet.cache_clear()
-            raise
-
     rows: list[tuple[int, int, str | None]] = []
     for number in range(piece.first, piece.last):
         url = files[number].url
-        rows += [(number, place, text) for place, text in retry(partial(read, url), url)]
+        rows += [(number, place, text) for place, text in retry(partial(_read_file, piece, url), url)]
     return rows
 
 
+def _read_file(piece: Piece, url: str) -> list[Row]:
+    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "txt": _read_txt}
+    return list(readers[format_of(url)[0]](piece, url))
+
+
 def _read_parquet(piece: Piece, url: str) -> Iterator[Row]:
+    """The rows of a piece. The rows before them in its row group are decoded and dropped."""
     file, row = open_parquet(url), 0
-    for i in range(file.num_row_groups):
-        size = file.metadata.row_group(i).num_rows
-        begin, end = max(piece.begin - row, 0), min((piece.end or row + size) - row, size)
-        if begin < end:
-            with refuse_damage(url, f", row group {i}"):
-                yield from enumerate(_read_rows(file, i, begin, end), row + begin)
-        row += size
+    for group in range(file.num_row_groups):
+        following = row + file.metadata.row_group(group).num_rows
+        if piece.begin < following:
+            batches = file.iter_batches(1000, row_groups=[group], columns=["text"], use_threads=False)
+            with refuse_damage(url, f", row group {group}"):
+                for batch in batches:
+                    first = max(piece.begin - row, 0)
+                    texts = batch["text"][first : piece.end - row if piece.end else None]
+                    yield from enumerate(_to_strings(texts, group, row + first), row + first)
+                    row += len(batch)
+                    if piece.end and row >= piece.end:
+                        return
+        row = following
 
 
-def _read_rows(file: Any, row_group: int, begin: int, end: int) -> Iterator[str | None]:
-    """The texts of rows of a row group. The rows before them are decoded and dropped."""
-    row = 0
-    for batch in file.iter_batches(1000, row_groups=[row_group], columns=["text"], use_threads=False):
-        first = max(begin - row, 0)
-        column = batch["text"][first : max(end - row, 0)]
-        if hasattr(column, "dictionary_decode"):
-            column = column.dictionary_decode()
-        try:
-            yield from column.to_pylist()
-        except UnicodeDecodeError:
-            for i, text in enumerate(column, row + first):
-                yield _decode(bytes(text.as_buffer()), f"row group {row_group}, row {i}") if text.is_valid else None
-        row += len(batch)
-        if row >= end:
-            return
+def _to_strings(texts: Any, group: int, row: int) -> list[str | None]:
+    """The values of an array, of which the first is row `row`."""
+    texts = texts.dictionary_decode() if hasattr(texts, "dictionary_decode") else texts
+    try:
+        return texts.to_pylist()
+    except UnicodeDecodeError:
+        raw = (text.as_buffer() for text in texts)
+        return [b and _decode(bytes(b), f"row group {group}, row {i}") for i, b in enumerate(raw, row)]
 
 
 @contextlib.contextmanager
@@ -186,7 +178,7 @@ def refuse_damage(url: str, place: str = "") -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and (error.errno or not is_local(url))):
             raise
-        raise ValueError(f"{url}{place} is damaged ({short_reason(error)}). Replace the file") from None
+        raise ValueError(f"{url}{place} is damaged or cut short ({short_reason(error)}). Replace the file") from None
 
 
 def _read_jsonl(piece: Piece, url: str) -> Iterator[Row]:

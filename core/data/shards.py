@@ -132,7 +132,9 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     `.verified.json` keeps the size and modification time of each shard that passed, so that the next start reads
     only the others.
     """
-    verified = _read_verified(dataset.folder)
+    verified: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # where it can't be read, all shards are checked again
+        verified = dict(json.loads((dataset.folder / VERIFIED).read_text(encoding="utf-8")))
     shards = dataset.manifest["shards"]
     own = cli.progress_bar(
         shards[ranks.rank :: ranks.world_size], "checking shards", leave=False, delay=1, hidden=ranks.rank > 0
@@ -146,15 +148,6 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     if ranks.is_main:
         with contextlib.suppress(OSError):  # on a read-only data folder every start checks all shards
             write_json(dataset.folder / VERIFIED, {file: stamp for file, (_, stamp) in results.items()})
-
-
-def _read_verified(folder: Path) -> dict[str, Any]:
-    """The stamps of earlier starts. Where they can't be read, all shards are checked again."""
-    try:
-        verified = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return verified if isinstance(verified, dict) else {}
 
 
 def _check_shard(
@@ -244,23 +237,23 @@ class ShardWriter:
         return end - begin
 
     def finish(self) -> str | None:
-        """Complete the file and return its sha256, or None for a shard without documents. Raises OSError."""
-        if not self.documents:
-            self.discard()
-            return None
+        """Complete the file and return its sha256; remove it and return None without documents. Raises OSError."""
         try:
-            self._file.seek(0)
-            header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
-            np.lib.format.write_array_header_1_0(self._file, header)
-            assert self._file.tell() == HEADER_BYTES
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._file as file:
+                file.seek(0)
+                header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                assert file.tell() == HEADER_BYTES
+                os.fsync(file)
+            if not self.documents:
+                return None
             digest = sha256(self._unfinished)
             os.replace(self._unfinished, self._path)
+            return digest
         except OSError as error:
-            self.discard()
             raise machine_error(error, self._path) from None
-        return digest
+        finally:
+            self.discard()
 
     def discard(self) -> None:
         """Remove an incomplete file."""
