@@ -139,24 +139,23 @@ def _read_file(piece: Piece, url: str) -> list[Row]:
 
 def _read_parquet(piece: Piece, url: str) -> Iterator[Row]:
     """The rows of a piece. The rows before them in its row group are decoded and dropped."""
-    file, row = open_parquet(url), 0
+    file, start = open_parquet(url), 0
     for group in range(file.num_row_groups):
-        following = row + file.metadata.row_group(group).num_rows
+        row, following = start, start + file.metadata.row_group(group).num_rows
         if piece.begin < following:
-            batches = file.iter_batches(1000, row_groups=[group], columns=["text"], use_threads=False)
             with refuse_damage(url, f", row group {group}"):
-                for batch in batches:
+                for batch in file.iter_batches(1000, row_groups=[group], columns=["text"], use_threads=False):
                     first = max(piece.begin - row, 0)
                     texts = batch["text"][first : piece.end - row if piece.end else None]
-                    yield from enumerate(_to_strings(texts, group, row + first), row + first)
+                    yield from enumerate(_to_strings(texts, group, row + first - start), row + first)
                     row += len(batch)
                     if piece.end and row >= piece.end:
                         return
-        row = following
+        start = following
 
 
 def _to_strings(texts: Any, group: int, row: int) -> list[str | None]:
-    """The values of an array, of which the first is row `row`."""
+    """The values of an array, of which the first is row `row` of the row group."""
     texts = texts.dictionary_decode() if hasattr(texts, "dictionary_decode") else texts
     try:
         return texts.to_pylist()
