@@ -105,9 +105,8 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> tuple[int, int]:
     """Refuse invalid combinations of settings. Return this process's rank and the number of processes."""
-    limits = {"val_tokens": config.val_tokens, "max_tokens": config.max_tokens}
-    given = {name: value for name, value in limits.items() if value is not None}
-    cli.check_positive(workers=config.workers, shard_tokens=config.shard_tokens, **given)
+    numbers = {name: getattr(config, name) for name in ("workers", "shard_tokens", "val_tokens", "max_tokens")}
+    cli.check_positive(**{name: value for name, value in numbers.items() if value is not None})
     rank, world_size = find_rank()
     if world_size > 1 and config.max_tokens is not None:
         raise ValueError(

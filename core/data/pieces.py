@@ -20,9 +20,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 EXPANSION = 3  # bytes of text per compressed byte, approximately
 PIECE_BYTES, PIECE_FILES = 16 * 2**20, 1000  # limits of a piece: of text, and of whole files
 ROW_GROUP_BYTES = 64 * 2**20  # of text; reading a part of a row group also decodes the rows before that part
-
-
-Lines = bytes  # each with its newline
+Lines = bytes  # of a .jsonl file
+Row = tuple[int, str | None]  # the place in the file, which is a row, byte or line; the text or an InvalidDocument
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,6 @@ class Piece:
 
 class InvalidDocument(str):
     """In place of a document that can't be read as text: its place in the file and the reason."""
-
-
-Row = tuple[int, str | None]  # the place in the file, which is a row, byte or line; the text or an InvalidDocument
 
 
 def format_of(url: str) -> tuple[str, str | None]:

@@ -54,7 +54,8 @@ def retry(read: Callable[[], T], url: str) -> T:
 
     Raises ValueError for damaged content, OSError for a file that can't be reached.
     """
-    for pause in (*PAUSES, 0):
+    pauses = iter(PAUSES)
+    while True:
         try:
             return read()
         except (ValueError, ImportError):
@@ -63,11 +64,10 @@ def retry(read: Callable[[], T], url: str) -> T:
             status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", 500))
             final = isinstance(error, FINAL) or (400 <= status < 500 and status not in RETRYABLE)
             reason = f"{url} can't be read ({short_reason(error)})"
-            if is_local(url) or final or not pause:
+            if is_local(url) or final or not (pause := next(pauses, 0)):
                 raise OSError(f"{reason}. Fix this and rerun the same command to resume") from error
         tqdm.write(f"{reason}, retrying in {pause} s")
         time.sleep(pause)
-    raise AssertionError("the last pause is 0")
 
 
 def open_file(url: str, **settings: Any) -> Any:
