@@ -1,4 +1,4 @@
-"""Token shards: finding, checking and reading them, and the order in which training reads them.
+"""Token shards: writing, finding, checking and reading them, and the order in which training reads them.
 
 A data folder holds `val_000000.npy`, `train_000001.npy`, ... (plain uint16; documents are joined, each preceded by the
 end-of-text token), a `manifest.json` that lists them, and the tokenizer's files. A shard that the manifest doesn't
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from core import cli
-from core.files import sha256, write_json
+from core.files import machine_error, sha256, write_json
 
 if TYPE_CHECKING:  # fineweb.py needs no torch, and starts faster without it
     from torch import Tensor
 
+    from core.data.encode import Documents
     from core.distributed import Ranks
 
 Item = TypeVar("Item")
@@ -34,6 +35,7 @@ DEFAULT_VAL_TOKENS = 10_485_760
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder of shards that fineweb.py has not joined yet
 VERIFIED = ".verified.json"
+HEADER_BYTES = 128  # of .npy, which does not depend on the number of tokens
 REMEDY = "Write the folder again with fineweb.py --overwrite"
 BIN_MAGIC, LLAMA_MAGIC = 20240520, 20240801  # llm.c's formats: uint16, and uint32 of Llama's vocabulary
 RAW_BINS = ("train.bin", "val.bin")  # nanoGPT's names of files without a header
@@ -70,6 +72,16 @@ class Dataset:
             return open_shard(self.folder / shard["file"], shard["tokens"])
         except ValueError as error:
             raise ValueError(f"{error}. {self.remedy}") from None
+
+    def check(self, shard: dict[str, Any]) -> np.ndarray:
+        """The ids (n,) uint16 of a shard. Raises ValueError if it isn't the one that the manifest lists."""
+        path = self.folder / shard["file"]
+        ids = open_shard(path, shard["tokens"])
+        if sha256(path) != shard["sha256"]:
+            raise ValueError(f"{path} was cut short or altered: its sha256 differs from the manifest")
+        if (largest := int(ids.max())) >= self.vocab_size:
+            raise ValueError(f"{path} holds token id {largest}, outside the vocabulary of {self.vocab_size}")
+        return ids
 
 
 def open_dataset(folder: str | Path) -> Dataset:
@@ -113,11 +125,6 @@ def short_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
 
 
-def machine_error(error: OSError, path: Path) -> OSError:
-    """An error of the machine about `path`, such as too many open files. It means nothing about the content."""
-    return OSError(error.errno, error.strerror or short_reason(error), str(path))
-
-
 def verify(dataset: Dataset, ranks: "Ranks") -> None:
     """Check that every shard is the one that the manifest describes. The ranks share the work.
 
@@ -125,7 +132,9 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     `.verified.json` keeps the size and modification time of each shard that passed, so that the next start reads
     only the others.
     """
-    verified = _read_verified(dataset.folder)
+    verified: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # where it can't be read, all shards are checked again
+        verified = dict(json.loads((dataset.folder / VERIFIED).read_text(encoding="utf-8")))
     shards = dataset.manifest["shards"]
     own = cli.progress_bar(
         shards[ranks.rank :: ranks.world_size],
@@ -146,38 +155,22 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
             write_json(dataset.folder / VERIFIED, {file: stamp for file, (_, stamp) in results.items()})
 
 
-def _read_verified(folder: Path) -> dict[str, Any]:
-    """The stamps of earlier starts. Where they can't be read, all shards are checked again."""
-    try:
-        verified = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return verified if isinstance(verified, dict) else {}
-
-
 def _check_shard(
     dataset: Dataset, shard: dict[str, Any], verified: dict[str, Any]
 ) -> tuple[ValueError | OSError | None, list[Any]]:
     """The error of a shard, if any, and its stamp. It returns the error because the other ranks wait for a result."""
-    path = dataset.folder / shard["file"]
     try:
-        status = path.stat()
+        status = (dataset.folder / shard["file"]).stat()
         stamp = [status.st_size, status.st_mtime_ns, shard["sha256"]]
-        if verified.get(shard["file"]) == stamp:
-            return None, stamp
-        if sha256(path) != shard["sha256"]:
-            problem = "was cut short or altered: its sha256 differs from the manifest"
-        elif (largest := int(dataset.open(shard).max())) >= dataset.vocab_size:
-            problem = f"holds token id {largest}, outside the vocabulary of {dataset.vocab_size}"
-        else:
-            return None, stamp
-    except FileNotFoundError:
-        problem = "is missing"
+        if verified.get(shard["file"]) != stamp:
+            dataset.check(shard)
+        return None, stamp
+    except FileNotFoundError as error:
+        return ValueError(f"{error.filename} is missing. {dataset.remedy}"), []
     except OSError as error:
-        return machine_error(error, path), []
-    except ValueError as error:
         return error, []
-    return ValueError(f"{path} {problem}. {dataset.remedy}"), []
+    except ValueError as error:
+        return ValueError(f"{error}. {dataset.remedy}"), []
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
@@ -196,7 +189,7 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
     except Exception as error:  # numpy can raise anything for a damaged header
         raise ValueError(f"{path} is not a shard of tokens, or is cut short ({short_reason(error)})") from None
-    if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) != (len(ids) if tokens is None else tokens) or not len(ids):
+    if ids.dtype != np.uint16 or ids.ndim != 1 or not len(ids) or tokens not in (None, len(ids)):
         wanted = "of one dimension" if tokens is None else f"({tokens},)"
         raise ValueError(f"{path} holds {str(ids.dtype)[:40]} {ids.shape}, but a shard is uint16 {wanted}")
     return ids
@@ -216,6 +209,61 @@ def _map_bin(path: Path) -> np.ndarray:
     if size != 1024 + 2 * int(header[2]):
         raise ValueError(f"it has {size} bytes, but {1024 + 2 * int(header[2])} by its header's {header[2]} tokens")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+class ShardWriter:
+    """A shard that is written under another name until it is complete."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self._path, self._unfinished = path, path.with_name(f".{path.name}.{rank}.unfinished")
+        self._file = open(self._unfinished, "wb", buffering=0)  # noqa: SIM115  closed by finish or discard
+        self._file.seek(HEADER_BYTES)
+        self.tokens = self.documents = self.bytes = self.empty = 0
+        self.seen_tokens = self.seen_bytes = 0  # of the tasks that it is made of, including other documents
+        self.first = [0, 0]  # source file of the first document, and its place in the file
+        self.invalid: list[tuple[int, str]] = []
+
+    def add(self, documents: "Documents", first: int, last: int) -> int:
+        """Append the documents from `first` to before `last`, and return the number of tokens. Raises OSError."""
+        if first < last and not self.documents:
+            self.first = documents.places[first].tolist()
+        begin, end = documents.edges[[first, last]].tolist()
+        data = documents.ids[begin:end].data.cast("B")
+        try:
+            while data:  # a nearly full disk takes a part, and only the next call fails
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise machine_error(error, self._path) from None
+        self.tokens += end - begin
+        self.documents += last - first
+        self.bytes += int(documents.text_bytes[first:last].sum())
+        self.seen_tokens += len(documents.ids)
+        self.seen_bytes += documents.size
+        return end - begin
+
+    def finish(self) -> str | None:
+        """Complete the file and return its sha256; remove it and return None without documents. Raises OSError."""
+        try:
+            with self._file as file:
+                file.seek(0)
+                header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                assert file.tell() == HEADER_BYTES
+                os.fsync(file)
+            if not self.documents:
+                return None
+            digest = sha256(self._unfinished)
+            os.replace(self._unfinished, self._path)
+            return digest
+        except OSError as error:
+            raise machine_error(error, self._path) from None
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove an incomplete file."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)
 
 
 class Windows:
@@ -251,9 +299,8 @@ class Windows:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         start = (index - first) * self.seq_len
-        return self._open(shard)[start : start + self.seq_len + 1].astype(
-            np.int64
-        )  # a copy, so that the file can close
+        window = self._open(shard)[start : start + self.seq_len + 1]
+        return window.astype(np.int64)  # a copy, so that the file can close
 
 
 class TokenOrder:
