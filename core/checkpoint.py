@@ -145,6 +145,7 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
         raise ValueError(
             f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
+    state["settings"].setdefault("position_lr", state["settings"]["embed_lr"])  # versions before had one rate for both
     for name, value in fixed_settings.items():
         if name not in state["settings"]:
             raise ValueError(
