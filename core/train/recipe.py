@@ -133,8 +133,6 @@ def resolve_recipe(
     if steps is not None:
         cli.check_positive(steps=steps)
     values = replace(adapted_values(name, shape, overrides), **overrides)
-    if "position_lr" not in overrides:
-        values = replace(values, position_lr=values.embed_lr * (RECIPES[name].position_lr / RECIPES[name].embed_lr))
     values = replace(values, first_batch_tokens=min(values.first_batch_tokens, values.batch_tokens))
     check_values(values)
     check_batch_phases(values, seq_len)
@@ -171,9 +169,12 @@ def adapted_values(name: str, shape: GPTConfig, overrides: dict[str, Any]) -> Re
         values = replace(values, batch_tokens=batch_tokens, first_batch_tokens=SMALL_FIRST_BATCH_TOKENS)
     if name == "original":  # one batch size for all steps and, with AdamW, one learning rate for all weights
         values = replace(values, first_batch_tokens=overrides.get("batch_tokens", values.batch_tokens))
-        return replace(values, embed_lr=overrides.get("lr", values.lr)) if optimizer == "adamw" else values
-    # Muon's update has the same spectral norm at any width, so that its rate stays; the rate of the tied head doesn't.
-    return replace(values, embed_lr=values.embed_lr * min(1, REFERENCE_WIDTH / shape.n_embd))
+        if optimizer == "adamw":
+            values = replace(values, embed_lr=overrides.get("lr", values.lr))
+    else:  # Muon's update has the same spectral norm at any width, so that its rate stays; that of the tied head doesn't
+        values = replace(values, embed_lr=values.embed_lr * min(1, REFERENCE_WIDTH / shape.n_embd))
+    embed_lr = overrides.get("embed_lr", values.embed_lr)
+    return replace(values, position_lr=embed_lr * (RECIPES[name].position_lr / RECIPES[name].embed_lr))
 
 
 def scaled_to_length(name: str, values: RecipeValues, steps: int, tokens: int) -> dict[str, Any]:
