@@ -171,7 +171,7 @@ def adapted_values(name: str, shape: GPTConfig, overrides: dict[str, Any]) -> Re
         values = replace(values, first_batch_tokens=overrides.get("batch_tokens", values.batch_tokens))
         if optimizer == "adamw":
             values = replace(values, embed_lr=overrides.get("lr", values.lr))
-    else:  # Muon's update has the same spectral norm at any width, so that its rate stays; that of the tied head doesn't
+    else:  # Muon's update has the same spectral norm at any width, so that its rate stays; the head's doesn't
         values = replace(values, embed_lr=values.embed_lr * min(1, REFERENCE_WIDTH / shape.n_embd))
     embed_lr = overrides.get("embed_lr", values.embed_lr)
     return replace(values, position_lr=embed_lr * (RECIPES[name].position_lr / RECIPES[name].embed_lr))
