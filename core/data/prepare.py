@@ -26,14 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from core import cli
-from core.data.encode import Documents, Workers
+from core.data.encode import HEADER_BYTES, Documents, ShardWriter, Workers
 from core.data.pieces import PIECE_BYTES, cut, format_of
 from core.data.shards import (
     DEFAULT_VAL_TOKENS,
-    HEADER_BYTES,
     MANIFEST,
     UNFINISHED,
-    ShardWriter,
     open_dataset,
     short_reason,
 )

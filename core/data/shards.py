@@ -1,4 +1,4 @@
-"""Token shards: writing, finding, checking and reading them, and the order in which training reads them.
+"""Token shards: finding, checking and reading them, and the order in which training reads them.
 
 A data folder holds `val_000000.npy`, `train_000001.npy`, ... (plain uint16; documents are joined, each preceded by the
 end-of-text token), a `manifest.json` that lists them, and the tokenizer's files. A shard that the manifest doesn't
@@ -26,7 +26,6 @@ from core.files import machine_error, sha256, write_json
 if TYPE_CHECKING:  # fineweb.py needs no torch, and starts faster without it
     from torch import Tensor
 
-    from core.data.encode import Documents
     from core.distributed import Ranks
 
 Item = TypeVar("Item")
@@ -35,7 +34,6 @@ DEFAULT_VAL_TOKENS = 10_485_760
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"  # the folder of shards that fineweb.py has not joined yet
 VERIFIED = ".verified.json"
-HEADER_BYTES = 128  # of .npy, which does not depend on the number of tokens
 REMEDY = "Write the folder again with fineweb.py --overwrite"
 BIN_MAGIC, LLAMA_MAGIC = 20240520, 20240801  # llm.c's formats: uint16, and uint32 of Llama's vocabulary
 RAW_BINS = ("train.bin", "val.bin")  # nanoGPT's names of files without a header
@@ -209,61 +207,6 @@ def _map_bin(path: Path) -> np.ndarray:
     if size != 1024 + 2 * int(header[2]):
         raise ValueError(f"it has {size} bytes, but {1024 + 2 * int(header[2])} by its header's {header[2]} tokens")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
-
-
-class ShardWriter:
-    """A shard that is written under another name until it is complete."""
-
-    def __init__(self, path: Path, rank: int) -> None:
-        self._path, self._unfinished = path, path.with_name(f".{path.name}.{rank}.unfinished")
-        self._file = open(self._unfinished, "wb", buffering=0)  # noqa: SIM115  closed by finish or discard
-        self._file.seek(HEADER_BYTES)
-        self.tokens = self.documents = self.bytes = self.empty = 0
-        self.seen_tokens = self.seen_bytes = 0  # of the tasks that it is made of, including other documents
-        self.first = [0, 0]  # source file of the first document, and its place in the file
-        self.invalid: list[tuple[int, str]] = []
-
-    def add(self, documents: "Documents", first: int, last: int) -> int:
-        """Append the documents from `first` to before `last`, and return the number of tokens. Raises OSError."""
-        if first < last and not self.documents:
-            self.first = documents.places[first].tolist()
-        begin, end = documents.edges[[first, last]].tolist()
-        data = documents.ids[begin:end].data.cast("B")
-        try:
-            while data:  # a nearly full disk takes a part, and only the next call fails
-                data = data[self._file.write(data) :]
-        except OSError as error:
-            raise machine_error(error, self._path) from None
-        self.tokens += end - begin
-        self.documents += last - first
-        self.bytes += int(documents.text_bytes[first:last].sum())
-        self.seen_tokens += len(documents.ids)
-        self.seen_bytes += documents.size
-        return end - begin
-
-    def finish(self) -> str | None:
-        """Complete the file and return its sha256; remove it and return None without documents. Raises OSError."""
-        try:
-            with self._file as file:
-                file.seek(0)
-                header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
-                np.lib.format.write_array_header_1_0(file, header)
-                assert file.tell() == HEADER_BYTES
-                os.fsync(file)
-            if not self.documents:
-                return None
-            digest = sha256(self._unfinished)
-            os.replace(self._unfinished, self._path)
-            return digest
-        except OSError as error:
-            raise machine_error(error, self._path) from None
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """Remove an incomplete file."""
-        self._file.close()
-        self._unfinished.unlink(missing_ok=True)
 
 
 class Windows:
