@@ -2,35 +2,46 @@
 
     python report.py                                                 # every run in logs/
     python report.py --runs gpt2 gpt2-medium --out logs/sizes        # two runs in one plot
+    python report.py --runs gpt2 --reference build-nanogpt           # with the published curve of another project
 
 It also works during a run. By default the page and the plots are written to logs/.
 """
 
-import json
 import os
+import re
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from core import cli
+from core.curves import STEP_TOKENS, Curves, find_runs, load_log, load_reference, load_run, reference_names
 from core.data.shards import open_dataset
 from core.eval import results
 from core.eval.results import Result
-from core.files import METRICS, markdown_table, read_metrics
+from core.files import markdown_table
 from demo import stories
 
 # The palette of Okabe and Ito, which is safe for color blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
-SPLITS = ("train", "val", "lambada")
+REFERENCE_COLORS = ("#777777", "#BBBBBB")
+TASKS = {"lambada": "LAMBADA", "hellaswag": "HellaSwag"}  # scored during training
+# Fonts for letters that matplotlib's own font lacks, as far as they are installed.
+FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Malgun Gothic")
 
 
 @dataclass
 class Config:
     runs: Annotated[tuple[str, ...], cli.DEFAULT_IN_HELP] = ()
     """Names of the runs. Default: every run in logs/."""
+    reference: tuple[Literal[tuple(reference_names())], ...] = ()  # type: ignore[valid-type]
+    """Published 124M runs of other projects, drawn in gray: build-nanogpt (FineWeb-Edu), llm.c (FineWeb)."""
+    log_files: tuple[str, ...] = ()
+    """Log files of other projects, drawn in gray: main.log of llm.c, log.txt of build-nanogpt."""
+    log_step_tokens: int = STEP_TOKENS
+    """Tokens per step in --log-files."""
     out: str = "logs"
     """Folder for report.md and, if there are several runs, loss.png with the newest six.
     The plot of each run is written to loss.png in its own folder."""
@@ -39,57 +50,46 @@ class Config:
     terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
-@dataclass
-class RunRecord:
-    """What a run has logged. `train`, `val` and `lambada` are the lines of metrics.jsonl by split."""
-
-    name: str
-    settings: dict[str, Any]  # run.json
-    train: list[dict[str, Any]]
-    val: list[dict[str, Any]]
-    lambada: list[dict[str, Any]]
-    entropy: float | None  # of the validation data, in nats per token
-
-
 def main(config: Config) -> None:
-    runs = [load_run(name, config.floor) for name in config.runs or find_runs()]
+    cli.check_positive(log_step_tokens=config.log_step_tokens)
+    references, problems = load_references(config)
+    runs = [load_run(name) for name in config.runs or find_runs()]
+    if config.floor:
+        for run in runs:
+            run.entropy = load_entropy(run.settings, Path(config.floor))
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    plots = [save_figure([run], Path("logs") / run.name / "loss.png") for run in runs]
-    if len(runs) > 1:
-        newest = sorted(runs, key=lambda run: (Path("logs") / run.name / METRICS).stat().st_mtime)[-len(COLORS) :]
-        plots.append(save_figure(newest, out / "loss.png"))
+    drawn = [run for run in runs if run.train or run.val]
+    plots = [save_figure([run], references, Path("logs") / run.name / "loss.png") for run in drawn]
+    if len(drawn) > 1:
+        newest = sorted(drawn, key=lambda run: (Path("logs") / run.name).stat().st_mtime)[-len(COLORS) :]
+        plots.append(save_figure(newest, references, out / "loss.png"))
     page = out / "report.md"
-    found = results.load_all()
+    found, damaged = results.load_all()
     if config.runs:
         found = [result for result in found if result.model.split("/")[0] in config.runs]
-    text = build_page(runs, found, plots, out)
+    problems += damaged
+    text = build_page(runs, references, found, plots, problems, out)
     page.write_text(text, encoding="utf-8")
     print(text)
     print(f"wrote {', '.join(str(path) for path in [page, *plots])}")
 
 
-def find_runs() -> list[str]:
-    names = sorted(path.parent.name for path in Path("logs").glob(f"*/{METRICS}"))
-    if not names:
-        raise ValueError("logs/ contains no runs. Start one with train.py, or change to the folder that contains logs/")
-    return names
-
-
-def load_run(name: str, stories_file: str | None) -> RunRecord:
-    """Read a run. Raises ValueError if logs/ has no run of that name, or if `stories_file` isn't the run's data."""
-    folder = Path("logs") / name
-    if not (folder / METRICS).is_file():
-        raise ValueError(f"--runs {name}: {folder} contains no run. Choose from {', '.join(find_runs())}")
-    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    metrics = read_metrics(folder)
-    train, val, lambada = ([line for line in metrics if line["split"] == split] for split in SPLITS)
-    entropy = load_entropy(settings, Path(stories_file)) if stories_file else None
-    return RunRecord(name, settings, train, val, lambada, entropy)
+def load_references(config: Config) -> tuple[list[Curves], list[str]]:
+    """The curves of other projects, and a line about each file that can't be read."""
+    curves, problems = [load_reference(name) for name in config.reference], []
+    for file in config.log_files:
+        try:
+            curves.append(load_log(Path(file), config.log_step_tokens))
+        except (OSError, ValueError) as error:
+            problems.append(f"--log-files: {error}")
+    return curves, problems
 
 
 def load_entropy(settings: dict[str, Any], stories_file: Path) -> float | None:
     """The entropy of the run's validation stories in nats per token; None for a run on other data."""
+    if "data" not in settings:
+        return None
     dataset = open_dataset(settings["data"])
     if not any(file["name"] == stories_file.name for file in dataset.manifest["source"]["files"]):
         return None
@@ -97,75 +97,106 @@ def load_entropy(settings: dict[str, Any], stories_file: Path) -> float | None:
     return stories.entropy(stories_file, documents, dataset.tokens("val"))
 
 
-def save_figure(runs: list[RunRecord], path: Path) -> Path:
+def save_figure(runs: list[Curves], references: list[Curves], path: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import font_manager
 
-    figure = build_figure(runs)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    fonts = [name for name in FONTS if name in font_manager.get_font_names()]
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans", *fonts]}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter that no installed font has
+        figure = build_figure(runs, references)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
     return path
 
 
-def build_figure(runs: list[RunRecord]) -> Any:
-    """A figure of all runs: loss by tokens and by time, LAMBADA accuracy, and metrics per step."""
+def build_figure(runs: list[Curves], references: list[Curves]) -> Any:
+    """A figure of all runs: loss by tokens and by time, accuracies, and metrics per step; references by tokens."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    has_lambada = any(run.lambada for run in runs)
-    top = ["tokens", "tokens", "time", "time", "lambada", "lambada"] if has_lambada else ["tokens"] * 3 + ["time"] * 3
-    rows: list[Any] = [top, ["lr", "lr", "speed", "speed", "norm", "norm"]]
+    tasks = [task for task in TASKS if any(run.lines[task] for run in [*runs, *references])]
+    names = ["tokens", "time", *tasks]
+    rows: list[Any] = [[name for name in names for _ in range(12 // len(names))]]
+    rows.append([name for name in ("lr", "speed", "norm") for _ in range(4)])
     figure, panels = plt.subplot_mosaic(rows, figsize=(15, 8), height_ratios=(3, 2), layout="constrained")
     unit, seconds = time_unit(runs)
+    for curves, color in zip(references, REFERENCE_COLORS * len(references), strict=False):
+        plot_losses(panels["tokens"], curves, color, lambda line: line["tokens"])
+        plot_accuracies(panels, tasks, curves, color)
     for run, color in zip(runs, COLORS, strict=False):
         plot_losses(panels["tokens"], run, color, lambda line: line["tokens"])
         plot_losses(panels["time"], run, color, lambda line: line["seconds"] / seconds)
-        if run.lambada:
-            plot_lambada(panels["lambada"], run, color)
+        plot_accuracies(panels, tasks, run, color)
         plot_steps(panels["lr"], run, color, "lr", 1)
         plot_steps(panels["speed"], run, color, "tokens_per_second", 1000)
         plot_steps(panels["norm"], run, color, "grad_norm", 1)
     for name, axes in panels.items():
         axes.grid(alpha=0.3)
         axes.set(xlabel=f"{unit} of training" if name == "time" else "training tokens", xlim=(0, None))
+        if references and name in ("tokens", *tasks) and (end := longest(runs)):
+            axes.set(xlim=(0, 1.05 * end))
         if name != "time":
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    label_panels(panels, runs)
-    handles, labels = panels["tokens"].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 3), frameon=False)
+            axes.xaxis.set_major_formatter(lambda tokens, _: EngFormatter(sep="")(tokens).replace("G", "B"))
+    label_panels(panels, [*runs, *references])
+    legend(figure, panels["tokens"])
     return figure
 
 
-def time_unit(runs: list[RunRecord]) -> tuple[str, int]:
+def longest(runs: list[Curves]) -> float:
+    """The planned tokens of the longest run, or those it has seen."""
+    planned = [tokens for run in runs if isinstance(tokens := run.settings.get("tokens"), int)]
+    return max([*planned, *(line["tokens"] for run in runs for line in run.train[-1:])], default=0)
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """The labels of the lines as they are: matplotlib would hide a leading underscore, and read $ as mathematics."""
+    handles = [line for line in axes.lines if line.get_gid()]
+    labels = [line.get_gid() for line in handles]
+    if handles:
+        box = figure.legend(handles, [" "] * len(handles), loc="outside upper left", ncols=min(len(labels), 3))
+        box.set_frame_on(False)
+        for text, label in zip(box.get_texts(), labels, strict=True):
+            text.set_parse_math(False)
+            text.set_text(label)
+
+
+def time_unit(runs: list[Curves]) -> tuple[str, int]:
     """The largest unit in which the longest run takes two or more, and its length in seconds."""
     longest = max((line["seconds"] for run in runs for line in run.train[-1:]), default=0)
     return next((unit for unit in (("hours", 3600), ("minutes", 60)) if longest >= 2 * unit[1]), ("seconds", 1))
 
 
-def plot_losses(axes: Any, run: RunRecord, color: str, x: Callable[[dict[str, Any]], float]) -> None:
+def plot_losses(axes: Any, run: Curves, color: str, x: Callable[[dict[str, Any]], float]) -> None:
     """Training loss faint, validation loss with markers, entropy of the data dashed; `x` of each line is its place."""
     train = [line for line in run.train if line["loss"] is not None]
     axes.plot(list(map(x, train)), [line["loss"] for line in train], color=color, alpha=0.35, linewidth=0.8)
-    # Without step 0: a line from there would cross the steep part, which has no validation.
-    val = [line for line in run.val if line["step"] > 0 and line["loss"] is not None]
+    val = [line for line in run.val if line["loss"] is not None]
+    # Step 0 is a dot: a line from there would cross the steep part, which has no validation.
+    start, later = ([line for line in val if (line["step"] == 0) == is_start] for is_start in (True, False))
+    axes.plot(list(map(x, start)), [line["loss"] for line in start], "o", color=color, markersize=4)
     label = run.name + (f": validation loss {val[-1]['loss']:.3f}" if val else "")
-    losses = [line["loss"] for line in val]
-    axes.plot(list(map(x, val)), losses, color=color, marker="o", markersize=4, linewidth=1.8, label=label)
+    losses = [line["loss"] for line in later]
+    axes.plot(list(map(x, later)), losses, color=color, marker="o", markersize=4, linewidth=1.8, gid=label)
     if run.entropy is not None:
         label = f"entropy of the data, the lowest possible loss: {run.entropy:.3f}"
-        axes.axhline(run.entropy, color="black", linestyle="--", linewidth=1, label=label)
+        axes.axhline(run.entropy, color="black", linestyle="--", linewidth=1, gid=label)
 
 
-def plot_lambada(axes: Any, run: RunRecord, color: str) -> None:
-    percent = [100 * line["accuracy"] for line in run.lambada]
-    axes.plot([line["tokens"] for line in run.lambada], percent, color=color, marker="o", markersize=4)
+def plot_accuracies(panels: dict[str, Any], tasks: list[str], run: Curves, color: str) -> None:
+    for task in tasks:
+        lines = [line for line in run.lines[task] if line["accuracy"] is not None]
+        if lines:
+            percent = [100 * line["accuracy"] for line in lines]
+            panels[task].plot([line["tokens"] for line in lines], percent, color=color, marker="o", markersize=4)
 
 
-def plot_steps(axes: Any, run: RunRecord, color: str, name: str, unit: float) -> None:
+def plot_steps(axes: Any, run: Curves, color: str, name: str, unit: float) -> None:
     """A metric of every step, faint, and its medians over each hundredth of the run."""
-    lines = [line for line in run.train if line[name] is not None]
+    lines = [line for line in run.train if isinstance(line.get(name), int | float)]
     values = [line[name] / unit for line in lines]
     axes.plot([line["tokens"] for line in lines], values, color=color, alpha=0.3, linewidth=0.6)
     size = max(len(lines) // 100, 1)
@@ -174,28 +205,39 @@ def plot_steps(axes: Any, run: RunRecord, color: str, name: str, unit: float) ->
     axes.plot([lines[min(i + size // 2, len(lines) - 1)]["tokens"] for i in starts], medians, color=color)
 
 
-def label_panels(panels: dict[str, Any], runs: list[RunRecord]) -> None:
+def label_panels(panels: dict[str, Any], runs: list[Curves]) -> None:
     from matplotlib.ticker import FormatStrFormatter
 
     losses = [line["loss"] for run in runs for line in [*run.train, *run.val] if line["loss"] is not None]
     for name in ("tokens", "time"):
-        panels[name].set(ylabel="loss (nats per token): training faint, validation with markers")
+        panels[name].set(ylabel="loss (nats per token), validation dotted")
         if losses and max(losses) > 3 * min(losses):
             panels[name].set_yscale("log")
             panels[name].yaxis.set_major_formatter(FormatStrFormatter("%g"))
             panels[name].yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     panels["lr"].set(ylabel="learning rate", ylim=(0, None))
     panels["speed"].set(ylabel="thousand tokens per second", ylim=(0, None))
-    panels["norm"].set(ylabel="gradient norm", yscale="log")
-    if "lambada" in panels:
-        protocols = {line["protocol"] for run in runs for line in run.lambada}
-        panels["lambada"].set(ylabel=f"LAMBADA accuracy (%), {', '.join(sorted(protocols))}", ylim=(0, None))
+    panels["norm"].set(ylabel="gradient norm")
+    if any((line.get("grad_norm") or 0) > 0 for run in runs for line in run.train):
+        panels["norm"].set_yscale("log")
+    for task, title in TASKS.items():
+        if task in panels:
+            protocols = {str(line.get("protocol", "")) for run in runs for line in run.lines[task]}
+            panels[task].set(ylabel=f"{title} accuracy (%), {', '.join(sorted(protocols))}", ylim=(0, None))
 
 
-def build_page(runs: list[RunRecord], found: list[Result], plots: list[Path], out: Path) -> str:
+def build_page(
+    runs: list[Curves],
+    references: list[Curves],
+    found: list[Result],
+    plots: list[Path],
+    problems: list[str],
+    out: Path,
+) -> str:
     """The Markdown page, whose links are relative to the folder `out`."""
-    sections = ["# Runs", runs_table(runs)]
-    sections += [f"![loss curves]({os.path.relpath(path, out)})" for path in plots]
+    sections = ["# Runs", runs_table(runs), *(curves.note for curves in references if curves.note)]
+    sections += [f"not shown: {problem}" for problem in problems]
+    sections += [f"![loss curves]({link(path, out)})" for path in plots]
     if found:
         sections += ["# Results", results.results_table(found)]
     for task in sorted({result.task for result in found if result.has_published}):
@@ -204,28 +246,61 @@ def build_page(runs: list[RunRecord], found: list[Result], plots: list[Path], ou
     return "\n\n".join(sections) + "\n"
 
 
-def runs_table(runs: list[RunRecord]) -> str:
-    rows = []
-    for run in runs:
-        last, settings = (run.train[-1] if run.train else None), run.settings
-        val = run.val[-1] if run.val and run.val[-1]["loss"] is not None else None
-        rows.append(
-            [
-                run.name,
-                f"{settings['preset']} ({settings['parameters'] / 1e6:.1f}M)",
-                f"{last['step'] if last else 0:,} of {settings['steps']:,}",
-                f"{last['tokens'] / 1e6:,.1f}M" if last else "0",
-                f"{val['loss']:.4f}" if val else "",
-                f"{val['bits_per_byte']:.4f}" if val and val["bits_per_byte"] else "",
-                f"{run.entropy:.4f} (+{val['loss'] / run.entropy - 1:.1%})" if run.entropy and val else "",
-                f"{last['tokens'] / last['seconds'] / 1e3:,.1f}" if last else "",
-                f"{last['seconds'] / 60:,.1f}" if last else "",
-                f"{settings['world_size']} x {settings['versions']['device']}",
-            ]
-        )
+def link(path: Path, out: Path) -> str:
+    """The relative address of a file; in angle brackets where Markdown needs them."""
+    address = os.path.relpath(path, out)
+    return address if re.fullmatch(r"[\w./-]+", address, re.ASCII) else f"<{address}>"
+
+
+def cell(text: str) -> str:
+    """A name as a cell of a Markdown table, which shows it as it is."""
+    if re.fullmatch(r"[\w./ -]+", text) and "_" not in text:
+        return text
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{text}{fence}".replace("|", "\\|")
+
+
+def runs_table(runs: list[Curves]) -> str:
     header = ["run", "model", "steps", "tokens", "validation loss", "bits per byte"]
-    header += ["entropy of the data (loss above it)", "ktok/s", "minutes of training", "device"]
-    return markdown_table(header, rows)
+    header += ["entropy of the data (loss above it)", "ktok/s", "minutes of training", "device", "state"]
+    return markdown_table(header, [run_row(run) for run in runs])
+
+
+def run_row(run: Curves) -> list[str]:
+    """A row of the table: what is known of the run."""
+    settings, last = run.settings, (run.train[-1] if run.train else None)
+    val = run.val[-1] if run.val and run.val[-1]["loss"] is not None else None
+    bits = val.get("bits_per_byte") if val else None
+    parameters, steps, versions = (settings.get(key) for key in ("parameters", "steps", "versions"))
+    size = f" ({parameters / 1e6:.1f}M)" if isinstance(parameters, int | float) else ""
+    device = versions.get("device", "") if isinstance(versions, dict) else ""
+    return [
+        cell(run.name),
+        f"{settings.get('preset', '')}{size}",
+        f"{run.steps:,} of {steps:,}" if isinstance(steps, int) else f"{run.steps:,}",
+        format_tokens(last["tokens"]) if last else "0",
+        f"{val['loss']:.4f}" if val else "",
+        f"{bits:.4f}" if bits else "",
+        f"{run.entropy:.4f} (+{val['loss'] / run.entropy - 1:.1%})" if run.entropy and val else "",
+        f"{last['tokens'] / last['seconds'] / 1e3:,.1f}" if last and last["seconds"] else "",
+        f"{last['seconds'] / 60:,.1f}" if last and last["seconds"] is not None else "",
+        f"{settings.get('world_size', '')} x {device}" if device else "",
+        "; ".join([*run.problems, state(run, steps)]),
+    ]
+
+
+def state(run: Curves, steps: Any) -> str:
+    if isinstance(steps, int) and run.steps >= steps:
+        return "finished"
+    return "not finished" if run.steps else "no step yet"
+
+
+def format_tokens(tokens: float) -> str:
+    """With a unit: 30k, 1.5M, 10.0B."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if tokens >= unit:
+            return f"{tokens / unit:,.1f}{name}"
+    return f"{tokens / 1e3:,.0f}k"
 
 
 if __name__ == "__main__":

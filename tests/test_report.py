@@ -57,10 +57,10 @@ def test_a_finished_and_an_unfinished_run_with_the_entropy_of_the_data(world, tm
     manifest = json.loads((world / "data/small/manifest.json").read_text(encoding="utf-8"))
     (val,) = (shard for shard in manifest["shards"] if shard["split"] == "val")
     least = sum(nats[: val["documents"]]) / val["tokens"]
-    for name in ("first", "second"):
+    for name, state in (("first", "not finished"), ("second", "not finished")):
         assert cells(page, name) == [
-            *(name, "tiny (1.2M)", "30 of 40", "0.0M", "2.5000", f"{2.5 / math.log(2) / 4:.4f}"),
-            *(f"{least:.4f} (+{2.5 / least - 1:.1%})", "2.0", "0.2", "1 x CPU"),
+            *(name, "tiny (1.2M)", "30 of 40", "30k", "2.5000", f"{2.5 / math.log(2) / 4:.4f}"),
+            *(f"{least:.4f} (+{2.5 / least - 1:.1%})", "2.0", "0.2", "1 x CPU", state),
         ]
     for plot in ("first/loss.png", "second/loss.png", "loss.png"):
         assert f"![loss curves]({plot})" in page
@@ -121,13 +121,14 @@ def test_the_plot_shows_each_run_by_tokens_and_by_time(world, tmp_path, monkeypa
     scored = {"step": 30, "tokens": 30_000, "split": "lambada", "accuracy": 0.25, "protocol": "openai", "seconds": 15}
     with open("logs/second/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(scored) + "\n")
-    runs = [report.load_run(name, None) for name in ("first", "second")]
-    panels = {axes.get_ylabel().split(" (")[0]: axes for axes in report.build_figure(runs).axes}
+    runs = [report.load_run(name) for name in ("first", "second")]
+    panels = {axes.get_ylabel().split(" (")[0]: axes for axes in report.build_figure(runs, []).axes}
     assert list(panels) == ["loss", "LAMBADA accuracy", "learning rate", "thousand tokens per second", "gradient norm"]
-    tokens, seconds = (axes for axes in report.build_figure(runs).axes if axes.get_ylabel().startswith("loss"))
+    tokens, seconds = (axes for axes in report.build_figure(runs, []).axes if axes.get_ylabel().startswith("loss"))
     for axes, unit in ((tokens, 1000), (seconds, 0.5)):
         first, second = ([line for line in axes.lines if line.get_color() == c] for c in report.COLORS[:2])
-        for training, validation in (first, second):
+        for training, start, validation in (first, second):
+            assert [*start.get_xdata(), *start.get_ydata(), start.get_linestyle()] == [0, 6.0, "None"]
             assert list(training.get_xdata()) == [unit * step for step in range(1, 31)]
             assert [*validation.get_xdata(), *validation.get_ydata()] == [15 * unit, 30 * unit, 3.5, 2.5]
     assert seconds.get_xlabel() == "seconds of training"
@@ -138,7 +139,7 @@ def test_the_plot_shows_each_run_by_tokens_and_by_time(world, tmp_path, monkeypa
 
 @pytest.mark.parametrize("seconds, unit", [(90, "seconds"), (120, "minutes"), (7199, "minutes"), (7200, "hours")])
 def test_the_longest_run_determines_the_unit_of_time(seconds, unit):
-    runs = [report.RunRecord("run", {}, [{"seconds": last}], [], [], None) for last in (1, seconds)]
+    runs = [report.Curves("run", {"train": [{"seconds": last}]}) for last in (1, seconds)]
     assert report.time_unit(runs)[0] == unit
 
 
@@ -164,11 +165,137 @@ def test_a_floor_file_that_is_not_the_runs_data_is_refused_by_name(world, tmp_pa
         report.main(report.Config(floor="stories.jsonl"))
 
 
-@pytest.mark.parametrize("content", ["[{", '[{"task": "lambada"}]'])
-def test_a_damaged_result_is_refused_by_file_name(world, tmp_path, monkeypatch, content):
+@pytest.mark.parametrize("content", ["[{", '[{"task": "lambada"}]', "7"])
+def test_a_damaged_result_is_named_and_the_report_goes_on(world, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     (tmp_path / "logs/results").mkdir()
     (tmp_path / "logs/results/broken.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"logs/results/broken\.json"):
-        report.main(report.Config())
+    report.main(report.Config())
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert "not shown: logs/results/broken.json is not a results file" in page
+    assert cells(page, "first")[2] == "30 of 40"
+
+
+def damage(folder, name):
+    """Damage a run's files, or remove them."""
+    metrics, settings = folder / "metrics.jsonl", folder / "run.json"
+    if name == "no-metrics":
+        metrics.unlink()
+    elif name == "empty-metrics":
+        metrics.write_text("")
+    elif name == "no-settings":
+        settings.unlink()
+    elif name == "torn-settings":
+        settings.write_text('{"preset": "ti')
+    elif name == "list-settings":
+        settings.write_text("[1]")
+    elif name == "few-settings":
+        settings.write_text("{}")
+    elif name == "torn-line":
+        lines = metrics.read_text().split("\n")
+        metrics.write_text("\n".join([*lines[:10], lines[10][:20], *lines[11:]]))
+    elif name == "other-types":
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines[5]["loss"], lines[6]["tokens"] = "x", None
+        del lines[7]["seconds"], lines[8]["split"]
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, 5, [1]]))
+    elif name == "first-validation":
+        metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
+    else:
+        assert name == "binary"
+        metrics.write_bytes(bytes(range(256)) * 9)
+        settings.write_bytes(bytes(range(256)))
+
+
+DAMAGE = {
+    "no-metrics": ("0 of 40", "metrics.jsonl is missing; no step yet"),
+    "empty-metrics": ("0 of 40", "no step yet"),
+    "no-settings": ("30", "run.json is missing; not finished"),
+    "torn-settings": ("30", "run.json is damaged; not finished"),
+    "list-settings": ("30", "run.json is damaged; not finished"),
+    "few-settings": ("30", "not finished"),
+    "torn-line": ("30 of 40", "1 damaged line in metrics.jsonl; not finished"),
+    "other-types": ("30 of 40", "5 damaged lines in metrics.jsonl; not finished"),
+    "first-validation": ("0 of 40", "no step yet"),
+    "binary": ("0", "run.json is damaged; 9 damaged lines in metrics.jsonl; no step yet"),
+}
+
+
+def test_a_damaged_run_is_a_row_and_the_others_are_reported_as_usual(world, tmp_path):
+    write_run(tmp_path, "good", world / "data/small")
+    for name in DAMAGE:
+        write_run(tmp_path, name, world / "data/small")
+        damage(tmp_path / "logs" / name, name)
+    run("report.py", cwd=tmp_path)
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert cells(page, "good")[2:5] == ["30 of 40", "30k", "2.5000"]
+    for name, (steps, state) in DAMAGE.items():
+        row = cells(page, name)
+        assert (row[2], row[-1]) == (steps, state), name
+    check_plot(tmp_path / "logs/loss.png")
+    check_plot(tmp_path / "logs/good/loss.png")
+
+
+NAMES = ["a$b$c", "_hidden", "a|b", "back\\slash", "поиск", "a_b*c*", "`quoted`"]
+
+
+def test_names_appear_as_they_are_in_plots_and_tables(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES[:6]:
+        write_run(tmp_path, name, world / "data/small")
+    report.main(report.Config())
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    for cell in ("`a$b$c`", "`_hidden`", "`a\\|b`", "`back\\slash`", "поиск", "`a_b*c*`"):
+        assert f"| {cell} " in page
+    assert "![loss curves](<a$b$c/loss.png>)" in page
+    figure = report.build_figure([report.load_run(name) for name in NAMES[:6]], [])
+    texts = figure.legends[0].get_texts()
+    assert [text.get_text() for text in texts] == [f"{name}: validation loss 2.500" for name in NAMES[:6]]
+    assert not any(text.get_parse_math() for text in texts)
+    assert report.cell("`quoted`") == "```quoted```"
+
+
+def test_published_curves_are_drawn_by_tokens(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "first", world / "data/small")
+    report.main(report.Config(reference=("build-nanogpt", "llm.c")))
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert "build-nanogpt: log of a 124M run" in page
+    assert "losses on FineWeb can't be compared with those on FineWeb-Edu" in page
+    references = [report.load_reference(name) for name in report.reference_names()]
+    figure = report.build_figure([report.load_run("first")], references)
+    panels = {axes.get_ylabel().split(" (")[0]: axes for axes in figure.axes if axes.get_xlabel() == "training tokens"}
+    grays = [line for line in panels["loss"].lines if line.get_color() in report.REFERENCE_COLORS and line.get_gid()]
+    ends = {line.get_gid(): (line.get_xdata()[-1], line.get_ydata()[-1]) for line in grays}
+    assert ends == {
+        "build-nanogpt (FineWeb-Edu): validation loss 3.062": (19_072 * 524_288, 3.0619),
+        "llm.c (FineWeb): validation loss 3.272": (19_560 * 524_288, 3.2722),
+    }
+    (accuracy,) = (line for line in panels["HellaSwag accuracy"].lines if len(line.get_xdata()))
+    assert accuracy.get_ydata()[-1] == pytest.approx(30.25)
+
+
+LLMC = "s:0 tel:11.0092\ns:0 trl:11.0091 lr:0.000001 norm:15.37\ns:250 eval:0.2501\ns:250 tel:6.5\n"
+BUILD = "0 val 10.9522\n0 hella 0.2487\n0 train 10.952208\n250 val 6.1608\n250 hella 0.2431\n"
+
+
+@pytest.mark.parametrize("content, last", [(LLMC, 6.5), (BUILD, 6.1608)])
+def test_a_log_file_of_another_project_is_read(tmp_path, content, last):
+    (tmp_path / "log.txt").write_text(content)
+    curves = report.load_log(tmp_path / "log.txt", step_tokens=1000)
+    assert [(line["tokens"], line["loss"]) for line in curves.val][-1] == (250_000, last)
+    assert len(curves.train) == 1
+    assert curves.lines["hellaswag"][-1]["accuracy"] in (0.2501, 0.2431)
+
+
+def test_a_log_file_that_is_none_is_named_and_the_report_goes_on(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "first", world / "data/small")
+    (tmp_path / "main.log").write_text(LLMC + "hello\n")
+    (tmp_path / "empty.log").write_text("")
+    report.main(report.Config(log_files=("main.log", "empty.log", "missing.log")))
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    for problem in ("main.log, line 5 is not of a log", "empty.log has no loss", "missing.log"):
+        assert f"not shown: --log-files: {problem}" in page or problem in page
+    assert cells(page, "first")[2] == "30 of 40"

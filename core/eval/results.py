@@ -109,20 +109,23 @@ def load_items(path: str) -> list[dict[str, Any]]:
     return items
 
 
-def load_all() -> list[Result]:
-    """Every result in logs/results/. Files of earlier versions lack the fields that have a default."""
-    found = []
+def load_all() -> tuple[list[Result], list[str]]:
+    """Every result in logs/results/, and a line about each damaged file.
+
+    Files of earlier versions lack the fields that have a default.
+    """
+    found, problems = [], []
     names = {name: JSON_NAMES.get(name, name) for name in Result.__dataclass_fields__}
     required = {f.name for f in fields(Result) if f.default is MISSING}
     for path in sorted(RESULTS.glob("*.json")):
         try:
-            for row in json.loads(path.read_text(encoding="utf-8")):
-                known = {name for name, key in names.items() if name in required or key in row}
-                found.append(Result(**{name: row[names[name]] for name in known}))
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            known = [[name for name, key in names.items() if name in required or key in row] for row in rows]
+            found += [Result(**{n: row[names[n]] for n in own}) for row, own in zip(rows, known, strict=True)]
         except (ValueError, KeyError, TypeError) as error:
             reason = type(error).__name__
-            raise ValueError(f"{path} is not a results file ({reason}). Remove it, or rerun its evaluation") from None
-    return found
+            problems.append(f"{path} is not a results file ({reason}). Remove it, or rerun its evaluation")
+    return found, problems
 
 
 def footnotes(results: list[Result]) -> str:

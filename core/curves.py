@@ -1,0 +1,150 @@
+"""The loss curves that report.py draws: runs in logs/, also unfinished or damaged ones, and logs of other projects."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.files import METRICS
+
+SETTINGS = "run.json"
+REFERENCES = Path(__file__).parent / "reference_curves.json"
+# What a line of metrics.jsonl must have to be drawn, by split; numbers, or null for a value that isn't finite.
+NEEDED = {
+    "train": ("loss", "seconds"),
+    "val": ("loss", "seconds"),
+    "lambada": ("accuracy",),
+    "hellaswag": ("accuracy",),
+}
+STEP_TOKENS = 524_288  # tokens per step of llm.c's and build-nanogpt's 124M runs
+PATTERNS = (  # of llm.c and build-nanogpt: step, kind, value
+    re.compile(r"s:(?P<step>\d+) (?P<kind>tel|eval|trl):(?P<value>\S+)"),
+    re.compile(r"(?P<step>\d+) (?P<kind>val|hella|train) (?P<value>\S+)"),
+)
+SPLITS = {"tel": "val", "val": "val", "eval": "hellaswag", "hella": "hellaswag", "trl": "train", "train": "train"}
+
+
+@dataclass
+class Curves:
+    """What a run or a log file has recorded: lines by split, in the form of metrics.jsonl."""
+
+    name: str
+    lines: dict[str, list[dict[str, Any]]]
+    settings: dict[str, Any] = field(default_factory=dict)  # run.json; empty for a log file
+    problems: list[str] = field(default_factory=list)
+    entropy: float | None = None  # of the validation data, in nats per token
+    note: str = ""  # what differs from a run of this project
+
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        return self.lines["train"]
+
+    @property
+    def val(self) -> list[dict[str, Any]]:
+        return self.lines["val"]
+
+    @property
+    def steps(self) -> int:
+        """Completed steps."""
+        return max((line["step"] for lines in self.lines.values() for line in lines), default=0)
+
+
+def find_runs() -> list[str]:
+    """The names of all runs in logs/. Raises ValueError if there are none."""
+    names = {path.parent.name for name in (METRICS, SETTINGS) for path in Path("logs").glob(f"*/{name}")}
+    if not names:
+        raise ValueError("logs/ contains no runs. Start one with train.py, or change to the folder that contains logs/")
+    return sorted(names)
+
+
+def load_run(name: str) -> Curves:
+    """A run, as far as its files can be read; `problems` names what can't. Raises ValueError for an unknown name."""
+    folder = Path("logs") / name
+    if not any((folder / file).exists() for file in (METRICS, SETTINGS)):
+        raise ValueError(f"--runs {name}: {folder} contains no run. Choose from {', '.join(find_runs())}")
+    problems: list[str] = []
+    settings = _read(folder / SETTINGS, problems, _parse_settings) or {}
+    rows, damaged = _read(folder / METRICS, problems, _parse_metrics) or ([], 0)
+    if damaged:
+        problems.append(f"{damaged} damaged line{'s' if damaged > 1 else ''} in {METRICS}")
+    lines = {split: [row for row in rows if row["split"] == split] for split in NEEDED}
+    return Curves(name, lines, settings, problems)
+
+
+def _read(path: Path, problems: list[str], parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_bytes().decode("utf-8", errors="replace"))
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+    except (OSError, ValueError) as error:
+        reason = f": {error.strerror}" if isinstance(error, OSError) else " is damaged"
+        problems.append(f"{path.name}{reason}")
+    return None
+
+
+def _parse_settings(text: str) -> dict[str, Any]:
+    settings = json.loads(text)
+    if not isinstance(settings, dict):
+        raise ValueError("not an object")
+    return settings
+
+
+def _parse_metrics(text: str) -> tuple[list[dict[str, Any]], int]:
+    """The lines that can be drawn, and the number of damaged ones. An incomplete last line is that of a running run."""
+    rows, damaged = [], 0
+    for line in text.split("\n")[:-1]:
+        try:
+            row = json.loads(line)
+            if _is_usable(row):
+                rows.append(row)
+            elif not isinstance(row, dict) or row.get("split") in NEEDED:
+                damaged += 1
+        except ValueError:
+            damaged += 1
+    return rows, damaged
+
+
+def _is_usable(row: Any) -> bool:
+    if not isinstance(row, dict) or row.get("split") not in NEEDED:
+        return False
+    numbers = [row.get("step"), row.get("tokens"), *(row.get(key, "") for key in NEEDED[row["split"]])]
+    return all(isinstance(n, int | float) for n in numbers[:2]) and all(
+        n is None or isinstance(n, int | float) for n in numbers[2:]
+    )
+
+
+def load_log(path: Path, step_tokens: int = STEP_TOKENS) -> Curves:
+    """A main.log of llm.c or a log.txt of build-nanogpt. Raises ValueError, with the line, for another file."""
+    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in NEEDED}
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        match = next((m for pattern in PATTERNS if (m := pattern.match(text))), None)
+        try:
+            step, split, value = int(match["step"]), SPLITS[match["kind"]], float(match["value"])  # type: ignore[index]
+        except (TypeError, ValueError):
+            if text.strip():
+                raise ValueError(
+                    f"{path}, line {number} is not of a log of llm.c or build-nanogpt. Use main.log or log.txt"
+                ) from None
+            continue
+        row = {"step": step, "tokens": step * step_tokens, "loss": value}
+        lines[split].append(row if split != "hellaswag" else row | {"accuracy": value, "protocol": "completion-norm"})
+    if not any(lines.values()):
+        raise ValueError(f"{path} has no loss. Use main.log of llm.c or log.txt of build-nanogpt")
+    return Curves(f"{path.parent.name}/{path.name}" if path.parent.name else path.name, lines)
+
+
+def reference_names() -> list[str]:
+    return list(json.loads(REFERENCES.read_text(encoding="utf-8")))
+
+
+def load_reference(name: str) -> Curves:
+    """A published run of another project, by a name of `reference_names`."""
+    facts = json.loads(REFERENCES.read_text(encoding="utf-8"))[name]
+    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in NEEDED}
+    for split, key in (("val", "loss"), ("hellaswag", "accuracy")):
+        for step, value in facts[split]:
+            row = {"step": step, "tokens": step * facts["step_tokens"], key: value, "protocol": "completion-norm"}
+            lines[split].append(row)
+    return Curves(f"{name} ({facts['data']})", lines, note=f"{name}: {facts['source']}. {facts['differences']}")
