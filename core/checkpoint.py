@@ -17,6 +17,7 @@ from core import formats
 from core.convert import download, refuse_adapter, save_pretrained
 from core.distributed import Ranks
 from core.files import METRICS, json_text, sha256, write_json
+from core.weights import WEIGHT_FILES
 from model import GPT, PRESETS
 
 CHECKSUMS = "checksums.json"
@@ -24,6 +25,7 @@ TRAINING_STATE = "training_state.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHECKPOINT_FILES = (".pt", ".bin")  # endings of other projects' checkpoint files
 REQUIRED_FILES = ("config.json", "model.safetensors", TRAINING_STATE)
+MODEL_FILES = (*REQUIRED_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, CHECKSUMS)
 
 
 def save(
@@ -117,20 +119,29 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
 def find(run: Path, ranks: Ranks, *, restart: bool) -> Path | None:
     """The checkpoint that a run resumes from, the same on every rank; None for a new run. All ranks must call it.
 
-    Raises ValueError where all checkpoints are damaged, and where the run must `restart` but exists.
+    Raises ValueError, on all ranks, where all checkpoints are damaged, where the run must `restart` but exists, and
+    where a rank doesn't see the checkpoint.
     """
     restarted_by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restart and not restarted_by_torchrun:
-        if (run / METRICS).is_file():
-            raise ValueError(f"{run} already contains a run. Use another --run, or --resume auto to resume it")
-        return None
-    found, warnings = ranks.broadcast(newest_valid(run) if ranks.is_main else None)
-    for line in warnings:
-        ranks.log(line)
-    if warnings and found is None:
-        raise ValueError(f"{run} has no valid checkpoint. Move the folder away to start the run again")
-    if found is not None and not found.is_dir():
-        raise ValueError(f"{found} is not visible to rank {ranks.rank}. All nodes need the same logs/ and data/")
+
+    def find_here() -> Path | None:
+        if restart and not restarted_by_torchrun:
+            if (run / METRICS).is_file():
+                raise ValueError(f"{run} already contains a run. Use another --run, or --resume auto to resume it")
+            return None
+        found, warnings = newest_valid(run)
+        for line in warnings:
+            ranks.log(line)
+        if warnings and found is None:
+            raise ValueError(f"{run} has no valid checkpoint. Move the folder away to start the run again")
+        return found
+
+    found = ranks.on_main(find_here)
+    is_visible = ranks.all_gather(found is None or found.is_dir())
+    if not all(is_visible):
+        raise ValueError(
+            f"{found} is not visible to rank {is_visible.index(False)}. All nodes need the same logs/ and data/"
+        )
     return found
 
 
@@ -168,12 +179,17 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
     """
     folder = Path(ckpt)
     if folder.is_file():
+        if folder.name in MODEL_FILES and (folder.parent / "config.json").is_file():
+            raise ValueError(f"{option} {ckpt} is one file of a model folder. Use {option} {folder.parent}")
         if not formats.is_checkpoint_file(folder):
-            raise ValueError(f"{option} {ckpt} is not a folder, and no checkpoint of a known format. {known_runs()}")
+            raise ValueError(
+                f"{option} {ckpt} is not a folder, and not a checkpoint file of a known format. {known_runs()}"
+            )
         return str(folder)
     if not folder.is_dir():
-        if folder.exists() or ckpt.startswith((".", "/", "logs/")):
-            raise ValueError(f"{option} {ckpt} is not a folder. {known_runs()}")
+        if folder.exists() or ckpt.startswith((".", "/", "~", "logs/")):
+            reason = "is not a folder or file" if folder.exists() else "does not exist"
+            raise ValueError(f"{option} {ckpt} {reason}. {known_runs()}")
         return ckpt
     if (folder / "checkpoints").is_dir():
         found, warnings = newest_valid(folder)
@@ -194,7 +210,7 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
 
 def resolve_init(init_from: str, ranks: Ranks) -> str:
     """What `--init-from` names, as rank 0 finds it: a run that is still training may save a checkpoint meanwhile."""
-    return ranks.broadcast(resolve(init_from, "--init-from"))
+    return ranks.on_main(lambda: resolve(init_from, "--init-from"))
 
 
 def resolve_all(ckpts: tuple[str, ...]) -> list[str]:
@@ -204,8 +220,10 @@ def resolve_all(ckpts: tuple[str, ...]) -> list[str]:
 
 
 def known_runs() -> str:
+    """A remedy: what the option accepts."""
     runs = sorted(str(path.parent) for path in Path("logs").glob("*/checkpoints"))
-    return f"Runs here: {', '.join(runs)}" if runs else "Train one with train.py, or use a hub name such as gpt2"
+    trained = f"a run ({', '.join(runs)})" if runs else "a run of train.py"
+    return f"Use {trained}, a Hugging Face folder, a checkpoint file of nanoGPT or llm.c, or a hub name such as gpt2"
 
 
 def load_model(source: str) -> GPT:

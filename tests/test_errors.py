@@ -95,7 +95,7 @@ def test_values_that_must_be_positive(error_of, here, option, value):
         ),
         (["--profile"], "--profile needs --steps 6 or more, --steps is 3"),
         (["--eval-only"], "logs/tiny has no checkpoint to evaluate. Name weights with --init-from"),
-        (["--init-from", "logs/none"], "--init-from logs/none is not a folder. "),
+        (["--init-from", "logs/none"], "--init-from logs/none does not exist. Use a run of train.py, a "),
         (["--init-from", "data/small"], "--init-from data/small contains neither checkpoints nor a config.json. "),
         (["--init-from", "data/small/manifest.json"], "--init-from data/small/manifest.json is not a folder. "),
     ],
@@ -300,11 +300,11 @@ def test_folder_with_the_name_of_a_required_file(error_of, here):
         (["--top-p", 1.5], r"--top-p 1\.5 must be above 0 and at most 1"),
         (["--device", "gpu"], "--device gpu is not a device"),
         (["--ckpt", "nowhere/at/all"], "nowhere/at/all"),
-        (["--ckpt", "logs/none"], "--ckpt logs/none is not a folder. Train one with train.py"),
+        (["--ckpt", "logs/none"], "--ckpt logs/none does not exist. Use a run of train.py, a "),
         (["--ckpt", "data/small"], "--ckpt data/small contains neither checkpoints nor a config.json"),
         (
             ["--ckpt", "saved/config.json"],
-            "--ckpt saved/config.json is not a folder, and no checkpoint of a known format",
+            "--ckpt saved/config.json is one file of a model folder. Use --ckpt saved",
         ),
     ],
 )

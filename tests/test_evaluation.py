@@ -554,7 +554,7 @@ def test_a_protocol_has_its_own_row_and_is_scored_once(call, models, monkeypatch
     [
         ((), ("--ckpt names no model",)),
         (("--ckpt",), ("--ckpt names no model",)),
-        (("--ckpt", "logs/none"), ("--ckpt logs/none is not a folder",)),
+        (("--ckpt", "logs/none"), ("--ckpt logs/none does not exist",)),
         (("--ckpt", "models/one", "data/stories"), ("--ckpt data/stories contains neither checkpoints nor",)),
         (("--ckpt", "models/one", "--batch-tokens", "0"), ("--batch-tokens 0 must be above 0",)),
         (("--ckpt", "models/one", "--batch-tokens", "-1"), ("--batch-tokens -1 must be above 0",)),

@@ -477,7 +477,7 @@ def test_a_missing_text_is_a_one_line_error(world, model, passages):
         ("models/small", {}, "outside the model's vocabulary of 300"),
         ("models/bare", {}, "models/bare has 664 token ids and no tokenizer.json"),
         ("data/stories", {}, "--ckpt data/stories contains neither checkpoints nor a config.json"),
-        ("logs/none", {}, "--ckpt logs/none is not a folder"),
+        ("logs/none", {}, "--ckpt logs/none does not exist"),
     ],
 )
 def test_a_user_error_names_the_option(world, model, passages, monkeypatch, ckpt, settings, message):

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from core import cli
 from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS
@@ -129,11 +130,30 @@ class RecipeConfig:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+def parse_micro_batch(values: list[str]) -> int | Literal["auto"]:
+    """Raises ValueError for anything else: tyro's own error would show types of Python."""
+    if values == ["auto"]:
+        return "auto"
+    try:
+        return int(values[0])
+    except ValueError:
+        raise ValueError(f"{values[0]!r:.40} is neither an integer nor auto") from None
+
+
+MICRO_BATCH = PrimitiveConstructorSpec[Any](
+    nargs=1,
+    metavar="INT|auto",
+    instance_from_str=parse_micro_batch,
+    is_instance=lambda value: value == "auto" or isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
 @dataclass
 class SystemConfig:
     """Speed and memory. These options change results by rounding only."""
 
-    micro_batch: int | Literal["auto"] = "auto"
+    micro_batch: Annotated[int | Literal["auto"], MICRO_BATCH] = "auto"
     """Sequences per forward pass on each rank. auto: the largest that fits, up to 65,536 tokens (on a CPU: 8)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the matrix products; weights and optimizer stay float32. float16 scales the loss. auto: bfloat16 on CUDA,
