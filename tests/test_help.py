@@ -64,9 +64,9 @@ def test_flat_options_fill_the_groups():
     given = ["--data", "d", "--run", "r", "--recipe", "speedrun", "--lr", "3", "--micro-batch", "2", "--val-every", "7"]
     config = cli.parse(train.Config, "", [*given, "--keep", "9", "--no-verify", "--quiet"])
     expected = train.Config()
-    expected.run.data, expected.run.name, expected.run.no_verify = "d", "r", True
-    expected.recipe.name, expected.recipe.lr = "speedrun", 3.0
-    expected.system.micro_batch, expected.evaluation.val_every, expected.checkpoints.keep = 2, 7, 9
+    expected.run.data, expected.run.name, expected.checkpoints.no_verify = "d", "r", True
+    expected.run.recipe, expected.run.lr = "speedrun", 3.0
+    expected.run.micro_batch, expected.evaluation.val_every, expected.checkpoints.keep = 2, 7, 9
     expected.terminal.quiet = True
     assert config == expected
 

@@ -66,7 +66,7 @@ def open_session(run: Run) -> Iterator[Session]:
         batches = open_loader(
             run.dataset,
             recipe,
-            seed=config.run.seed,
+            seed=config.recipe.seed,
             micro_batch=run.micro_batch,
             ranks=ranks,
             steps=range(run.step, recipe.steps),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def run_folder(config: Config) -> Path:
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, System]:
     """Check every option before the first step, and fill in those that follow from others."""
-    micro_batch = 1 if config.system.micro_batch == "auto" else config.system.micro_batch
+    micro_batch = 1 if config.run.micro_batch == "auto" else config.run.micro_batch
     evaluation, checkpoints = config.evaluation, config.checkpoints
     cli.check_positive(
         micro_batch=micro_batch,
@@ -103,12 +103,12 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         hang_timeout=checkpoints.hang_timeout,
     )
     recipe = resolve_recipe(
-        config.recipe.name,
+        config.run.recipe,
         config.shape,
-        tokens=config.recipe.tokens,
+        tokens=config.run.tokens,
         seq_len=config.recipe.seq_len,
         steps=config.recipe.steps,
-        overrides=config.recipe.overrides,
+        overrides=config.overrides,
         micro_batch=micro_batch,
         world_size=ranks.world_size,
     )
@@ -117,7 +117,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
     cli.check_between(
         0,
         2**63 - 1,
-        seed=config.run.seed,
+        seed=config.recipe.seed,
         sample_every=evaluation.sample_every,
         keep_every=checkpoints.keep_every,
         max_bad_steps=checkpoints.max_bad_steps,
@@ -127,13 +127,13 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
     for split in ("train", "val"):
         Windows(dataset, split, recipe.seq_len)
-    system = resolve_system(config.system, ranks)
+    system = resolve_system(config.system, ranks, config.run.micro_batch)
     if system.compile:
         check_compiler(ranks.device)
     return recipe, system
 
 
-def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
+def resolve_system(config: SystemConfig, ranks: Ranks, micro_batch: int | Literal["auto"] = "auto") -> System:
     """Replace "auto" by the value for this device. Raises ValueError for kernels that it doesn't support."""
     on_cuda = ranks.device.type == "cuda"
     dtype = default_dtype(ranks.device) if config.dtype == "auto" else config.dtype
@@ -152,13 +152,13 @@ def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
         compile=on_cuda if config.compile == "auto" else config.compile == "on",
         fused=supported if config.fused == "auto" else config.fused,
         activation_checkpointing=config.activation_checkpointing,
-        micro_batch=None if config.micro_batch == "auto" else config.micro_batch,
+        micro_batch=None if micro_batch == "auto" else micro_batch,
     )
 
 
 def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run may not change: its steps would not be those of an uninterrupted run."""
-    settings = {"preset": config.run.preset, "seed": config.run.seed, "init_from": config.run.init_from}
+    settings = {"preset": config.run.preset, "seed": config.recipe.seed, "init_from": config.run.init_from}
     settings |= {"val_tokens": config.evaluation.val_tokens, "manifest_hash": dataset.manifest_hash}
     return settings | {name: getattr(recipe, name) for name in ("seq_len", *SETTINGS)}
 
@@ -217,7 +217,7 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
     """The model at its start. Raises ValueError where the weights don't fit the preset or the shards."""
     shape = replace(config.shape, vocab_size=dataset.vocab_size)
     if source is None:
-        model = GPT(shape, seed=config.run.seed)
+        model = GPT(shape, seed=config.recipe.seed)
         INITIALIZERS[recipe.init](model)
         return model
     model = checkpoint.load_model(str(source))

@@ -199,10 +199,10 @@ def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Pa
     checkpoint.check_tokens(source, model, dataset.folder, dataset.vocab_size)
     dtype = resolve_system(config.system, ranks).dtype
     seq_len = config.recipe.seq_len or shape.n_positions
-    micro_batch = VAL_BATCH if config.system.micro_batch == "auto" else config.system.micro_batch
+    micro_batch = VAL_BATCH if config.run.micro_batch == "auto" else config.run.micro_batch
     cli.check_between(1, shape.n_positions, seq_len=seq_len)
     cli.check_positive(val_tokens=config.evaluation.val_tokens, micro_batch=micro_batch)
-    if not config.run.no_verify:
+    if not config.checkpoints.no_verify:
         verify(dataset, ranks)
     for evaluation in build_evaluations(config.evaluation, dataset, ranks, shape, model, seq_len, dtype, micro_batch):
         result = evaluation.run(model)
