@@ -92,7 +92,8 @@ def open_log(run: Run) -> RunLog:
     facts |= {"run": run.folder.name, "micro_batch": run.micro_batch, "world_size": run.ranks.world_size}
     facts |= {"manifest_hash": run.dataset.manifest_hash, "versions": versions(run.ranks.device)}
     facts |= {"parameters": run.model.num_parameters(), "epochs": run.recipe.tokens / run.dataset.tokens("train")}
-    return RunLog(run.folder, facts, step=run.step, wandb_project=run.config.evaluation.wandb_project)
+    project = run.config.evaluation.wandb_project
+    return RunLog(run.folder, facts, step=run.step, tracker=run.config.tracker, project=project)
 
 
 def open_profiler(run: Run, log: Callable[[str], None], stack: ExitStack) -> Callable[[], None]:

@@ -21,6 +21,7 @@ from core.train.memory import largest_divisor, largest_micro_batch
 from core.train.optim import OptimizerGroup, build_optimizer, loss_scaler
 from core.train.profiling import PROFILED_STEPS
 from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, Schedule, resolve_recipe
+from core.train.trackers import check_installed
 from model import GPT, describe
 
 PREFETCH = 4  # micro-batches prepared in host memory ahead of their use
@@ -130,6 +131,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
     system = resolve_system(config.system, ranks, config.run.micro_batch)
     if system.compile:
         check_compiler(ranks.device)
+    check_installed(config.run.tracker)
     return recipe, system
 
 
