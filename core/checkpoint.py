@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from core import formats
+from core import cli, formats
 from core.convert import download, refuse_adapter, save_pretrained
 from core.distributed import Ranks
 from core.files import METRICS, json_text, sha256, write_json
@@ -156,18 +156,58 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
         raise ValueError(
             f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
+    check_settings(run, state, fixed_settings)
+    return state
+
+
+def check_settings(run: Path, state: dict[str, Any], fixed_settings: dict[str, Any]) -> None:
+    """Raise ValueError, with both values, for the first fixed setting that differs from that of the training state."""
+    settings = state["settings"]
     for name, value in fixed_settings.items():
-        if name not in state["settings"]:
+        if name not in settings:
             raise ValueError(
                 f"run {run.name} was started by an earlier version of this project, without the setting {name}. "
                 f"Finish it with that version, or use another --run"
             )
-        if (saved := state["settings"][name]) != value:
+        if settings[name] == value:
+            continue
+        if name == "steps" and state["step"] == settings["steps"]:
             raise ValueError(
-                f"run {run.name} was started with {name} {saved}, now it is {value}. Restore the setting to resume, or "
-                f"use another --run with --init-from {run}"
+                f"run {run.name} is finished: {settings['steps']} steps. It can't be extended to {value}, as its "
+                f"learning rate has ended. To train its weights further, use another --run with --init-from {run}"
             )
-    return state
+        before, now = (describe_setting(name, each) for each in (settings[name], value))
+        raise ValueError(
+            f"run {run.name} was started with {before}, now it is {now}. Restore the setting to resume, or use another "
+            f"--run with --init-from {run}"
+        )
+
+
+def describe_setting(name: str, value: Any) -> str:
+    """As on the command line, where it is an option."""
+    if name == "manifest_hash":
+        return f"--data of manifest_hash {value}"
+    option = cli.option_name(name)
+    return f"no {option}" if value is None else f"{option} {value}"
+
+
+def check_preset(run: Path, options: dict[str, str]) -> None:
+    """Raise ValueError where a run with a checkpoint was started with another preset, before its data are opened.
+
+    `options`: the values now of preset and of other options, which a user who forgets one often forgets too.
+    """
+    try:
+        recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        differing = {name: str(recorded[name]) for name, value in options.items() if recorded[name] != value}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # the checkpoint is authoritative
+        return
+    if "preset" in differing and list_checkpoints(run):
+        before = " ".join(f"--{name} {value}" for name, value in differing.items())
+        now = " ".join(f"--{name} {options[name]}" for name in differing)
+        raise ValueError(
+            f"run {run.name} was started with {before}, now it is {now}. Restore the options to resume, or use another "
+            f"--run"
+        )
 
 
 def resolve(ckpt: str, option: str = "--ckpt") -> str:
@@ -234,13 +274,8 @@ def load_model(source: str) -> GPT:
         model, note = formats.read_checkpoint_file(Path(source))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    print_note(note)
+    cli.print_note(note)
     return model
-
-
-def print_note(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", flush=True)
 
 
 def check_tokens(source: str, model: GPT, data: Path, data_vocab_size: int) -> None:
@@ -280,5 +315,5 @@ def load_encoding(source: str, vocab_size: int) -> Any:
     if not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
         remedy = "Convert it with convert.py, and add" if folder.is_file() else "Add"
         raise ValueError(f"{source} has {vocab_size} token ids and no tokenizer.json. {remedy} its tokenizer.json")
-    print_note(f"{source} has no tokenizer: GPT-2's is used")
+    cli.print_note(f"{source} has no tokenizer: GPT-2's is used")
     return tokenizer.load("gpt2")

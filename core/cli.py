@@ -238,6 +238,12 @@ def progress_bar(
     return tqdm(iterable, desc, total, **tqdm_settings)
 
 
+def print_note(text: str) -> None:
+    """A line on standard output, from one rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", flush=True)
+
+
 def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 

@@ -313,6 +313,13 @@ def test_invalid_option_of_sample(error_of, here, arguments, message):
     assert re.search(message, error_of(sample, "--ckpt", "saved", "--tokens", 5, "--device", "cpu", *arguments))
 
 
+def test_samples_have_the_tokens_that_the_context_allows_unless_told(here, monkeypatch, capsys):
+    save_model(here / "saved")  # with a context of 64
+    monkeypatch.setattr("sys.argv", ["sample.py", "--ckpt", "saved", "--device", "cpu"])
+    cli.run(sample.main, sample.Config, "")
+    assert len(capsys.readouterr().out) > 20
+
+
 def test_sample_requires_a_checkpoint(error_of):
     assert "--ckpt" in error_of.parser(sample, "--prompt", "Hello")
 

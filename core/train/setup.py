@@ -83,10 +83,15 @@ class Run:
 
 
 def run_folder(config: Config) -> Path:
+    """The folder of the run. Raises ValueError for a name that is a path, and for another preset than the run has."""
     name = config.run.name or config.run.preset
     if Path(name).name != name:
         raise ValueError(f"--run {name} must be a name, not a path. The folder of the run is logs/RUN")
-    return Path("logs") / name
+    folder = Path("logs") / name
+    if not config.evaluation.eval_only and config.checkpoints.resume == "auto":
+        run = config.run
+        checkpoint.check_preset(folder, {"preset": run.preset, "data": run.data, "recipe": run.recipe})
+    return folder
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, System]:
@@ -193,6 +198,8 @@ def restore_or_init(
     fixed = fixed_settings(config, recipe, dataset)
     state = checkpoint.load_training_state(found, fixed) if found else None
     source = found or (checkpoint.resolve_init(config.run.init_from, ranks) if config.run.init_from else None)
+    if isinstance(source, str) and config.recipe.init:
+        ranks.log(f"warning: --init {config.recipe.init} has no effect, as --init-from {source} sets the weights")
     model = load_model(config, recipe, dataset, source).to(ranks.device)
     optimizer = build_optimizer(model, recipe, ranks)
     scaler = loss_scaler(system.dtype, ranks)
