@@ -37,6 +37,8 @@ REMEDIES = {  # for errors of the operating system that concern a path
     errno.EMFILE: "raise the limit on open files, as by ulimit -n 65536",
     errno.ENOSPC: "free disk space and rerun the same command",
 }
+# Packages that a plain train.py doesn't need; pyproject.toml lists them by purpose.
+PACKAGES = ("datasets", "fsspec", "huggingface_hub", "matplotlib", "pyarrow", "tiktoken", "tokenizers", "transformers")
 # For an option whose default None is explained in its help text.
 DEFAULT_IN_HELP = tyro.conf.arg(help_behavior_hint="")
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
@@ -73,6 +75,12 @@ def run(main: Callable[[Options], None], config_type: type[Options], description
         if os.environ.get("TRACEBACK"):
             raise
         print_last(f"error: {message(error)}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if os.environ.get("TRACEBACK") or package not in PACKAGES:
+            raise
+        print_last(f"error: the package {package} is not installed. Run pip install {package}")
         sys.exit(2)
     except KeyboardInterrupt:
         print_last("stopped")
