@@ -13,7 +13,6 @@ resume after the last complete shard. The same command in a second terminal shar
 
 import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from core import cli
-from core.data import audit, encode, prepare, settings, sources, tokenizer
+from core.data import audit, encode, prepare, sources, tokenizer
 from core.data.encode import EncoderMismatchError
 from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST, UNFINISHED, open_dataset
 from core.files import PRESENCE, FileLocks
@@ -50,7 +49,8 @@ class Config:
     encoding: str = "gpt2"
     """Encoding: a name that tiktoken knows, or a folder with a tokenizer.json. At most 65,536 ids."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard, approximately: documents and large compressed files are not divided. A token takes 2 bytes."""
+    """Tokens per shard, approximately: a document is not divided, nor is a compressed file, whatever its size. A token
+    takes 2 bytes."""
     val_tokens: Annotated[int | None, VAL_TOKENS_HELP] = None
     max_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Maximum number of tokens: stop before the document that would exceed it. Default: the entire source."""
@@ -78,22 +78,23 @@ def main(config: Config) -> None:
     if config.adopt:
         return audit.adopt(Path(config.adopt), config.encoding, config.overwrite)
     rank, world_size = check(config)
-    encoding = tokenizer.load(config.encoding)
+    encoder, encoding = encode.choose(config.encoder), tokenizer.load(config.encoding)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     locks = FileLocks(out)
-    locks.acquire(PRESENCE, shared=True)
+    alone = config.max_tokens is not None
+    locks.acquire(PRESENCE, shared=not (alone or config.overwrite))
     if config.overwrite:
-        settings.clear(out, locks)
-    locks.acquire(PRESENCE, shared=config.max_tokens is None)
+        prepare.clear(out)
     with locks.exclusive():
-        source, header = resolve_settings(config, out, encoding, locks)
+        source, header = resolve_settings(config, out, encoding)
+        prepare.check_settings(out, header, locks)
+        locks.acquire(PRESENCE, shared=not alone)
         if source is None:
             return print(f"{out} is already finished with the same source and settings. --overwrite writes it again")
         if not (out / "tokenizer_config.json").exists():
             tokenizer.save(encoding, out)
     job = prepare.Preparation(out, source.files, header, locks, rank, world_size, config.skip_broken)
-    encoder = encode.choose(config.encoder)
     try:
         with encode.Workers(config.workers, job.pieces, job.files, encoder, config.encoding, out) as workers:
             convert(config, job, workers)
@@ -104,10 +105,8 @@ def main(config: Config) -> None:
 
 def check(config: Config) -> tuple[int, int]:
     """Refuse invalid combinations of settings. Return this process's rank and the number of processes."""
-    limits = {"val_tokens": config.val_tokens, "max_tokens": config.max_tokens}
-    given = {name: value for name, value in limits.items() if value is not None}
-    cli.check_positive(workers=config.workers, shard_tokens=config.shard_tokens, **given)
-    encode.choose(config.encoder)
+    numbers = {name: getattr(config, name) for name in ("workers", "shard_tokens", "val_tokens", "max_tokens")}
+    cli.check_positive(**{name: value for name, value in numbers.items() if value is not None})
     rank, world_size = find_rank()
     if world_size > 1 and config.max_tokens is not None:
         raise ValueError(
@@ -138,33 +137,17 @@ def find_rank() -> tuple[int, int]:
     return 0, 1
 
 
-def resolve_settings(
-    config: Config, out: Path, encoding: Any, locks: FileLocks
-) -> tuple[sources.Source | None, dict[str, Any]]:
-    """The source, or None if it is finished, and the header of the manifest.
-
-    Raises ValueError if `out` was begun with other settings.
-    """
-    recorded, finished = settings.recorded_settings(out), (out / MANIFEST).is_file()
-    known = recorded.get("source", {})
+def resolve_settings(config: Config, out: Path, encoding: Any) -> tuple[sources.Source | None, dict[str, Any]]:
+    """The source, or None if it is finished, and the header of the manifest."""
+    known = prepare.recorded_settings(out).get("source", {})
     revision = known.get("revision") if known.get("name") == config.source else None
+    finished = (out / MANIFEST).is_file()
     # A commit never changes, so that a finished folder needs no request to the hub.
     source = None if revision and finished else sources.find_source(config.source, revision)
     header = {"source": source.to_json() if source else known, "encoding": encoding.name}
     header |= {"encoding_sha256": tokenizer.fingerprint(encoding), "vocab_size": encoding.n_vocab}
     header |= {"end_of_text_id": tokenizer.end_of_text_id(encoding)}
     header |= {key: getattr(config, key) for key in ("shard_tokens", "val_tokens", "max_tokens")}
-    try:
-        settings.check_settings(out, header)
-    except ValueError as error:
-        try:
-            emptied = settings.clear(out, locks, only_empty=True)
-        except ValueError:  # another process uses the other settings
-            emptied = False
-        if not emptied:
-            raise error from None
-        locks.acquire(PRESENCE, shared=config.max_tokens is None)
-        settings.check_settings(out, header)
     return (None if finished else source), header
 
 
@@ -176,10 +159,10 @@ def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -
         validation = job.write_validation(workers)
     chunks = job.plan(validation)
     remaining = [chunk for chunk in chunks if not job.record(chunk)]
-    check_disk(config, job, remaining)
+    tokens = min(sum(chunk.tokens for chunk in remaining), job.max_tokens)
+    check_disk(config.out, 2 * tokens)
     if 0 < len(remaining) < len(chunks):
         print(f"resuming after {len(chunks) - len(remaining)} of {len(chunks)} shards", flush=True)
-    tokens = sum(chunk.tokens for chunk in remaining)
     with cli.progress_bar(desc="tokens", unit="tok", unit_scale=True, total=tokens) as bar:
         try:
             job.write_chunks(chunks, workers, validation["tokens"], bar)
@@ -187,18 +170,17 @@ def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -
             tqdm.write("interrupted; rerun the same command to resume after the last complete shard")
             raise
     with job.locks.exclusive():
-        if job.finish(validation, chunks):
+        if job.finish(validation):
             audit.summarize(open_dataset(job.out))
 
 
-def check_disk(config: Config, job: prepare.Preparation, remaining: list[prepare.Chunk]) -> None:
-    """Raise ValueError if the remaining shards clearly don't fit on the disk."""
-    needed = 2 * min(sum(chunk.tokens for chunk in remaining), config.max_tokens or sys.maxsize)
-    free = shutil.disk_usage(job.out).free
+def check_disk(out: str, needed: int) -> None:
+    """Raise ValueError if so many bytes clearly don't fit on the disk."""
+    free = shutil.disk_usage(out).free
     if needed > free:
         raise ValueError(
-            f"--out {job.out} has {free / 1e9:,.3f} GB free, but the shards need about {needed / 1e9:,.3f} GB. Free "
-            "disk space, or use another --out or a smaller --max-tokens"
+            f"--out {out} has {free / 1e9:,.3f} GB free, but the shards need about {needed / 1e9:,.3f} GB. Free disk "
+            "space, or use another --out or a smaller --max-tokens"
         )
 
 

@@ -15,9 +15,17 @@ EXCLUSIVE = 2**30  # larger than the number of any shard: the lock of `exclusive
 PRESENCE = EXCLUSIVE + 1  # shared by all processes that work in the folder
 
 
+def machine_error(error: OSError, path: Path) -> OSError:
+    """An error of the machine about `path`, such as too many open files. It means nothing about the content."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
+
+
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise machine_error(error, path) from None
 
 
 def refuse_pointer(path: Path) -> None:
@@ -74,18 +82,15 @@ class FileLocks:
         """Lock an item, and return whether no other process holds it. Several processes can hold a shared lock."""
         import fcntl
 
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
-            fcntl.lockf(self._file, kind | (0 if wait else fcntl.LOCK_NB), 1, number)
+            fcntl.lockf(self._file, kind, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
             if self.supported:
-                print(
-                    f"warning: the file system of {self._folder} has no locks ({error.strerror}). Do not start the "
-                    "same process twice",
-                    flush=True,
-                )
+                reason = f"the file system of {self._folder} has no locks ({error.strerror})"
+                print(f"warning: {reason}. Do not start the same process twice", flush=True)
             self.supported = False
         return True
 

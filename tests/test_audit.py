@@ -167,7 +167,7 @@ def test_verify_raises_an_error_of_the_machine_and_does_not_advise_to_overwrite(
             raise failure
         return sha256(path)
 
-    monkeypatch.setattr(audit, "sha256", fails)
+    monkeypatch.setattr(shards, "sha256", fails)
     with pytest.raises(OSError) as error:
         audit.verify(data)
     assert cli.message(error.value) == f"{data / 'train_000003.npy'}: Input/output error"

@@ -538,7 +538,7 @@ def test_no_shard_is_truncated_on_a_nearly_full_disk(disk):
         zeros = np.zeros(tokens, dtype=np.uint16)
         with contextlib.suppress(OSError):
             shard = ShardWriter(disk / "shard.npy", 0)
-            shard.add(Documents(zeros, np.zeros((4, 1), dtype=np.int64)))
+            shard.add(Documents(zeros, np.array([0, tokens]), np.zeros(1, int), np.zeros((1, 2), int)), 0, 1)
             shard.finish()
             assert np.load(disk / "shard.npy").shape == (tokens,)
         shard.discard()

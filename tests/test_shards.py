@@ -269,6 +269,12 @@ def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
     assert "has no train document. A .txt is one document: split it, e.g. split " in message
 
 
+def test_a_txt_file_without_text_is_not_to_be_split(world, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    message = refused(prepare(world, tmp_path / "empty.txt", tmp_path / "out", check=False))
+    assert message.endswith("has no val document. Use more text, a larger --max-tokens or a smaller --val-tokens")
+
+
 def test_many_shards_do_not_log_a_line_each(world, tmp_path):
     log = prepare(world, "data/stories/stories.jsonl", tmp_path / "out", "--shard-tokens", 2000).stdout
     assert len(list((tmp_path / "out").glob("*.npy"))) > 30
@@ -347,11 +353,11 @@ def test_an_error_of_the_machine_in_a_parquet_file_is_not_damage(tmp_path, monke
     files = sources.find_source(str(path), None).files
     (piece,) = pieces.cut(files, 1000)
 
-    def read_row_group(*_, **__):
+    def iter_batches(*_, **__):
         raise error
 
-    file, column = pieces.open_parquet(str(path))
-    monkeypatch.setattr(file, "read_row_group", read_row_group)
-    monkeypatch.setattr(pieces, "open_parquet", lru_cache(lambda url: (file, column)))
+    file = pieces.open_parquet(str(path))
+    monkeypatch.setattr(file, "iter_batches", iter_batches)
+    monkeypatch.setattr(pieces, "open_parquet", lru_cache(lambda url: file))
     with pytest.raises(kind, match=message):
         pieces.read_piece(piece, files)

@@ -1,7 +1,7 @@
 """Operations on complete data folders: verify them against the manifest, or describe shards of another project."""
 
+import itertools
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from core import cli
 from core.data import tokenizer
-from core.data.shards import MANIFEST, UNFINISHED, Dataset, machine_error, open_dataset, open_shard, short_reason
+from core.data.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard, short_reason
 from core.files import sha256, write_json
 
 SAMPLE_DOCUMENTS = 50  # of each split, to decode and encode again
@@ -46,10 +46,8 @@ def verify(folder: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         checks = pool.map(lambda shard: _check_shard(dataset, shard, sizes), shards)
         checks = cli.progress_bar(checks, "checking shards", len(shards), unit="shards", leave=False, delay=1)
-        problems += [problem for problem in checks if problem]
-    if not problems:
-        problems = _check_sample(dataset, tokenizer.load(folder))
-    if problems:
+        problems += filter(None, checks)
+    if problems := problems or _check_sample(dataset, tokenizer.load(folder)):
         raise ValueError(f"{folder}: {'; '.join(problems)}. {dataset.remedy}")
     summarize(dataset)
     print(
@@ -60,17 +58,10 @@ def verify(folder: Path) -> None:
 
 def _check_shard(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> str:
     """How a shard differs from the manifest; empty if it doesn't."""
-    path = dataset.folder / shard["file"]
     try:
-        if sha256(path) != shard["sha256"]:
-            return f"{shard['file']} was cut short or altered: its sha256 differs from the manifest"
-        found = _counts(open_shard(path, shard["tokens"]), dataset.manifest["end_of_text_id"], sizes)
-    except FileNotFoundError:
-        return f"{shard['file']} is missing"
-    except OSError as error:
-        raise machine_error(error, path) from None
+        found = _counts(dataset.check(shard), dataset.manifest["end_of_text_id"], sizes)
     except ValueError as error:
-        return f"{shard['file']} is damaged ({error})"
+        return str(error)
     differing = [f"{key} {found[key]}, not {shard.get(key)}" for key in found if found[key] != shard.get(key)]
     return f"{shard['file']} holds {', '.join(differing)}" if differing else ""
 
@@ -92,41 +83,32 @@ def _counts(ids: np.ndarray, end_of_text_id: int, sizes: np.ndarray) -> dict[str
 
 def _out_of_order(shards: list[dict[str, Any]]) -> list[str]:
     """The shards that don't begin after the previous shard in the source."""
-    problems, last = [], (-1,)
-    for shard in shards:
-        if (begin := shard.get("begin")) is None:
-            continue
-        place = (shard["source_file"], *begin.values())  # a row, byte or line; in older folders a row and a token
-        if place <= last:
-            problems.append(f"{shard['file']} begins at {place} of the source, before the previous shard does")
-        last = place
-    return problems
+    # A row, byte or line of a file; in older folders a row and a token; in adopted folders nothing.
+    places = [
+        (shard["file"], (shard["source_file"], *shard["begin"].values())) for shard in shards if shard.get("begin")
+    ]
+    return [
+        f"{file} begins at {place} of the source, before the previous shard does"
+        for (_, before), (file, place) in itertools.pairwise(places)
+        if place <= before
+    ]
 
 
 def _check_sample(dataset: Dataset, encoding: Any) -> list[str]:
+    """The first difference in evenly spaced documents that are complete in one shard, if there is one."""
     if dataset.manifest.get("encoding_sha256", found := tokenizer.fingerprint(encoding)) != found:
         return ["tokenizer.json is not the encoding that the manifest lists"]
-    problems: list[str] = []
-    for split in ("val", "train"):
-        for name, number, ids in _sample(dataset, split):
-            try:
-                same = encoding.encode_ordinary(encoding.decode_bytes(ids).decode()) == ids
-            except (UnicodeDecodeError, KeyError) as error:
-                same, problems = False, [*problems, f"{name}: document {number} is not text ({short_reason(error)})"]
-            if not same:
-                return [*problems, f"{name}: document {number} encodes to other ids than those it is decoded from"]
-    return problems
-
-
-def _sample(dataset: Dataset, split: str) -> Iterator[tuple[str, int, list[int]]]:
-    """Evenly spaced documents that are complete in one shard: the shard, their number in it, their ids."""
-    shards = dataset.shards(split)
-    share = -(-SAMPLE_DOCUMENTS // max(len(shards), 1))
-    for shard in shards:
-        ids = dataset.open(shard)
+    for shard in dataset.manifest["shards"]:
+        ids, share = dataset.open(shard), -(-SAMPLE_DOCUMENTS // len(dataset.shards(shard["split"])))
         starts = np.flatnonzero(ids == dataset.manifest["end_of_text_id"])
-        for i in np.unique(np.linspace(0, max(len(starts) - 2, 0), share).astype(int)) if len(starts) > 1 else ():
-            yield shard["file"], int(i), ids[starts[i] + 1 : starts[i + 1]].tolist()
+        for i in np.unique(np.linspace(0, len(starts) - 2, share).astype(int)) if len(starts) > 1 else ():
+            document = ids[starts[i] + 1 : starts[i + 1]].tolist()
+            try:
+                if encoding.encode_ordinary(encoding.decode_bytes(document).decode()) != document:
+                    return [f"{shard['file']}: document {i} encodes to other ids than those it is decoded from"]
+            except (UnicodeDecodeError, KeyError) as error:
+                return [f"{shard['file']}: document {i} is not text ({short_reason(error)})"]
+    return []
 
 
 def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
@@ -168,7 +150,7 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
     header |= {"vocab_size": encoding.n_vocab, "end_of_text_id": end_of_text_id, "shards": shards}
     dataset = Dataset(folder, header, "")
     if problems := _check_sample(dataset, encoding):
-        raise ValueError(f"{folder}: {'; '.join(problems)}. Use its own --encoding, not {encoding_name}")
+        raise ValueError(f"{folder}: {problems[0]}. Use its own --encoding, not {encoding_name}")
     tokenizer.save(encoding, folder)
     write_json(folder / MANIFEST, header)
     summarize(dataset)

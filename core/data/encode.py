@@ -1,6 +1,7 @@
-"""Pieces of text -> token ids, in worker processes: by tiktoken, the reference, or by fastokens, about 10x faster.
+"""Pieces of text -> token ids, in worker processes; and token ids -> a shard.
 
-fastokens is checked: tiktoken encodes one document of each batch too.
+tiktoken is the reference. fastokens is about ten times as fast, and checked: tiktoken encodes one document of each
+batch too.
 """
 
 import itertools
@@ -9,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,15 +21,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from core.data import tokenizer
-from core.data.pieces import InvalidDocument, Piece, line_blocks, read_lines, read_piece
-from core.data.shards import prefetched, short_reason
+from core.data.pieces import InvalidDocument, Piece, divide, read_piece
+from core.data.shards import short_reason
 from core.data.sources import SourceFile
+from core.files import machine_error, sha256
 
+HEADER_BYTES = 128  # of .npy, which does not depend on the number of tokens
 BATCH = 256  # documents; a row group of 1,000 in one batch takes 10 % longer, as it touches new memory
 IN_FLIGHT = 4  # tasks per worker, to bound memory
 
 Tag = TypeVar("Tag")
-Key = tuple[int, int]  # number of a piece, and of a block of lines in it if it is a large compressed file
 
 
 class EncoderMismatchError(Exception):
@@ -63,21 +65,19 @@ class Encoder:
         self._folder = folder
 
     def encode(self, texts: list[str], number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The d documents joined, each preceded by the end-of-text token: ids (n,) uint16 and each one's start (d,).
+        """The d documents joined, each preceded by the end-of-text token: ids (n,) uint16 and their edges (d + 1,).
 
         `number` selects the document of each batch that is checked with tiktoken. Raises EncoderMismatchError.
         """
         encode_batch = self._by_fastokens if self._fast else self._by_tiktoken
         batches = [texts[first : first + BATCH] for first in range(0, len(texts), BATCH)]
         encoded = [ids for i, batch in enumerate(batches) for ids in encode_batch(batch, (number + i) % len(batch))]
-        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        joined = np.empty(ends[-1] if encoded else 0, dtype=np.uint16)
-        joined[starts] = self.end_of_text_id
-        for ids, start, end in zip(encoded, starts.tolist(), ends.tolist(), strict=True):
+        edges = np.cumsum([0, *(len(ids) + 1 for ids in encoded)])
+        joined = np.empty(edges[-1], dtype=np.uint16)
+        joined[edges[:-1]] = self.end_of_text_id
+        for ids, (start, end) in zip(encoded, itertools.pairwise(edges.tolist()), strict=True):
             joined[start + 1 : end] = ids
-        return joined, starts
+        return joined, edges
 
     def _by_tiktoken(self, texts: list[str], _: int = 0) -> list[np.ndarray]:
         return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
@@ -109,23 +109,12 @@ class Documents:
     """The n tokens of d documents, joined, each preceded by the end-of-text token."""
 
     ids: np.ndarray  # (n,) uint16
-    facts: np.ndarray  # (4, d): index in ids of the first token, bytes of text, number of the source file, place in it
+    edges: np.ndarray  # (d + 1,): index in ids of each document's first token, and n
+    text_bytes: np.ndarray  # (d,)
+    places: np.ndarray  # (d, 2): number of the source file, and place in it
     size: int = 0  # bytes of the task's text, approximately
     empty: int = 0  # documents left out
     invalid: tuple[tuple[int, str], ...] = ()  # documents left out: number of the source file, place and reason
-
-    def __len__(self) -> int:
-        return self.facts.shape[1]
-
-    @property
-    def ends(self) -> np.ndarray:
-        return np.append(self.facts[0], len(self.ids))[1:]  # (d,)
-
-    def part(self, first: int, last: int | None = None) -> "Documents":
-        """The documents from `first` to before `last`."""
-        starts = np.append(self.facts[0], len(self.ids))
-        begin, end = starts[first], starts[len(self) if last is None else last]
-        return Documents(self.ids[begin:end], self.facts[:, first:last] - [[begin], [0], [0], [0]])
 
 
 ENCODER: Encoder  # of this worker process, from `start_worker`
@@ -149,59 +138,50 @@ def end_with_parent() -> None:
 
 def encode_piece(piece: Piece, number: int) -> Documents:
     """Read and encode a piece in a worker process. `number` selects the documents to check."""
-    return encode_rows(read_piece(piece, FILES), piece.bytes, number)
-
-
-def encode_lines(file: int, first: int, lines: bytes, number: int) -> Documents:
-    """Encode lines of a .jsonl file; `first` is the number of the first line."""
-    return encode_rows([(file, place, text) for place, text in read_lines(first, lines)], len(lines), number)
-
-
-def encode_rows(rows: list[tuple[int, int, str | None]], size: int, number: int) -> Documents:
-    """Encode documents, each a number of its file, its place in it and its text, of about `size` bytes in all."""
+    rows = read_piece(piece, FILES)
     invalid = tuple((file, str(text)) for file, _, text in rows if isinstance(text, InvalidDocument))
     valid = [(file, place, text) for file, place, text in rows if text and not isinstance(text, InvalidDocument)]
-    ids, starts = ENCODER.encode([text for _, _, text in valid], number)
+    ids, edges = ENCODER.encode([text for _, _, text in valid], number)
     text_bytes = [len(text) if text.isascii() else len(text.encode()) for _, _, text in valid]
-    files, places = [file for file, _, _ in valid], [place for _, place, _ in valid]
-    facts = np.array([starts, text_bytes, files, places], dtype=np.int64)
-    return Documents(ids, facts, size, len(rows) - len(valid) - len(invalid), invalid)
+    places = np.array([row[:2] for row in valid], dtype=np.int64)
+    empty = len(rows) - len(valid) - len(invalid)
+    return Documents(ids, edges, np.array(text_bytes, dtype=np.int64), places, piece.bytes, empty, invalid)
 
 
-class Workers:
+class Workers(ProcessPoolExecutor):
     """Processes that encode the pieces of a source."""
 
     def __init__(
         self, count: int, pieces: list[Piece], files: tuple[SourceFile, ...], encoder: str, encoding: str, folder: Path
     ) -> None:
-        self._count, self._pieces, self._files = count, pieces, files
-        self._pool = ProcessPoolExecutor(count, initializer=start_worker, initargs=(files, encoder, encoding, folder))
-        self._results: dict[Key, Future[Documents]] = {}  # also those that an earlier stream did not use
-
-    def __enter__(self) -> "Workers":
-        return self
+        super().__init__(count, initializer=start_worker, initargs=(files, encoder, encoding, folder))
+        self._limit, self._pieces, self._files = IN_FLIGHT * count, pieces, files
+        self._results: dict[tuple[int, int], Future[Documents]] = {}  # also those that an earlier stream did not use
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.shutdown(cancel_futures=True)
 
-    def encode(self, wanted: Iterable[tuple[Tag, int, int]]) -> Iterator[tuple[Tag, Key, Documents]]:
-        """Encode the wanted pieces, in order, each with its tag.
+    def encode(self, wanted: Iterable[tuple[Tag, int]]) -> Iterator[tuple[Tag, int, Documents]]:
+        """Encode the wanted pieces, each a tag and a number, in order. A large piece gives several results.
 
-        Each is a tag, the number of a piece, and the first block that is wanted of a large compressed file.
         The last result stays for the next call, as its first documents can be all that this caller needs.
         """
-        in_flight: deque[tuple[Tag, Key]] = deque()
-        tasks = self._tasks(wanted)
+        in_flight: deque[tuple[Tag, tuple[int, int]]] = deque()
+        tasks = (
+            (tag, (number, i), task)
+            for tag, number in wanted
+            for i, task in enumerate(divide(self._pieces[number], self._files))
+        )
         try:
             while True:
-                for tag, key, function, arguments in itertools.islice(tasks, IN_FLIGHT * self._count - len(in_flight)):
+                for tag, key, task in itertools.islice(tasks, self._limit - len(in_flight)):
                     if key not in self._results:
-                        self._results[key] = self._pool.submit(function, *arguments, key[0])
+                        self._results[key] = self.submit(encode_piece, task, key[0])
                     in_flight.append((tag, key))
                 if not in_flight:
                     return
                 tag, key = in_flight.popleft()
-                yield tag, key, self._results[key].result()
+                yield tag, key[0], self._results[key].result()
                 del self._results[key]
         except (BrokenProcessPool, MemoryError):
             raise OSError(
@@ -209,15 +189,57 @@ class Workers:
                 "command to resume"
             ) from None
 
-    def _tasks(
-        self, wanted: Iterable[tuple[Tag, int, int]]
-    ) -> Iterator[tuple[Tag, Key, Callable[..., Documents], tuple[Any, ...]]]:
-        for tag, number, first_block in wanted:
-            piece = self._pieces[number]
-            if not piece.large:
-                yield tag, (number, 0), encode_piece, (piece,)
-                continue
-            blocks = line_blocks(self._files[piece.first].url)  # only one process can decompress it
-            for block, (line, lines) in enumerate(prefetched(blocks, ahead=2, begin=lambda: None)):
-                if block >= first_block:
-                    yield tag, (number, block), encode_lines, (piece.first, line, lines)
+
+class ShardWriter:
+    """A shard that is written under another name until it is complete."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self._path, self._unfinished = path, path.with_name(f".{path.name}.{rank}.unfinished")
+        self._file = open(self._unfinished, "wb", buffering=0)  # noqa: SIM115  closed by finish or discard
+        self._file.seek(HEADER_BYTES)
+        self.tokens = self.documents = self.bytes = self.empty = 0
+        self.seen_tokens = self.seen_bytes = 0  # of the tasks that it is made of, including other documents
+        self.first = [0, 0]  # source file of the first document, and its place in the file
+        self.invalid: list[tuple[int, str]] = []
+
+    def add(self, documents: Documents, first: int, last: int) -> int:
+        """Append the documents from `first` to before `last`, and return the number of tokens. Raises OSError."""
+        if first < last and not self.documents:
+            self.first = documents.places[first].tolist()
+        begin, end = documents.edges[[first, last]].tolist()
+        data = documents.ids[begin:end].data.cast("B")
+        try:
+            while data:  # a nearly full disk takes a part, and only the next call fails
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise machine_error(error, self._path) from None
+        self.tokens += end - begin
+        self.documents += last - first
+        self.bytes += int(documents.text_bytes[first:last].sum())
+        self.seen_tokens += len(documents.ids)
+        self.seen_bytes += documents.size
+        return end - begin
+
+    def finish(self) -> str | None:
+        """Complete the file and return its sha256; remove it and return None without documents. Raises OSError."""
+        try:
+            with self._file as file:
+                file.seek(0)
+                header = {"descr": "<u2", "fortran_order": False, "shape": (self.tokens,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                assert file.tell() == HEADER_BYTES
+                os.fsync(file)
+            if not self.documents:
+                return None
+            digest = sha256(self._unfinished)
+            os.replace(self._unfinished, self._path)
+            return digest
+        except OSError as error:
+            raise machine_error(error, self._path) from None
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove an incomplete file."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)

@@ -5,14 +5,14 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 from core import cli
-from core.data.shards import short_reason
+from core.data.shards import prefetched, short_reason
 from core.data.sources import SourceFile, is_local, open_file, retry
 
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
@@ -20,30 +20,28 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 EXPANSION = 3  # bytes of text per compressed byte, approximately
 PIECE_BYTES, PIECE_FILES = 16 * 2**20, 1000  # limits of a piece: of text, and of whole files
 ROW_GROUP_BYTES = 64 * 2**20  # of text; reading a part of a row group also decodes the rows before that part
+Lines = bytes  # of a .jsonl file
+Row = tuple[int, str | None]  # the place in the file, which is a row, byte or line; the text or an InvalidDocument
 
 
 @dataclass(frozen=True)
 class Piece:
     """The input of one task: whole files from `first` to before `last`, or a part of one.
 
-    A part is the rows of a row group or the lines of a .jsonl file that begin in a range of bytes. A large compressed
-    file can't be split from metadata: it is one piece, which `line_blocks` divides into many tasks.
+    A part is the rows of a .parquet file, or the lines of a .jsonl file that begin in the bytes, from `begin` to before
+    `end`. A large compressed file can't be split from metadata: it is one part, of which `divide` makes many tasks.
     """
 
     first: int
     last: int
     bytes: int  # of text, approximately
-    begin: int = 0  # row or byte of the file
+    begin: int = 0
     end: int = 0  # 0 for whole files
-    row_group: int = -1
-    large: bool = False  # a compressed file
+    lines: Lines | None = None  # of a compressed file, from line `begin` on
 
 
 class InvalidDocument(str):
     """In place of a document that can't be read as text: its place in the file and the reason."""
-
-
-Row = tuple[int, str | None]  # the place in the file, which is a row, byte or line; the text or an InvalidDocument
 
 
 def format_of(url: str) -> tuple[str, str | None]:
@@ -71,11 +69,11 @@ def cut(files: tuple[SourceFile, ...], limit: int) -> list[Piece]:
     open_parquet.cache_clear()  # a forked worker must not read through this process's open file
     pieces: list[Piece] = []
     for piece in itertools.chain(*cut_files):
-        whole = not piece.end and not piece.large
-        first = pieces[-1].first if whole and pieces and not pieces[-1].end and not pieces[-1].large else piece.first
-        size = piece.bytes + (pieces[-1].bytes if first < piece.first else 0)
-        if first < piece.first and size <= limit and piece.last - first <= PIECE_FILES:
-            pieces[-1] = Piece(first, piece.last, size)
+        last = pieces[-1] if pieces else piece
+        joined = Piece(last.first, piece.last, last.bytes + piece.bytes)
+        whole = bool(pieces) and not (last.end or piece.end)
+        if whole and joined.bytes <= limit and joined.last - joined.first <= PIECE_FILES:
+            pieces[-1] = joined
         else:
             pieces.append(piece)
     return pieces
@@ -85,44 +83,37 @@ def _cut_file(number: int, file: SourceFile, limit: int) -> list[Piece]:
     """The pieces of a file: one of the whole file if it has at most `limit` bytes of text or can't be split."""
     (kind, compression), size, parts = format_of(file.url), file.bytes, list[Piece]()
     if kind == "parquet":
-        parquet, column = open_parquet(file.url)
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-        sizes, row = [group.column(column).total_uncompressed_size for group in groups], 0
-        size = sum(sizes)
-        for i, group in enumerate(groups):
-            count = min(-(-sizes[i] // min(limit * 4, ROW_GROUP_BYTES)), group.num_rows)
+        metadata, row, size = open_parquet(file.url).metadata, 0, 0
+        column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "text")
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            text_bytes = group.column(column).total_uncompressed_size
+            count = min(-(-text_bytes // min(limit * 4, ROW_GROUP_BYTES)), group.num_rows)
             edges = [row + group.num_rows * part // max(count, 1) for part in range(count + 1)]
-            parts += [Piece(number, number + 1, sizes[i] // count, a, b, i) for a, b in itertools.pairwise(edges)]
-            row += group.num_rows
-    elif compression:
-        size *= EXPANSION
-        parts = [Piece(number, number + 1, size, large=True)]
+            parts += [Piece(number, number + 1, text_bytes // count, *span) for span in itertools.pairwise(edges)]
+            row, size = row + group.num_rows, size + text_bytes
     elif kind == "jsonl":
-        edges = [*range(0, size, limit), size]
+        size *= EXPANSION if compression else 1
+        edges = [*range(0, size, size if compression else limit), size] if size else []
         parts = [Piece(number, number + 1, b - a, a, b) for a, b in itertools.pairwise(edges)]
     return parts if parts and size > limit else [Piece(number, number + 1, size)]
 
 
 @lru_cache(maxsize=1)  # the pieces of a file are read in order, and each opening reads the footer
-def open_parquet(url: str) -> tuple[Any, int]:
-    """A parquet file, and the index of its `text` column among the stored columns."""
+def open_parquet(url: str) -> Any:
+    """A parquet file with a `text` column."""
     import pyarrow.parquet as pq
-    from pyarrow import ArrowInvalid
 
-    try:
+    with refuse_damage(url):
         # No read-ahead: a column chunk is one request, and other workers read the pieces that follow.
         file = pq.ParquetFile(open_file(url, cache_type="none"), pre_buffer=False)
-    except ArrowInvalid as error:
-        raise ValueError(f"{url} is not a parquet file, or is cut short ({short_reason(error)}). Replace it") from None
-    schema, stored = file.schema_arrow, file.metadata.schema
-    if "text" not in schema.names:
-        names = ", ".join(schema.names)[:200]
+    if "text" not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)[:200]
         raise ValueError(f"{url} has no `text` column: its columns are {names}. Rename the one with the text")
-    kind = schema.field("text").type
+    kind = file.schema_arrow.field("text").type
     kind = str(getattr(kind, "value_type", kind))  # of a dictionary
     if kind not in ("string", "large_string", "string_view", "null"):
         raise ValueError(f"{url}: the `text` column holds {kind[:40]}, not strings. Convert it")
-    return file, next(i for i in range(file.metadata.num_columns) if stored.column(i).path == "text")
+    return file
 
 
 def read_piece(piece: Piece, files: tuple[SourceFile, ...]) -> list[tuple[int, int, str | None]]:
@@ -130,57 +121,43 @@ def read_piece(piece: Piece, files: tuple[SourceFile, ...]) -> list[tuple[int, i
 
     Raises ValueError for a damaged file, OSError for a file that can't be reached.
     """
-    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "txt": _read_txt}
-
-    def read(url: str) -> list[Row]:
-        try:
-            return list(readers[format_of(url)[0]](piece, url))
-        except Exception:
-            open_parquet.cache_clear()
-            raise
-
     rows: list[tuple[int, int, str | None]] = []
     for number in range(piece.first, piece.last):
         url = files[number].url
-        rows += [(number, place, text) for place, text in retry(partial(read, url), url)]
+        rows += [(number, place, text) for place, text in retry(partial(_read_file, piece, url), url)]
     return rows
 
 
+def _read_file(piece: Piece, url: str) -> list[Row]:
+    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "txt": _read_txt}
+    return list(readers[format_of(url)[0]](piece, url))
+
+
 def _read_parquet(piece: Piece, url: str) -> Iterator[Row]:
-    file, _ = open_parquet(url)
-    row = 0
-    for i in range(file.num_row_groups):
-        size = file.metadata.row_group(i).num_rows
-        if piece.row_group in (i, -1):
-            begin, end = (piece.begin - row, piece.end - row) if piece.end else (0, size)
-            with refuse_damage(url, f", row group {i}"):
-                column = _read_rows(file, i, begin, end)
-            try:
-                texts: Iterable[str | None] = column.to_pylist()
-            except UnicodeDecodeError:
-                raw = (value.as_buffer() for value in column)
-                texts = (b and _decode(bytes(b), f"row group {i}, row {begin + j}") for j, b in enumerate(raw))
-            yield from enumerate(texts, row + begin)
-        row += size
+    """The rows of a piece. The rows before them in its row group are decoded and dropped."""
+    file, start = open_parquet(url), 0
+    for group in range(file.num_row_groups):
+        row, following = start, start + file.metadata.row_group(group).num_rows
+        if piece.begin < following:
+            with refuse_damage(url, f", row group {group}"):
+                for batch in file.iter_batches(1000, row_groups=[group], columns=["text"], use_threads=False):
+                    first = max(piece.begin - row, 0)
+                    texts = batch["text"][first : piece.end - row if piece.end else None]
+                    yield from enumerate(_to_strings(texts, group, row + first - start), row + first)
+                    row += len(batch)
+                    if piece.end and row >= piece.end:
+                        return
+        start = following
 
 
-def _read_rows(file: Any, row_group: int, begin: int, end: int) -> Any:
-    """The texts of rows of a row group. The rows before them are decoded and dropped."""
-    import pyarrow as pa
-
-    if not begin and end == file.metadata.row_group(row_group).num_rows:
-        column = file.read_row_group(row_group, columns=["text"], use_threads=False)["text"]
-    else:
-        row, arrays = 0, []
-        for batch in file.iter_batches(1000, row_groups=[row_group], columns=["text"], use_threads=False):
-            arrays.append(batch["text"][max(begin - row, 0) : max(end - row, 0)])
-            row += batch.num_rows
-            if row >= end:
-                break
-        column = pa.chunked_array(arrays)
-    if pa.types.is_dictionary(column.type):
-        column = pa.chunked_array([array.dictionary_decode() for array in column.chunks], column.type.value_type)
-    return column
+def _to_strings(texts: Any, group: int, row: int) -> list[str | None]:
+    """The values of an array, of which the first is row `row` of the row group."""
+    texts = texts.dictionary_decode() if hasattr(texts, "dictionary_decode") else texts
+    try:
+        return texts.to_pylist()
+    except UnicodeDecodeError:
+        raw = (text.as_buffer() for text in texts)
+        return [b and _decode(bytes(b), f"row group {group}, row {i}") for i, b in enumerate(raw, row)]
 
 
 @contextlib.contextmanager
@@ -196,13 +173,15 @@ def refuse_damage(url: str, place: str = "") -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and (error.errno or not is_local(url))):
             raise
-        raise ValueError(f"{url}{place} is damaged ({short_reason(error)}). Replace the file") from None
+        raise ValueError(f"{url}{place} is damaged or cut short ({short_reason(error)}). Replace the file") from None
 
 
 def _read_jsonl(piece: Piece, url: str) -> Iterator[Row]:
-    if format_of(url)[1]:
-        for first, lines in line_blocks(url):
-            yield from read_lines(first, lines)
+    if piece.lines is not None or format_of(url)[1]:
+        for first, lines in line_blocks(url) if piece.lines is None else [(piece.begin, piece.lines)]:
+            for number, line in enumerate(lines.split(b"\n"), first):
+                if line.strip():
+                    yield number, _read_json_line(line, f"line {number}")
         return
     with open_file(url) as file:
         file.seek(max(piece.begin - 1, 0))
@@ -244,11 +223,17 @@ def line_blocks(url: str) -> Iterator[tuple[int, bytes]]:
             line, rest = line + rest.count(b"\n", 0, end), rest[end:]
 
 
-def read_lines(first: int, lines: bytes) -> Iterator[Row]:
-    """The documents of lines of a .jsonl file, of which the first has the number `first`."""
-    for number, line in enumerate(lines.split(b"\n"), first):
-        if line.strip():
-            yield number, _read_json_line(line, f"line {number}")
+def divide(piece: Piece, files: tuple[SourceFile, ...]) -> Iterator[Piece]:
+    """The tasks of a piece: the piece, or blocks of lines of a large compressed file, which this process decompresses.
+
+    There is at least one.
+    """
+    url = files[piece.first].url
+    if not piece.end or not format_of(url)[1]:
+        yield piece
+        return
+    for line, lines in prefetched(line_blocks(url), ahead=2, begin=lambda: None):
+        yield Piece(piece.first, piece.last, len(lines), line, lines=lines)
 
 
 def _read_json_line(line: bytes, place: str) -> str | None:

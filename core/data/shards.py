@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from core import cli
-from core.files import sha256, write_json
+from core.files import machine_error, sha256, write_json
 
 if TYPE_CHECKING:  # fineweb.py needs no torch, and starts faster without it
     from torch import Tensor
@@ -71,6 +71,16 @@ class Dataset:
         except ValueError as error:
             raise ValueError(f"{error}. {self.remedy}") from None
 
+    def check(self, shard: dict[str, Any]) -> np.ndarray:
+        """The ids (n,) uint16 of a shard. Raises ValueError if it isn't the one that the manifest lists."""
+        path = self.folder / shard["file"]
+        ids = open_shard(path, shard["tokens"])
+        if sha256(path) != shard["sha256"]:
+            raise ValueError(f"{path} was cut short or altered: its sha256 differs from the manifest")
+        if (largest := int(ids.max())) >= self.vocab_size:
+            raise ValueError(f"{path} holds token id {largest}, outside the vocabulary of {self.vocab_size}")
+        return ids
+
 
 def open_dataset(folder: str | Path) -> Dataset:
     """Read a data folder's manifest. Raises ValueError for a missing or damaged one, OSError for an unreadable one."""
@@ -113,11 +123,6 @@ def short_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
 
 
-def machine_error(error: OSError, path: Path) -> OSError:
-    """An error of the machine about `path`, such as too many open files. It means nothing about the content."""
-    return OSError(error.errno, error.strerror or short_reason(error), str(path))
-
-
 def verify(dataset: Dataset, ranks: "Ranks") -> None:
     """Check that every shard is the one that the manifest describes. The ranks share the work.
 
@@ -125,7 +130,9 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     `.verified.json` keeps the size and modification time of each shard that passed, so that the next start reads
     only the others.
     """
-    verified = _read_verified(dataset.folder)
+    verified: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # where it can't be read, all shards are checked again
+        verified = dict(json.loads((dataset.folder / VERIFIED).read_text(encoding="utf-8")))
     shards = dataset.manifest["shards"]
     own = cli.progress_bar(
         shards[ranks.rank :: ranks.world_size],
@@ -146,38 +153,22 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
             write_json(dataset.folder / VERIFIED, {file: stamp for file, (_, stamp) in results.items()})
 
 
-def _read_verified(folder: Path) -> dict[str, Any]:
-    """The stamps of earlier starts. Where they can't be read, all shards are checked again."""
-    try:
-        verified = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return verified if isinstance(verified, dict) else {}
-
-
 def _check_shard(
     dataset: Dataset, shard: dict[str, Any], verified: dict[str, Any]
 ) -> tuple[ValueError | OSError | None, list[Any]]:
     """The error of a shard, if any, and its stamp. It returns the error because the other ranks wait for a result."""
-    path = dataset.folder / shard["file"]
     try:
-        status = path.stat()
+        status = (dataset.folder / shard["file"]).stat()
         stamp = [status.st_size, status.st_mtime_ns, shard["sha256"]]
-        if verified.get(shard["file"]) == stamp:
-            return None, stamp
-        if sha256(path) != shard["sha256"]:
-            problem = "was cut short or altered: its sha256 differs from the manifest"
-        elif (largest := int(dataset.open(shard).max())) >= dataset.vocab_size:
-            problem = f"holds token id {largest}, outside the vocabulary of {dataset.vocab_size}"
-        else:
-            return None, stamp
-    except FileNotFoundError:
-        problem = "is missing"
+        if verified.get(shard["file"]) != stamp:
+            dataset.check(shard)
+        return None, stamp
+    except FileNotFoundError as error:
+        return ValueError(f"{error.filename} is missing. {dataset.remedy}"), []
     except OSError as error:
-        return machine_error(error, path), []
-    except ValueError as error:
         return error, []
-    return ValueError(f"{path} {problem}. {dataset.remedy}"), []
+    except ValueError as error:
+        return ValueError(f"{error}. {dataset.remedy}"), []
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
@@ -196,7 +187,7 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
     except Exception as error:  # numpy can raise anything for a damaged header
         raise ValueError(f"{path} is not a shard of tokens, or is cut short ({short_reason(error)})") from None
-    if ids.dtype != np.uint16 or ids.ndim != 1 or len(ids) != (len(ids) if tokens is None else tokens) or not len(ids):
+    if ids.dtype != np.uint16 or ids.ndim != 1 or not len(ids) or tokens not in (None, len(ids)):
         wanted = "of one dimension" if tokens is None else f"({tokens},)"
         raise ValueError(f"{path} holds {str(ids.dtype)[:40]} {ids.shape}, but a shard is uint16 {wanted}")
     return ids
@@ -251,9 +242,8 @@ class Windows:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         start = (index - first) * self.seq_len
-        return self._open(shard)[start : start + self.seq_len + 1].astype(
-            np.int64
-        )  # a copy, so that the file can close
+        window = self._open(shard)[start : start + self.seq_len + 1]
+        return window.astype(np.int64)  # a copy, so that the file can close
 
 
 class TokenOrder:

@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -55,7 +54,8 @@ def retry(read: Callable[[], T], url: str) -> T:
 
     Raises ValueError for damaged content, OSError for a file that can't be reached.
     """
-    for pause in (*PAUSES, None):
+    pauses = iter(PAUSES)
+    while True:
         try:
             return read()
         except (ValueError, ImportError):
@@ -63,14 +63,11 @@ def retry(read: Callable[[], T], url: str) -> T:
         except Exception as error:  # the library of each protocol has its own errors
             status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", 500))
             final = isinstance(error, FINAL) or (400 <= status < 500 and status not in RETRYABLE)
-            reason = short_reason(error)
-            if is_local(url) or final or pause is None:
-                raise OSError(
-                    f"{url} can't be read ({reason}). Fix this and rerun the same command to resume"
-                ) from error
-            tqdm.write(f"{url} can't be read ({reason}), retrying in {pause} s")
+            reason = f"{url} can't be read ({short_reason(error)})"
+            if is_local(url) or final or not (pause := next(pauses, 0)):
+                raise OSError(f"{reason}. Fix this and rerun the same command to resume") from error
+        tqdm.write(f"{reason}, retrying in {pause} s")
         time.sleep(pause)
-    raise AssertionError("the last pause is None")
 
 
 def open_file(url: str, **settings: Any) -> Any:
@@ -99,19 +96,18 @@ def pin_revision(pattern: str, revision: str | None) -> tuple[str, str | None]:
     """A hub address at `revision`, or at its newest commit, and that commit; other addresses unchanged and None."""
     if not pattern.startswith("hf://"):
         return pattern, None
-    if revision is None:
-        from huggingface_hub import HfApi, HfFileSystem
+    from huggingface_hub import HfApi, HfFileSystem
 
-        try:
-            place: Any = HfFileSystem().resolve_path(pattern.split("*", 1)[0].rsplit("/", 1)[0])
-            revision = HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
-        except Exception as error:
-            raise ValueError(
-                f"--source {pattern} was not found on the hub ({short_reason(error)}). Check the name and the network, "
-                "or use local files: --source 'folder/*.parquet'"
-            ) from None
-    explicit = r"@(?:refs/(?:convert|pr)/[^/]+|[^/]+)"  # two kinds of revision contain slashes
-    return re.sub(rf"^(hf://(?:datasets/)?[^/]+/[^/@]+)(?:{explicit})?", rf"\1@{revision}", pattern), revision
+    try:
+        place: Any = HfFileSystem().resolve_path(pattern)
+        revision = revision or HfApi().repo_info(place.repo_id, repo_type=place.repo_type, revision=place.revision).sha
+    except Exception as error:
+        raise ValueError(
+            f"--source {pattern} was not found on the hub ({short_reason(error)}). Check the name and the network, "
+            "or use local files: --source 'folder/*.parquet'"
+        ) from None
+    kind = "" if place.repo_type == "model" else f"{place.repo_type}s/"
+    return f"hf://{kind}{place.repo_id}@{revision}/{place.path_in_repo}", revision
 
 
 def find_source(pattern: str, revision: str | None) -> Source:

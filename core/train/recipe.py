@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
-
 from core import cli
-from model import GPT, GPTConfig, describe
+from core.train.init import INITIALIZERS
+from model import GPTConfig, describe
 
 REFERENCE_STEPS = 19_073  # steps of 524,288 tokens in ten billion tokens
 REFERENCE_WIDTH = 768  # n_embd of GPT-2 124M, where the learning rates were tuned
@@ -29,6 +28,7 @@ class RecipeValues:
     optimizer: str
     lr: float
     embed_lr: float
+    position_lr: float
     beta1: float
     beta2: float
     momentum: float
@@ -63,6 +63,7 @@ RECIPES = {
         optimizer="adamw",
         lr=LEARNING_RATES["adamw"],
         embed_lr=6e-4,
+        position_lr=6e-4,
         beta1=0.9,
         beta2=0.95,
         momentum=0.95,
@@ -82,6 +83,7 @@ RECIPES = {
         optimizer="muon",
         lr=LEARNING_RATES["muon"],
         embed_lr=3e-3,
+        position_lr=3e-3,
         beta1=0.8,
         beta2=0.99,
         momentum=0.9,
@@ -167,9 +169,12 @@ def adapted_values(name: str, shape: GPTConfig, overrides: dict[str, Any]) -> Re
         values = replace(values, batch_tokens=batch_tokens, first_batch_tokens=SMALL_FIRST_BATCH_TOKENS)
     if name == "original":  # one batch size for all steps and, with AdamW, one learning rate for all weights
         values = replace(values, first_batch_tokens=overrides.get("batch_tokens", values.batch_tokens))
-        return replace(values, embed_lr=overrides.get("lr", values.lr)) if optimizer == "adamw" else values
-    # Muon's update has the same spectral norm at any width, so that its rate stays; the rate of the tied head doesn't.
-    return replace(values, embed_lr=values.embed_lr * min(1, REFERENCE_WIDTH / shape.n_embd))
+        if optimizer == "adamw":
+            values = replace(values, embed_lr=overrides.get("lr", values.lr))
+    else:  # Muon's update has the same spectral norm at any width, so that its rate stays; the head's doesn't
+        values = replace(values, embed_lr=values.embed_lr * min(1, REFERENCE_WIDTH / shape.n_embd))
+    embed_lr = overrides.get("embed_lr", values.embed_lr)
+    return replace(values, position_lr=embed_lr * (RECIPES[name].position_lr / RECIPES[name].embed_lr))
 
 
 def scaled_to_length(name: str, values: RecipeValues, steps: int, tokens: int) -> dict[str, Any]:
@@ -184,7 +189,7 @@ def scaled_to_length(name: str, values: RecipeValues, steps: int, tokens: int) -
 
 def check_values(values: RecipeValues) -> None:
     """Raise ValueError, by the name of its option, for a value outside its range."""
-    positive = ("lr", "embed_lr", "grad_clip", "batch_tokens", "first_batch_tokens", "short_seq_len")
+    positive = ("lr", "embed_lr", "position_lr", "grad_clip", "batch_tokens", "first_batch_tokens", "short_seq_len")
     cli.check_positive(**{name: getattr(values, name) for name in positive})
     fractions = ("beta1", "beta2", "momentum", "weight_decay", "decay_fraction", "final_lr_fraction")
     cli.check_between(0, 1, **{name: getattr(values, name) for name in fractions})
@@ -319,16 +324,3 @@ class Schedule:
         """The different (sequences per step, tokens per sequence) of the steps from `first` on, in order."""
         steps = range(first, self._recipe.steps)
         return list(dict.fromkeys((self._batches.size(step), self.seq_len(step)) for step in steps))
-
-
-@torch.no_grad()
-def align_keys(model: GPT) -> None:
-    """Initialize the keys of each head with its queries: tokens and positions that are alike attend to each other."""
-    C = model.config.n_embd
-    for block in model.transformer.h:
-        weight = block.attn.c_attn.weight  # (3 C, C): queries, keys, values
-        weight[C : 2 * C] = weight[:C]
-
-
-# What --init changes in a model that has GPT-2's initial weights.
-INITIALIZERS: dict[str, Callable[[GPT], None]] = {"gpt2": lambda model: None, "aligned": align_keys}
