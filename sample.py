@@ -21,8 +21,9 @@ class Config:
     or a hub name (gpt2, gpt2-medium, ...)."""
     prompt: Annotated[str, cli.DEFAULT_IN_HELP] = ""
     """Text to continue. Default: the start of a new document."""
-    tokens: int = 100
-    """Maximum number of new tokens; a sample ends earlier if the model ends the document."""
+    tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
+    """Maximum number of new tokens; a sample ends earlier if the model ends the document. Default: 100, or as many as
+    the context of the model allows."""
     samples: int = 1
     """Number of texts to generate."""
     temperature: float = 1.0
@@ -39,7 +40,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    cli.check_positive(tokens=config.tokens, samples=config.samples)
+    cli.check_positive(tokens=1 if config.tokens is None else config.tokens, samples=config.samples)
     source = checkpoint.resolve(config.ckpt)
     model = checkpoint.load_model(source).to(pick_device(config.device))
     encoding = checkpoint.load_encoding(source, model.config.vocab_size)

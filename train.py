@@ -45,10 +45,10 @@ def main(config: Config) -> None:
         if config.evaluation.eval_only:
             return evaluate_only(config, dataset, ranks, folder)
         recipe, system = setup.resolve(config, dataset, ranks)
-        if not config.run.no_verify:
+        if not config.checkpoints.no_verify:
             verify(dataset, ranks)
         with setup.lock_run(folder, ranks):
-            micro_batch = config.system.micro_batch
+            micro_batch = config.run.micro_batch
             try:
                 run = setup.restore_or_init(config, recipe, system, dataset, ranks, folder)
                 micro_batch = run.micro_batch

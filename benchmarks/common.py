@@ -71,12 +71,11 @@ class TimingConfig:
     def system(self, ranks: Ranks, fused: Fused = "auto") -> System:
         """The resolved system options; `fused` as the option of train.py."""
         system = SystemConfig(
-            micro_batch=self.micro_batch,
             activation_checkpointing=self.activation_checkpointing,
             fused=fused,
             device=self.device,
         )
-        return resolve_system(system, ranks)
+        return resolve_system(system, ranks, self.micro_batch)
 
     def micro_batches(self, world_size: int) -> int:
         """Forward passes per step on each rank."""

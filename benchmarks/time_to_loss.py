@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 from benchmarks.common import ROOT, run_command, torchrun_command
 from core import cli
 from core.data.shards import DEFAULT_VAL_TOKENS
+from core.eval.task import format_perplexity
 from core.files import markdown_table, read_metrics
 from model import PRESETS
 
@@ -159,7 +160,7 @@ def load_outcome(run: Path, scores: Path | None, kind: str, label: str) -> Outco
     lambada = ""
     if scores is not None:
         (result,) = json.loads(scores.read_text(encoding="utf-8"))
-        lambada = f"{result['correct']:,} of {result['total']:,}, perplexity {result['perplexity']:,.0f}"
+        lambada = f"{result['correct']:,} of {result['total']:,}, perplexity {format_perplexity(result['perplexity'])}"
     return Outcome(
         name=run.name,
         kind=kind,

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from core import formats
+from core import cli, formats
 from core.convert import download, refuse_adapter, save_pretrained
 from core.distributed import Ranks
 from core.files import METRICS, json_text, sha256, write_json
+from core.weights import WEIGHT_FILES
 from model import GPT, PRESETS
 
 CHECKSUMS = "checksums.json"
@@ -24,6 +25,7 @@ TRAINING_STATE = "training_state.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CHECKPOINT_FILES = (".pt", ".bin")  # endings of other projects' checkpoint files
 REQUIRED_FILES = ("config.json", "model.safetensors", TRAINING_STATE)
+MODEL_FILES = (*REQUIRED_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, CHECKSUMS)
 
 
 def save(
@@ -117,20 +119,29 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
 def find(run: Path, ranks: Ranks, *, restart: bool) -> Path | None:
     """The checkpoint that a run resumes from, the same on every rank; None for a new run. All ranks must call it.
 
-    Raises ValueError where all checkpoints are damaged, and where the run must `restart` but exists.
+    Raises ValueError, on all ranks, where all checkpoints are damaged, where the run must `restart` but exists, and
+    where a rank doesn't see the checkpoint.
     """
     restarted_by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restart and not restarted_by_torchrun:
-        if (run / METRICS).is_file():
-            raise ValueError(f"{run} already contains a run. Use another --run, or --resume auto to resume it")
-        return None
-    found, warnings = ranks.broadcast(newest_valid(run) if ranks.is_main else None)
-    for line in warnings:
-        ranks.log(line)
-    if warnings and found is None:
-        raise ValueError(f"{run} has no valid checkpoint. Move the folder away to start the run again")
-    if found is not None and not found.is_dir():
-        raise ValueError(f"{found} is not visible to rank {ranks.rank}. All nodes need the same logs/ and data/")
+
+    def find_here() -> Path | None:
+        if restart and not restarted_by_torchrun:
+            if (run / METRICS).is_file():
+                raise ValueError(f"{run} already contains a run. Use another --run, or --resume auto to resume it")
+            return None
+        found, warnings = newest_valid(run)
+        for line in warnings:
+            ranks.log(line)
+        if warnings and found is None:
+            raise ValueError(f"{run} has no valid checkpoint. Move the folder away to start the run again")
+        return found
+
+    found = ranks.on_main(find_here)
+    is_visible = ranks.all_gather(found is None or found.is_dir())
+    if not all(is_visible):
+        raise ValueError(
+            f"{found} is not visible to rank {is_visible.index(False)}. All nodes need the same logs/ and data/"
+        )
     return found
 
 
@@ -146,18 +157,58 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
             f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
     state["settings"].setdefault("position_lr", state["settings"]["embed_lr"])  # versions before had one rate for both
+    check_settings(run, state, fixed_settings)
+    return state
+
+
+def check_settings(run: Path, state: dict[str, Any], fixed_settings: dict[str, Any]) -> None:
+    """Raise ValueError, with both values, for the first fixed setting that differs from that of the training state."""
+    settings = state["settings"]
     for name, value in fixed_settings.items():
-        if name not in state["settings"]:
+        if name not in settings:
             raise ValueError(
                 f"run {run.name} was started by an earlier version of this project, without the setting {name}. "
                 f"Finish it with that version, or use another --run"
             )
-        if (saved := state["settings"][name]) != value:
+        if settings[name] == value:
+            continue
+        if name == "steps" and state["step"] == settings["steps"]:
             raise ValueError(
-                f"run {run.name} was started with {name} {saved}, now it is {value}. Restore the setting to resume, or "
-                f"use another --run with --init-from {run}"
+                f"run {run.name} is finished: {settings['steps']} steps. It can't be extended to {value}, as its "
+                f"learning rate has ended. To train its weights further, use another --run with --init-from {run}"
             )
-    return state
+        before, now = (describe_setting(name, each) for each in (settings[name], value))
+        raise ValueError(
+            f"run {run.name} was started with {before}, now it is {now}. Restore the setting to resume, or use another "
+            f"--run with --init-from {run}"
+        )
+
+
+def describe_setting(name: str, value: Any) -> str:
+    """As on the command line, where it is an option."""
+    if name == "manifest_hash":
+        return f"--data of manifest_hash {value}"
+    option = cli.option_name(name)
+    return f"no {option}" if value is None else f"{option} {value}"
+
+
+def check_preset(run: Path, options: dict[str, str]) -> None:
+    """Raise ValueError where a run with a checkpoint was started with another preset, before its data are opened.
+
+    `options`: the values now of preset and of other options, which a user who forgets one often forgets too.
+    """
+    try:
+        recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        differing = {name: str(recorded[name]) for name, value in options.items() if recorded[name] != value}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # the checkpoint is authoritative
+        return
+    if "preset" in differing and list_checkpoints(run):
+        before = " ".join(f"--{name} {value}" for name, value in differing.items())
+        now = " ".join(f"--{name} {options[name]}" for name in differing)
+        raise ValueError(
+            f"run {run.name} was started with {before}, now it is {now}. Restore the options to resume, or use another "
+            f"--run"
+        )
 
 
 def resolve(ckpt: str, option: str = "--ckpt") -> str:
@@ -169,12 +220,17 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
     """
     folder = Path(ckpt)
     if folder.is_file():
+        if folder.name in MODEL_FILES and (folder.parent / "config.json").is_file():
+            raise ValueError(f"{option} {ckpt} is one file of a model folder. Use {option} {folder.parent}")
         if not formats.is_checkpoint_file(folder):
-            raise ValueError(f"{option} {ckpt} is not a folder, and no checkpoint of a known format. {known_runs()}")
+            raise ValueError(
+                f"{option} {ckpt} is not a folder, and not a checkpoint file of a known format. {known_runs()}"
+            )
         return str(folder)
     if not folder.is_dir():
-        if folder.exists() or ckpt.startswith((".", "/", "logs/")):
-            raise ValueError(f"{option} {ckpt} is not a folder. {known_runs()}")
+        if folder.exists() or ckpt.startswith((".", "/", "~", "logs/")):
+            reason = "is not a folder or file" if folder.exists() else "does not exist"
+            raise ValueError(f"{option} {ckpt} {reason}. {known_runs()}")
         return ckpt
     if (folder / "checkpoints").is_dir():
         found, warnings = newest_valid(folder)
@@ -195,7 +251,7 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
 
 def resolve_init(init_from: str, ranks: Ranks) -> str:
     """What `--init-from` names, as rank 0 finds it: a run that is still training may save a checkpoint meanwhile."""
-    return ranks.broadcast(resolve(init_from, "--init-from"))
+    return ranks.on_main(lambda: resolve(init_from, "--init-from"))
 
 
 def resolve_all(ckpts: tuple[str, ...]) -> list[str]:
@@ -205,8 +261,10 @@ def resolve_all(ckpts: tuple[str, ...]) -> list[str]:
 
 
 def known_runs() -> str:
+    """A remedy: what the option accepts."""
     runs = sorted(str(path.parent) for path in Path("logs").glob("*/checkpoints"))
-    return f"Runs here: {', '.join(runs)}" if runs else "Train one with train.py, or use a hub name such as gpt2"
+    trained = f"a run ({', '.join(runs)})" if runs else "a run of train.py"
+    return f"Use {trained}, a Hugging Face folder, a checkpoint file of nanoGPT or llm.c, or a hub name such as gpt2"
 
 
 def load_model(source: str) -> GPT:
@@ -217,13 +275,8 @@ def load_model(source: str) -> GPT:
         model, note = formats.read_checkpoint_file(Path(source))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    print_note(note)
+    cli.print_note(note)
     return model
-
-
-def print_note(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", flush=True)
 
 
 def check_tokens(source: str, model: GPT, data: Path, data_vocab_size: int) -> None:
@@ -263,5 +316,5 @@ def load_encoding(source: str, vocab_size: int) -> Any:
     if not gpt2.vocab_size <= vocab_size <= gpt2.padded_vocab_size:
         remedy = "Convert it with convert.py, and add" if folder.is_file() else "Add"
         raise ValueError(f"{source} has {vocab_size} token ids and no tokenizer.json. {remedy} its tokenizer.json")
-    print_note(f"{source} has no tokenizer: GPT-2's is used")
+    cli.print_note(f"{source} has no tokenizer: GPT-2's is used")
     return tokenizer.load("gpt2")

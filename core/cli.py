@@ -8,14 +8,23 @@ import errno
 import io
 import math
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass, replace
+from types import NoneType, UnionType
+from typing import IO, Any, Self, TypeVar, Union, get_args
 
 import tyro
 from tqdm import tqdm
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
 
 Options = TypeVar("Options")
 REMEDIES = {  # for errors of the operating system that concern a path
@@ -28,6 +37,8 @@ REMEDIES = {  # for errors of the operating system that concern a path
     errno.EMFILE: "raise the limit on open files, as by ulimit -n 65536",
     errno.ENOSPC: "free disk space and rerun the same command",
 }
+# Packages that a plain train.py doesn't need; pyproject.toml lists them by purpose.
+PACKAGES = ("datasets", "fsspec", "huggingface_hub", "matplotlib", "pyarrow", "tiktoken", "tokenizers", "transformers")
 # For an option whose default None is explained in its help text.
 DEFAULT_IN_HELP = tyro.conf.arg(help_behavior_hint="")
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
@@ -49,21 +60,69 @@ def run(main: Callable[[Options], None], config_type: type[Options], description
     """Parse the command line into `config_type` and call `main` with it.
 
     ValueError, OSError and MemoryError are errors that a user can cause: they end in one line and exit status 2. With
-    TRACEBACK=1 in the environment the traceback is shown instead.
+    TRACEBACK=1 in the environment the traceback is shown instead. Where the reader of the output has ended, as with
+    `| head`, the script ends without a message, like a program that SIGPIPE ended.
     """
     use_utf8()
-    config = parse(config_type, description)
-    terminal.quiet = getattr(config, "terminal", terminal).quiet
     try:
+        config = parse(config_type, description)
+        terminal.quiet = getattr(config, "terminal", terminal).quiet
         main(config)
+        write_out(sys.stdout)
     except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and (is_closed(sys.stdout) or is_closed(sys.stderr)):
+            sys.exit(128 + signal.SIGPIPE)
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"error: {message(error)}", file=sys.stderr)
+        print_last(f"error: {message(error)}")
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if os.environ.get("TRACEBACK") or package not in PACKAGES:
+            raise
+        print_last(f"error: the package {package} is not installed. Run pip install {package}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print_last("stopped")
         sys.exit(130)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            discard_unwritable(stream)
+
+
+def is_closed(stream: IO[str]) -> bool:
+    """Whether the other end of a pipe is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream, select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # not a file of the operating system
+        return False
+
+
+def write_out(stream: IO[str]) -> None:
+    """Write what is buffered. Raises OSError on a full disk; a closed pipe loses only what nobody reads."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def print_last(line: str) -> None:
+    with contextlib.suppress(OSError):  # a closed terminal or pipe
+        print(line, file=sys.stderr, flush=True)
+
+
+def discard_unwritable(stream: IO[str]) -> None:
+    """Discard what can't be written: Python would print a message about it at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def use_utf8() -> None:
@@ -78,14 +137,34 @@ def use_utf8() -> None:
 
 def parse(config_type: type[Options], description: str | None = None, args: list[str] | None = None) -> Options:
     """The command line, or `args`, as a `config_type`. Exits with status 2 on an unknown option or value."""
-    return tyro.cli(config_type, description=description, args=args, config=STYLE)
+    return tyro.cli(config_type, description=description, args=args, config=STYLE, registry=REGISTRY)
+
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def optional_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
+    """Parse an option of type `T | None` like one of type T: tyro would list None among the choices of T in errors."""
+    kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+    if info.type_origin not in (Union, UnionType) or len(kinds) != 1:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return spec
+    return replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
+    )
 
 
 def message(error: Exception) -> str:
     """An error in one line: an OSError as path, reason and remedy, without `[Errno 21]`."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
         remedy = REMEDIES.get(error.errno or 0)
-        return f"{error.filename}: {error.strerror}{f': {remedy}' if remedy else ''}"
+        return f"{place}{error.strerror}{f': {remedy}' if remedy else ''}"
     if isinstance(error, MemoryError):
         return f"out of memory: {str(error) or 'the machine has too little'}. Free memory and rerun the same command"
     return str(error)
@@ -165,6 +244,12 @@ def progress_bar(
         return ProgressLines(iterable, desc, total, unit=unit, scaled=unit_scale)
     tqdm_settings = {"unit": f" {unit}", "unit_scale": unit_scale, "disable": hidden or not on_terminal} | settings
     return tqdm(iterable, desc, total, **tqdm_settings)
+
+
+def print_note(text: str) -> None:
+    """A line on standard output, from one rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", flush=True)
 
 
 def option_name(field: str) -> str:

@@ -6,8 +6,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -53,6 +53,20 @@ class Ranks:
         """The value of rank 0."""
         return self.all_gather(value)[0]
 
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that rank 0 alone calls. An error of a user that it raises is raised by all ranks:
+        they would wait for rank 0 otherwise."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except (ValueError, OSError, MemoryError) as raised:
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
     def pinned(self, *batch: Tensor) -> list[Tensor]:
         """Host tensors in page-locked memory, from which CUDA copies asynchronously; unchanged on other devices."""
         to_cuda = self.device.type == "cuda"
@@ -69,9 +83,10 @@ class Ranks:
             torch.cuda.set_device(self.device)
 
     def log(self, text: str) -> None:
-        """Print a line, from rank 0 only."""
+        """Print a line, from rank 0 only. A closed pipe, as of `| head`, doesn't stop the run."""
         if self.is_main:
-            print(text, flush=True)
+            with suppress(BrokenPipeError):
+                print(text, flush=True)
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor
 from core import cli
 from model import GPT, KVCache
 
+DEFAULT_TOKENS = 100  # new tokens of a sample
 MIN_TEMPERATURE = 1e-6  # logits divided by less overflow float32; 0 gives the same ids
 
 
@@ -126,7 +127,7 @@ def sample_text(
     model: GPT,
     encoding: Any,
     prompt: str,
-    max_tokens: int,
+    max_tokens: int | None = None,
     *,
     samples: int = 1,
     temperature: float = 1.0,
@@ -134,13 +135,19 @@ def sample_text(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Texts that continue `prompt`, prompt included. An empty prompt starts a document. Settings as for generate."""
+    """Texts that continue `prompt`, prompt included. An empty prompt starts a document. Settings as for generate.
+
+    max_tokens None: DEFAULT_TOKENS, or as many as the context allows.
+    """
     from core.data import tokenizer
 
     end_of_text = tokenizer.end_of_text_id(encoding)
+    ids = [end_of_text, *encoding.encode_ordinary(prompt)]
+    if max_tokens is None:
+        max_tokens = max(min(DEFAULT_TOKENS, model.config.n_positions - len(ids)), 1)
     rows = generate(
         model,
-        [end_of_text, *encoding.encode_ordinary(prompt)],
+        ids,
         max_tokens,
         samples=samples,
         temperature=temperature,

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from core.distributed import Ranks
 from core.files import sha256, write_json
 from model import GPT
 
+STEP_6 = "logs/short/checkpoints/step_000006"
 ONE_PROCESS = Ranks(0, 1, torch.device("cpu"))
 FILES = (
     "README.md",
@@ -204,9 +206,14 @@ def test_ckpt_accepts_a_run_a_checkpoint_a_hugging_face_folder_or_a_hub_name(her
 @pytest.mark.parametrize(
     "ckpt, message",
     [
-        ("logs/long", r"--ckpt logs/long is not a folder\. Runs here: logs/short$"),
-        ("data/small", r"--ckpt data/small contains neither checkpoints nor a config\.json\. Runs here: logs/short$"),
-        ("data/small/manifest.json", "--ckpt data/small/manifest.json is not a folder"),
+        ("logs/long", r"--ckpt logs/long does not exist\. Use a run \(logs/short\), a Hugging Face folder, "),
+        ("data/small", r"--ckpt data/small contains neither checkpoints nor a config\.json\. Use a run \(logs/short\)"),
+        ("data/small/manifest.json", "is not a folder, and not a checkpoint file of a known format. Use a run"),
+        ("~/model", "--ckpt ~/model does not exist"),
+        *(
+            (f"{STEP_6}/{name}", f"is one file of a model folder. Use --ckpt {STEP_6}$")
+            for name in ("model.safetensors", "config.json", "training_state.pt", "tokenizer.json")
+        ),
     ],
 )
 def test_ckpt_refuses_anything_else_and_names_the_runs(here, ckpt, message):
@@ -380,6 +387,42 @@ if os.environ["RANK"] == "1":
 with process_group("cpu") as ranks:
     print(checkpoint.resolve_init("logs/in-training", ranks))
 """
+
+
+FAIL_ON_RANK_0 = """
+import errno, os
+from pathlib import Path
+from core import checkpoint, cli
+from core.distributed import process_group
+
+def unreadable(folder):
+    raise PermissionError(errno.EACCES, "Permission denied", str(folder / "checksums.json"))
+
+def main(_terminal):
+    if os.environ["RANK"] == "0":
+        checkpoint.find_damage = unreadable
+    with process_group("cpu", timeout=60) as ranks:
+        CALL
+
+cli.run(main, cli.Terminal, "")
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["checkpoint.find(Path('logs/run'), ranks, restart=False)", "checkpoint.resolve_init('logs/run', ranks)"],
+    ids=["find", "resolve_init"],
+)
+def test_an_error_of_rank_0_alone_ends_all_ranks_with_the_same_line(tmp_path, call):
+    (tmp_path / "logs/run/checkpoints/step_000002").mkdir(parents=True)
+    (tmp_path / "script.py").write_text(FAIL_ON_RANK_0.replace("CALL", call), encoding="utf-8")
+    start = time.monotonic()
+    result = on_ranks(2, tmp_path / "script.py", cwd=tmp_path, check=False)
+    path = "logs/run/checkpoints/step_000002/checksums.json"
+    line = f"error: {path}: Permission denied: choose another path, or change its permissions"
+    assert [text for text in result.stderr.splitlines() if "error" in text] == [line, line]
+    assert result.returncode == 2
+    assert time.monotonic() - start < 50  # no rank waited for the other one's time-out
 
 
 def test_all_ranks_start_with_the_checkpoint_that_rank_0_finds(world, tmp_path):

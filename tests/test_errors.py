@@ -95,7 +95,7 @@ def test_values_that_must_be_positive(error_of, here, option, value):
         ),
         (["--profile"], "--profile needs --steps 6 or more, --steps is 3"),
         (["--eval-only"], "logs/tiny has no checkpoint to evaluate. Name weights with --init-from"),
-        (["--init-from", "logs/none"], "--init-from logs/none is not a folder. "),
+        (["--init-from", "logs/none"], "--init-from logs/none does not exist. Use a run of train.py, a "),
         (["--init-from", "data/small"], "--init-from data/small contains neither checkpoints nor a config.json. "),
         (["--init-from", "data/small/manifest.json"], "--init-from data/small/manifest.json is not a folder. "),
     ],
@@ -300,17 +300,24 @@ def test_folder_with_the_name_of_a_required_file(error_of, here):
         (["--top-p", 1.5], r"--top-p 1\.5 must be above 0 and at most 1"),
         (["--device", "gpu"], "--device gpu is not a device"),
         (["--ckpt", "nowhere/at/all"], "nowhere/at/all"),
-        (["--ckpt", "logs/none"], "--ckpt logs/none is not a folder. Train one with train.py"),
+        (["--ckpt", "logs/none"], "--ckpt logs/none does not exist. Use a run of train.py, a "),
         (["--ckpt", "data/small"], "--ckpt data/small contains neither checkpoints nor a config.json"),
         (
             ["--ckpt", "saved/config.json"],
-            "--ckpt saved/config.json is not a folder, and no checkpoint of a known format",
+            "--ckpt saved/config.json is one file of a model folder. Use --ckpt saved",
         ),
     ],
 )
 def test_invalid_option_of_sample(error_of, here, arguments, message):
     save_model(here / "saved")
     assert re.search(message, error_of(sample, "--ckpt", "saved", "--tokens", 5, "--device", "cpu", *arguments))
+
+
+def test_samples_have_the_tokens_that_the_context_allows_unless_told(here, monkeypatch, capsys):
+    save_model(here / "saved")  # with a context of 64
+    monkeypatch.setattr("sys.argv", ["sample.py", "--ckpt", "saved", "--device", "cpu"])
+    cli.run(sample.main, sample.Config, "")
+    assert len(capsys.readouterr().out) > 20
 
 
 def test_sample_requires_a_checkpoint(error_of):

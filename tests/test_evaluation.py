@@ -554,7 +554,7 @@ def test_a_protocol_has_its_own_row_and_is_scored_once(call, models, monkeypatch
     [
         ((), ("--ckpt names no model",)),
         (("--ckpt",), ("--ckpt names no model",)),
-        (("--ckpt", "logs/none"), ("--ckpt logs/none is not a folder",)),
+        (("--ckpt", "logs/none"), ("--ckpt logs/none does not exist",)),
         (("--ckpt", "models/one", "data/stories"), ("--ckpt data/stories contains neither checkpoints nor",)),
         (("--ckpt", "models/one", "--batch-tokens", "0"), ("--batch-tokens 0 must be above 0",)),
         (("--ckpt", "models/one", "--batch-tokens", "-1"), ("--batch-tokens -1 must be above 0",)),
@@ -769,3 +769,22 @@ def test_questions_are_identified_by_their_complete_text(world, models):
         assert len({item["question"] for item in items}) == len(questions)
         again = evaluate.build_items(kind, "m", "openai", QuestionSet(questions, ["openai"], "b", None), verdicts)
         assert again == items
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (7.625, "7.62"),
+        (99_999.99, "99,999.99"),
+        (100_001.0, "1.00e+05"),
+        (1.234e300, "1.23e+300"),
+        (None, "not finite"),
+        (math.nan, "not finite"),
+    ],
+)
+def test_a_perplexity_above_100000_has_an_exponent(value, text):
+    assert task.format_perplexity(value) == text
+    (row,) = tables(results.results_table([make_result(perplexity=value, perplexity_interval=[value or 1.0] * 2)]))[0]
+    if value:
+        assert row["perplexity"] == text
+        assert row["95 % of perplexity"] == f"{text} to {text}"

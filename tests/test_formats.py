@@ -446,7 +446,7 @@ REFUSED = {  # files, and what their error says
         lambda path, hf: path.write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n"),
         "is a pointer of Git LFS",
     ),
-    "text": (lambda path, hf: path.write_text("hello"), "is not a folder, and no checkpoint of a known format"),
+    "text": (lambda path, hf: path.write_text("hello"), "is not a folder, and not a checkpoint file of a known format"),
     "a zip file": (lambda path, hf: path.write_bytes(b"PK\x03\x04" + bytes(100)), "can't be read as tensors|more than"),
     "a list": (lambda path, hf: torch.save([1, 2], path), "contains no tensors by name, but a list"),
     "no tensors": (lambda path, hf: torch.save({"a": 1}, path), "contains no tensors"),

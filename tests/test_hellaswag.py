@@ -147,6 +147,22 @@ def test_files_with_fewer_fields_are_accepted_where_the_protocol_allows(tmp_path
                     hellaswag.load_file(path, [protocol])
 
 
+def test_all_protocols_are_those_that_the_fields_allow_and_the_others_are_named(tmp_path, capsys):
+    without_ctx = {name: value for name, value in STORY.items() if name != "ctx"}
+    for rows, protocols, note in (
+        ([STORY, STORY], PROTOCOLS, ""),
+        ([STORY, without_ctx], ("harness", "harness-norm"), "completion, completion-norm: q.jsonl has no ctx"),
+    ):
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (questions,) = hellaswag.load(hellaswag.HellaSwagConfig(data=str(tmp_path / "q.jsonl"), protocol=("all",)))
+        assert questions.protocols == list(protocols)
+        assert capsys.readouterr().out == (f"note: --protocol all omits {note}\n" if note else "")
+    only_ctx = {name: STORY[name] for name in ("ctx", "label", "endings")}
+    (tmp_path / "q.jsonl").write_text(f"{json.dumps(only_ctx)}\n{json.dumps(without_ctx)}\n")
+    with pytest.raises(ValueError, match="has no activity_label, ctx_a, ctx_b, which --protocol harness needs"):
+        hellaswag.load_file(tmp_path / "q.jsonl", ["all"])
+
+
 def test_a_label_can_be_a_digit_as_on_the_hub():
     assert story(label="2").label == 2
 

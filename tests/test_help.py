@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 from functools import partial
 
 import pytest
-from conftest import ROOT, on_ranks, option_names, run, save_model
+from conftest import ROOT, environment, on_ranks, option_names, refused, run, save_model
 from tqdm import tqdm
 
 import convert
@@ -62,11 +64,69 @@ def test_flat_options_fill_the_groups():
     given = ["--data", "d", "--run", "r", "--recipe", "speedrun", "--lr", "3", "--micro-batch", "2", "--val-every", "7"]
     config = cli.parse(train.Config, "", [*given, "--keep", "9", "--no-verify", "--quiet"])
     expected = train.Config()
-    expected.run.data, expected.run.name, expected.run.no_verify = "d", "r", True
-    expected.recipe.name, expected.recipe.lr = "speedrun", 3.0
-    expected.system.micro_batch, expected.evaluation.val_every, expected.checkpoints.keep = 2, 7, 9
+    expected.run.data, expected.run.name, expected.checkpoints.no_verify = "d", "r", True
+    expected.run.recipe, expected.run.lr = "speedrun", 3.0
+    expected.run.micro_batch, expected.evaluation.val_every, expected.checkpoints.keep = 2, 7, 9
     expected.terminal.quiet = True
     assert config == expected
+
+
+def with_a_closed_pipe(script, *arguments, cwd):
+    """The result of `script | head`, where head has ended before the script writes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=environment({}), stdout=writer, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval_lambada.py", "report.py"])
+def test_help_to_a_closed_pipe_ends_without_a_message(script, tmp_path):
+    result = with_a_closed_pipe(script, "--help", cwd=tmp_path)
+    assert (result.stderr, result.returncode) == (b"", 128 + signal.SIGPIPE)
+
+
+def test_output_to_a_closed_pipe_ends_without_a_message_and_results_are_saved(world, tmp_path):
+    save_model(tmp_path / "model", seed=1)
+    questions = ("--data", world / "data/stories/lambada.txt", "--text", "other", "--device", "cpu")
+    result = with_a_closed_pipe("eval_lambada.py", "--ckpt", "model", *questions, "--out", "r.json", cwd=tmp_path)
+    assert result.stderr == b""
+    assert json.loads((tmp_path / "r.json").read_text())[0]["total"] == 40
+    sampled = with_a_closed_pipe("sample.py", "--ckpt", "model", "--tokens", 3, "--device", "cpu", cwd=tmp_path)
+    assert sampled.stderr == b""
+    failed = with_a_closed_pipe("sample.py", "--ckpt", "logs/none", cwd=tmp_path)
+    assert failed.stderr.startswith(b"error: ") and failed.returncode == 2
+
+
+def test_a_full_disk_below_the_output_is_an_error(world, tmp_path):
+    save_model(tmp_path / "model", seed=1)
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, ROOT / "sample.py", "--ckpt", "model", "--tokens", "3", "--device", "cpu"]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment({}), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    error = refused(subprocess.CompletedProcess(command, result.returncode, "", result.stderr.decode()))
+    assert error.endswith("No space left on device: free disk space and rerun the same command")
+
+
+@pytest.mark.parametrize(
+    "script, arguments, expected",
+    [
+        ("train.py", ["--optimizer", "sgd"], "Expected one of ('adamw', 'muon')."),
+        ("eval_lambada.py", ["--text", "x"], "Expected one of ('openai', 'standard', 'other')."),
+        ("eval_lambada.py", ["--compare", "a"], "Missing value for argument '--compare'. Expected 2 values."),
+        ("train.py", ["--micro-batch", "x"], "--micro-batch: 'x' is neither an integer nor auto"),
+    ],
+)
+def test_errors_of_the_parser_name_no_type_of_python(script, arguments, expected, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.parse(sys.modules[script.removesuffix(".py")].Config, "", arguments)
+    error = capsys.readouterr().err
+    assert expected in error
+    assert not re.search(r"None|\[bold\]|typing|<class", error)
 
 
 def test_mistyped_option_is_answered_with_the_nearest(tmp_path):
@@ -84,9 +144,9 @@ def test_quiet_training_prints_only_results(world):
 
 
 def test_progress_bars_are_shown_only_on_a_terminal(monkeypatch, capsys):
-    for is_terminal, environment, shown in ((True, "", True), (True, "1", False), (False, "", False)):
+    for is_terminal, ci, shown in ((True, "", True), (True, "1", False), (False, "", False)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
-        monkeypatch.setenv("CI", environment)
+        monkeypatch.setenv("CI", ci)
         assert isinstance(cli.progress_bar(total=1), tqdm) is shown
         monkeypatch.setattr(cli, "LINE_SECONDS", 0)
         for hidden in ({"hidden": True}, {"lines": False}):

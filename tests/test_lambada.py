@@ -477,7 +477,7 @@ def test_a_missing_text_is_a_one_line_error(world, model, passages):
         ("models/small", {}, "outside the model's vocabulary of 300"),
         ("models/bare", {}, "models/bare has 664 token ids and no tokenizer.json"),
         ("data/stories", {}, "--ckpt data/stories contains neither checkpoints nor a config.json"),
-        ("logs/none", {}, "--ckpt logs/none is not a folder"),
+        ("logs/none", {}, "--ckpt logs/none does not exist"),
     ],
 )
 def test_a_user_error_names_the_option(world, model, passages, monkeypatch, ckpt, settings, message):
@@ -498,11 +498,13 @@ def test_a_user_error_names_the_option(world, model, passages, monkeypatch, ckpt
         ("lambada_test_plain_text.txt", 5153, ["standard"]),
     ],
 )
-def test_lambadas_own_test_files_need_no_text_and_have_published_figures(tmp_path, name, count, protocols):
+def test_lambadas_own_test_files_need_no_text_and_have_published_figures(tmp_path, capsys, name, count, protocols):
     line = json.dumps({"text": "two words"}) if name.endswith("l") else "two words"
     (tmp_path / name).write_text(f"{line}\n" * count)
     (questions,) = lambada.load(LambadaConfig(data=str(tmp_path / name), protocol=("all",)))
     assert questions.protocols == protocols
+    omitted = [protocol for protocol in lambada.PROTOCOLS if protocol not in protocols]
+    assert capsys.readouterr().out.startswith(f"note: --protocol all omits {', '.join(omitted)}: not defined on text ")
     assert (len(questions.questions), questions.data, questions.has_published) == (count, name, True)
 
 

@@ -11,10 +11,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, resolved, run, tiny_config, train_here
+from conftest import ROOT, TRAIN, config_of, resolved, run, tiny_config, train_here
 
 import train
-from core import checkpoint
+from core import checkpoint, cli
 from core.distributed import Ranks
 from core.files import METRICS, read_metrics, sha256, write_json
 from core.train.optim import build_optimizer
@@ -135,16 +135,60 @@ def test_a_finished_run_is_not_changed(world, undisturbed):
         ({"optimizer": "muon"}, "adamw"),
         ({"init": "aligned"}, "gpt2"),
         ({"init_from": "logs/whole"}, None),
+        ({"recipe": "speedrun"}, None),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_changed_setting_is_refused_with_both_values(copied, change, before):
     ((name, now),) = change.items()
+    option = cli.option_name(name)
     delete_after(copied, 20)
-    message = rf"run whole was started with {name} {before}, now it is {now}\. .*--init-from logs/whole"
+    message = rf"run whole was started with {option} {before}, now it is {option} {now}\. .*--init-from logs/whole"
+    if name == "init_from":
+        message = "run whole was started with no --init-from, now it is --init-from logs/whole"
+    elif name == "preset":
+        message = f"run whole was started with {option} {before}, now it is {option} {now}. Restore the options"
+    elif name == "recipe":  # of its values, the first that differs
+        message = "run whole was started with --optimizer adamw, now it is --optimizer muon"
     with pytest.raises(ValueError, match=message):
         train.main(settings(**change))
     assert not (copied / "checkpoints/step_000024").exists()
+
+
+def test_a_finished_run_that_should_be_longer_is_refused_with_the_way_to_continue(world, undisturbed, copied):
+    message = f"run whole is finished: {STEPS} steps. It can't be extended to 30, .* another --run with --init-from"
+    for change in ({"steps": 30}, {"steps": 30, "warmup_steps": None}, {"steps": None, "tokens": 30 * 2048}):
+        with pytest.raises(ValueError, match=message):
+            train.main(settings(**change))
+    train.main(settings(run="longer", init_from="logs/whole", steps=2, warmup_steps=0))
+    assert (copied.parent / "longer/checkpoints/step_000002").is_dir()
+    delete_after(copied, 20)
+    with pytest.raises(ValueError, match="run whole was started with --steps 24, now it is --steps 30"):
+        train.main(settings(steps=None, tokens=30 * 2048, warmup_steps=None))
+
+
+def test_a_resume_without_its_preset_is_told_so_before_the_data(copied):
+    """With the default preset and default data, which don't exist."""
+    message = (
+        "run whole was started with --preset tiny --data data/small, now it is --preset gpt2 --data data/fineweb-edu. "
+        "Restore the options to resume, or use another --run"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.main(config_of(run="whole", device="cpu"))
+    with pytest.raises(ValueError, match="no shards in data/none"):
+        train.main(settings(data="data/none"))
+    (copied / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="no shards in data/fineweb-edu"):
+        train.main(config_of(run="whole", device="cpu"))
+    with pytest.raises(ValueError, match=r"run whole was started with --preset tiny, now it is --preset demo\."):
+        train.main(settings(preset="demo"))
+
+
+def test_init_with_init_from_is_answered_with_a_warning(copied, capsys):
+    train.main(settings(run="other", init_from="logs/whole", init="aligned", steps=1, warmup_steps=0))
+    assert "warning: --init aligned has no effect, as --init-from logs/whole" in capsys.readouterr().out
+    train.main(settings(run="another", init_from="logs/whole", steps=1, warmup_steps=0))
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_a_run_from_before_a_setting_existed_is_refused_with_a_remedy(copied):
@@ -158,7 +202,7 @@ def test_other_data_are_refused_with_both_hashes(world, copied):
     source = ("--source", "data/stories/stories.jsonl", "--encoding", "data/stories", "--val-tokens", "6000")
     out = copied.parents[1] / "data/other"
     run("fineweb.py", *source, "--out", out, "--shard-tokens", "30000", "--workers", "1", cwd=world)
-    with pytest.raises(ValueError, match=r"started with manifest_hash [0-9a-f]{64}, now it is [0-9a-f]{64}"):
+    with pytest.raises(ValueError, match=r"started with --data of manifest_hash [0-9a-f]{64}, now it is --data of"):
         train.main(settings(data="data/other"))
 
 

@@ -1,14 +1,17 @@
-"""metrics.jsonl is authoritative, wandb mirrors it, and no failure of a log stops a run."""
+"""metrics.jsonl is authoritative, wandb or trackio mirrors it, and no failure of a log stops a run."""
 
 import fcntl
 import json
 import os
 import pty
 import re
+import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +20,12 @@ import torch
 from conftest import TRAIN, command_of, environment, run, train_here
 from test_resume import assert_like
 
+import train
+from core import cli
 from core.distributed import Ranks
 from core.files import METRICS, read_metrics
-from core.train.logging import StepLogger, format_count, format_duration, logged_in, summary, truncate_metrics
+from core.train.logging import StepLogger, format_count, format_duration, summary, truncate_metrics
+from core.train.trackers import logged_in, run_id
 
 STEPS = 10
 COMMAND = (*TRAIN, "--data", "data/small", "--steps", STEPS, "--val-every", 4, "--save-every", 4, "--log-every", 5)
@@ -67,6 +73,55 @@ def test_wandb_mirrors_the_metrics_offline_without_a_login(world, plain):
         for name in ("loss", "grad_norm", "bits_per_byte", "seconds"):
             assert history[line["step"]].get(f"{split}/{name}") == line.get(name), (line["step"], name)
         assert history[line["step"]]["tokens"] == line["tokens"]
+
+
+def test_a_run_with_any_legal_name_is_mirrored(world, plain):
+    """wandb refuses the characters :;,#?/' in an id, of which a name has all but the slash."""
+    name = "c:d;e,f#g?h'i"
+    result = run("train.py", *COMMAND, "--tracker", "wandb", "--run", name, cwd=world, **LOGGED_OUT)
+    assert "disabled" not in result.stdout + result.stderr
+    assert sorted(mirrored(world / "logs" / name)) == list(range(STEPS + 1))
+    assert json.loads((world / "logs" / name / "run.json").read_text())["tracker"] == "wandb"
+
+
+def test_the_id_of_a_mirror_differs_where_the_name_or_the_data_do():
+    names = ["gpt2", "c:d", "c-d", "c;d", "x" * 255, "x" * 254]
+    ids = {run_id(Path("logs") / name, {"manifest_hash": data * 64}) for name in names for data in "ab"}
+    assert len(ids) == 2 * len(names)
+    assert "gpt2-aaaaaaaa" in ids  # as the version before
+    assert not [i for i in ids if len(i) > 128 or set(i) & set(":;,#?/'")]
+
+
+@pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_mirrors_the_metrics_on_this_machine_and_resumes(world, plain, tmp_path):
+    command = (*COMMAND, "--tracker", "trackio", "--run", "c:trackio", "--wandb-project", "stories")
+    for steps_left in (6, 0):
+        run("train.py", *command, cwd=world, TRACKIO_DIR=str(tmp_path))
+        if steps_left:  # the run ended at step 4
+            shutil.rmtree(world / "logs/c:trackio/checkpoints/step_000010")
+            shutil.rmtree(world / "logs/c:trackio/checkpoints/step_000008")
+    assert_like(world / "logs/c:trackio", plain, STEPS)
+    (database,) = tmp_path.glob("stories*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("select run_name, step, metrics from metrics").fetchall()
+    assert len({name for name, _, _ in rows}) == 1
+    lines = [(step, json.loads(text)) for _, step, text in rows]
+    assert {step for step, line in lines if "val/loss" in line} == {0, 4, 8, 10}
+    losses = {step: line["train/loss"] for step, line in lines if "train/loss" in line}
+    expected = {line["step"]: line["loss"] for line in read_metrics(plain) if line["split"] == "train"}
+    assert losses == expected
+
+
+def test_a_missing_tracker_is_an_error_with_the_command_to_install_it(world, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--tracker trackio needs a package .* Run pip install trackio"):
+        train_here(*COMMAND, "--tracker", "trackio", "--run", "untracked", cwd=world)
+    assert not (world / "logs/untracked").exists()
+
+
+@pytest.mark.parametrize("options, tracker", [((), "none"), (WANDB, "wandb"), ((*WANDB, "--tracker", "none"), "none")])
+def test_a_project_alone_means_wandb(options, tracker):
+    assert cli.parse(train.Config, args=list(options)).tracker == tracker
 
 
 @pytest.mark.parametrize(

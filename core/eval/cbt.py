@@ -35,7 +35,7 @@ class CBTConfig:
     split: Literal["validation", "test"] = "validation"
     """Split of the hub's data set. The GPT-2 paper reports validation."""
     protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("paper",)  # type: ignore[valid-type]
-    """Scoring protocols: paper scores the question after its 20 sentences, sentence only the question."""
+    """Scoring protocols: paper scores the question after its 20 sentences, sentence only the question; `all`: both."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Cloze:
 
 def load(config: CBTConfig) -> list[QuestionSet]:
     """One set per file, or one per word type of the hub's. Raises ValueError for options that contradict each other."""
-    protocols = task.select_protocols(config.protocol, list(PROTOCOLS))
+    protocols = task.select_protocols(config.protocol, PROTOCOLS)
     if config.data:
         if (config.types, config.split) != (CBTConfig.types, CBTConfig.split):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from core.eval import results
 from core.eval.results import Result
+from core.eval.task import format_perplexity
 from core.files import markdown_table
 
 PASS, FAIL, REFERENCE, MISSING = "pass", "FAIL", "reference", "no figure"
@@ -41,8 +42,9 @@ def compare(found: list[Result]) -> list[Row]:
 def _compare_one(result: Result) -> list[Row]:
     entry, figure = results.published_entry(result), results.published_figure(result)
     if entry is None or figure is None:
-        value = _perplexity(result) if result.correct is None else f"{_accuracies(result, None)[0]:.2f}"
-        return [_row(result, "perplexity" if result.correct is None else "accuracy %", value, verdict=MISSING)]
+        is_accuracy = result.correct is not None
+        value = f"{_accuracies(result, None)[0]:.2f}" if is_accuracy else format_perplexity(result.perplexity)
+        return [_row(result, "accuracy %" if is_accuracy else "perplexity", value, verdict=MISSING)]
     tolerances = json.loads(results.PUBLISHED.read_text(encoding="utf-8"))["tolerances"]
     rows = []
     if figure[0] is not None:
@@ -55,7 +57,8 @@ def _compare_one(result: Result) -> list[Row]:
         limit = tolerances["perplexity"]
         is_near = abs((result.perplexity or math.inf) / figure[1] - 1) <= limit
         percent = f"{100 * limit:g} %"
-        rows.append(_row(result, "perplexity", _perplexity(result), figure[1], percent, _verdict(is_near), entry))
+        found = format_perplexity(result.perplexity)
+        rows.append(_row(result, "perplexity", found, figure[1], percent, _verdict(is_near), entry))
     return rows
 
 
@@ -91,10 +94,6 @@ def _accuracies(result: Result, scored: int | None) -> list[float]:
     """The accuracy in %; and of the `scored` questions, where the published figure is of fewer than all."""
     assert result.correct is not None
     return [100 * result.correct / total for total in (result.total, scored) if total]
-
-
-def _perplexity(result: Result) -> str:
-    return f"{result.perplexity:.2f}" if result.perplexity else "not finite"
 
 
 def table(rows: list[Row]) -> str:

@@ -8,6 +8,7 @@ sum, and the highest mean per token.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,7 +36,8 @@ class HellaSwagConfig:
     with label and endings. harness also needs activity_label, ctx_a and ctx_b; completion needs ctx.
     Default: the hub's validation split."""
     protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("harness", "harness-norm")  # type: ignore[valid-type]
-    """Scoring protocols: harness like lm-evaluation-harness, completion like build-nanogpt; -norm divides by length."""
+    """Scoring protocols: harness like lm-evaluation-harness, completion like build-nanogpt; -norm divides by length;
+    `all`: every one that the fields of the file allow."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,23 @@ class Question:
 
 
 def load(config: HellaSwagConfig) -> list[QuestionSet]:
-    protocols = task.select_protocols(config.protocol, list(PROTOCOLS))
     if config.data is not None:
-        return [load_file(Path(config.data), protocols)]
+        return [load_file(Path(config.data), config.protocol)]
+    protocols = task.select_protocols(config.protocol, PROTOCOLS)
     return [QuestionSet(questions=from_hub(), protocols=protocols, data=HUB, sha256=None)]
 
 
-def load_file(path: Path, protocols: list[str]) -> QuestionSet:
-    """The questions of a file. Published figures apply to the authors' validation file only.
+def load_file(path: Path, protocols: Sequence[str]) -> QuestionSet:
+    """The questions of a file; `all`: by each protocol whose fields they have. Published figures apply to the authors'
+    validation file only.
 
     Raises ValueError where a question lacks a field that a protocol needs.
     """
     questions = read(path)
+    absent = {name for name in TEXTS if any(getattr(question, name) is None for question in questions)}
+    allowed = [protocol for protocol in PROTOCOLS if absent.isdisjoint(NEEDED[_kind(protocol)])]
+    reason = f"{path.name} has no {', '.join(sorted(absent))}"
+    protocols = task.select_protocols(tuple(protocols), PROTOCOLS, allowed or list(PROTOCOLS), reason=reason)
     for number, question in enumerate(questions, 1):
         check_fields(question, protocols, f"{path}, line {number}")
     return QuestionSet(

@@ -50,7 +50,8 @@ def load(config: LambadaConfig) -> list[QuestionSet]:
     """The passages of each text that the protocols need. Raises ValueError for options that contradict each other."""
     text = resolve_text(config)
     allowed = list(PROTOCOLS) if text is None else allowed_protocols(text)
-    protocols = task.select_protocols(config.protocol, allowed) or allowed[:1]
+    reason = f"not defined on text {text}"
+    protocols = task.select_protocols(config.protocol, PROTOCOLS, allowed, reason=reason) or allowed[:1]
     for protocol in protocols:
         if protocol not in allowed:
             raise ValueError(

@@ -9,7 +9,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from core.eval.task import LARGEST_EXPONENT, Page, Verdict, read_json_lines
+from core.eval.task import LARGEST_EXPONENT, Page, Verdict, format_perplexity, read_json_lines
 from core.files import markdown_table, write_json, write_text
 
 RESULTS = Path("logs/results")  # where report.py reads them
@@ -202,9 +202,9 @@ def _cells(r: Result) -> dict[str, str]:
     if figure:
         cells["published, same size"] = format_figure(figure)
     if r.perplexity:
-        cells["perplexity"] = f"{r.perplexity:,.2f}"
+        cells["perplexity"] = format_perplexity(r.perplexity)
     if r.perplexity_interval:
-        cells["95 % of perplexity"] = "{:,.2f} to {:,.2f}".format(*r.perplexity_interval)
+        cells["95 % of perplexity"] = " to ".join(map(format_perplexity, r.perplexity_interval))
     if r.bits_per_byte:
         cells["bits per byte"] = f"{r.bits_per_byte:.4f}"
     return cells

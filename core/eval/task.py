@@ -7,10 +7,12 @@ the command line; and a test.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from core import cli
 
 if TYPE_CHECKING:  # report.py shows results without torch
     from core.eval.scoring import Request, Score
@@ -90,9 +92,26 @@ def exp_mean(logprobs: list[float], count: int) -> float | None:
     return math.exp(nats) if nats < LARGEST_EXPONENT else None
 
 
-def select_protocols(chosen: tuple[str, ...], allowed: list[str]) -> list[str]:
-    """The protocols of --protocol without repetitions; `all` selects every allowed one."""
-    return list(allowed) if "all" in chosen else list(dict.fromkeys(chosen))
+def format_perplexity(value: float | None) -> str:
+    """1,234.56; above 100,000 as 1.23e+05; `not finite` for None and NaN."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.2f}" if value <= 100_000 else f"{value:.2e}"
+
+
+def select_protocols(
+    chosen: tuple[str, ...], protocols: Iterable[str], allowed: list[str] | None = None, *, reason: str = ""
+) -> list[str]:
+    """The protocols of --protocol without repetitions. `all` selects every one of `protocols` that is `allowed`.
+
+    It names those that it leaves out, with the `reason`.
+    """
+    if "all" not in chosen:
+        return list(dict.fromkeys(chosen))
+    allowed = list(protocols) if allowed is None else allowed
+    if omitted := [protocol for protocol in protocols if protocol not in allowed]:
+        cli.print_note(f"--protocol all omits {', '.join(omitted)}: {reason}")
+    return allowed
 
 
 def candidate_warnings(candidates: list[str], expected: int, noun: str) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ class WikiTextConfig:
     """File of raw WikiText, such as wiki.test.raw: one paragraph or ` = Title = ` per line. Any other UTF-8 text is one
     page. Default: the hub's test split."""
     protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("harness",)  # type: ignore[valid-type]
-    """Scoring protocols: harness like lm-evaluation-harness, per word; strided like Hugging Face's guide, per token."""
+    """Scoring protocols: harness like lm-evaluation-harness, per word; strided like Hugging Face's guide, per token;
+    `all`: both."""
     stride: tuple[int, ...] = (1024,)
     """Tokens between the windows of strided, at most the context length. Published figures use 1024 and 512."""
 
@@ -48,7 +49,7 @@ class Stream:
 
 def load(config: WikiTextConfig) -> list[QuestionSet]:
     """One set of pages, and one stream for each stride. Raises ValueError for options that contradict each other."""
-    protocols = task.select_protocols(config.protocol, list(PROTOCOLS))
+    protocols = task.select_protocols(config.protocol, PROTOCOLS)
     if "strided" not in protocols and config.stride != WikiTextConfig.stride:
         raise ValueError(
             f"--stride {' '.join(map(str, config.stride))} has no effect on --protocol harness. "

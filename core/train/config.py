@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from core import cli
 from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS
@@ -21,9 +22,37 @@ from core.train.recipe import (
 from model import PRESETS, GPTConfig
 
 
+def recipe_option(name: str, description: str) -> Any:
+    """The help of an option that the recipe sets, with its value in each recipe."""
+    values = ", ".join(f"{recipe}: {getattr(values, name)}" for recipe, values in RECIPES.items())
+    return tyro.conf.arg(help=description, help_behavior_hint=f"({values})")
+
+
+def parse_micro_batch(values: list[str]) -> int | Literal["auto"]:
+    """Raises ValueError for anything else: tyro's own error would show types of Python."""
+    if values == ["auto"]:
+        return "auto"
+    try:
+        return int(values[0])
+    except ValueError:
+        raise ValueError(f"{values[0]!r:.40} is neither an integer nor auto") from None
+
+
+MICRO_BATCH = PrimitiveConstructorSpec[Any](
+    nargs=1,
+    metavar="INT|auto",
+    instance_from_str=parse_micro_batch,
+    is_instance=lambda value: value == "auto" or isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+TRACKERS = ("wandb", "trackio", "none")
+
+
 @dataclass
 class RunConfig:
-    """Model, data and name of the run."""
+    """The most common options: what to train, on which data, and for how long."""
 
     data: str = DEFAULT_DATA
     """Folder of token shards that fineweb.py wrote."""
@@ -32,29 +61,39 @@ class RunConfig:
     --run-name: torchrun takes --run for its own --run-path."""
     preset: Literal[tuple(PRESETS)] = "gpt2"  # type: ignore[valid-type]
     """Model size: 124M, 355M, 774M, 1558M parameters, and two small ones for the demo and for tests."""
-    seed: int = 1337
-    """Random seed of the initial weights and of the data order."""
     init_from: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """Initial weights: a run, a checkpoint folder or file, a Hugging Face folder, or a hub name such as gpt2.
     Default: random weights."""
-    no_verify: bool = False
-    """Skip the sha256 check of the shards at the start. Its result is cached: only the first start takes the time."""
-
-
-def recipe_option(name: str, description: str) -> Any:
-    """The help of an option that the recipe sets, with its value in each recipe."""
-    values = ", ".join(f"{recipe}: {getattr(values, name)}" for recipe, values in RECIPES.items())
-    return tyro.conf.arg(help=description, help_behavior_hint=f"({values})")
+    recipe: Literal[tuple(RECIPES)] = "original"  # type: ignore[valid-type]
+    """Recipe: the default values of --lr, --batch-tokens and of the recipe options below."""
+    tokens: int = 10_000_000_000
+    """Training tokens, rounded down to complete steps."""
+    lr: Annotated[
+        float | None,
+        recipe_option(
+            "lr", "Peak learning rate of the block matrices; with the recipe original and adamw, of all weights."
+        ),
+    ] = None
+    batch_tokens: Annotated[
+        int | None,
+        recipe_option(
+            "batch_tokens",
+            f"Maximum tokens per optimizer step, over all ranks; demo and tiny: {SMALL_BATCH_TOKENS}.",
+        ),
+    ] = None
+    micro_batch: Annotated[int | Literal["auto"], MICRO_BATCH] = "auto"
+    """Sequences per forward pass on each rank. auto: the largest that fits, up to 65,536 tokens (on a CPU: 8)."""
+    tracker: Annotated[Literal[TRACKERS] | None, cli.DEFAULT_IN_HELP] = None  # type: ignore[valid-type]
+    """Service that mirrors the metrics: wandb, offline without a login, or trackio, on this machine. Default: wandb
+    with --wandb-project, else none."""
 
 
 @dataclass
 class RecipeConfig:
-    """Values that determine the trained weights. Defaults shown are for GPT-2 124M and ten billion tokens."""
+    """Other values that determine the trained weights. Defaults shown are for GPT-2 124M and ten billion tokens."""
 
-    name: Annotated[Literal[tuple(RECIPES)], tyro.conf.arg(name="recipe")] = "original"  # type: ignore[valid-type]
-    """Default values of the options below, except --tokens, --seq-len and --steps."""
-    tokens: int = 10_000_000_000
-    """Training tokens, rounded down to complete steps."""
+    seed: int = 1337
+    """Random seed of the initial weights and of the data order."""
     seq_len: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Tokens per sequence. Default: the context length of the preset, which is the maximum."""
     steps: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
@@ -62,10 +101,6 @@ class RecipeConfig:
     optimizer: Annotated[
         Literal[tuple(OPTIMIZERS)] | None,  # type: ignore[valid-type]
         recipe_option("optimizer", "Optimizer of the block matrices. AdamW updates all other weights."),
-    ] = None
-    lr: Annotated[
-        float | None,
-        recipe_option("lr", "Peak learning rate of the block matrices. original with adamw: of all weights."),
     ] = None
     embed_lr: Annotated[
         float | None,
@@ -97,13 +132,6 @@ class RecipeConfig:
     final_lr_fraction: Annotated[
         float | None, recipe_option("final_lr_fraction", "Final learning rate as a fraction of its peak.")
     ] = None
-    batch_tokens: Annotated[
-        int | None,
-        recipe_option(
-            "batch_tokens",
-            f"Maximum tokens per optimizer step, over all ranks; demo and tiny: {SMALL_BATCH_TOKENS}.",
-        ),
-    ] = None
     first_batch_tokens: Annotated[
         int | None,
         recipe_option(
@@ -129,19 +157,11 @@ class RecipeConfig:
         ),
     ] = None
 
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """The values given on the command line in place of the recipe's."""
-        names = [field.name for field in fields(RecipeValues)]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
 
 @dataclass
 class SystemConfig:
     """Speed and memory. These options change results by rounding only."""
 
-    micro_batch: int | Literal["auto"] = "auto"
-    """Sequences per forward pass on each rank. auto: the largest that fits, up to 65,536 tokens (on a CPU: 8)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the matrix products; weights and optimizer stay float32. float16 scales the loss. auto: bfloat16 on CUDA,
     float16 on NVIDIA GPUs before Ampere (V100, T4), float32 elsewhere."""
@@ -179,7 +199,7 @@ class EvalConfig:
     log_every: int = 10
     """Steps between log lines; metrics.jsonl has every step."""
     wandb_project: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """wandb project that mirrors the metrics, offline without a login. Default: no wandb."""
+    """Project in wandb or trackio, see --tracker. Default: gpt2."""
     eval_only: bool = False
     """Print validation loss, perplexity and bits per byte of --init-from or of the run, and exit."""
 
@@ -199,6 +219,8 @@ class CheckpointConfig:
     --max-restarts still resumes."""
     max_bad_steps: int = 10
     """Maximum number of skipped steps. A step whose loss or gradient isn't finite is skipped: it changes no weight."""
+    no_verify: bool = False
+    """Skip the sha256 check of the shards at the start. Its result is cached: only the first start takes the time."""
     hang_timeout: float = 600
     """Seconds without a finished micro-batch, or waiting for another rank, after which the run ends with an error."""
 
@@ -218,10 +240,22 @@ class Config:
     def shape(self) -> GPTConfig:
         return PRESETS[self.run.preset]
 
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The values given on the command line in place of the recipe's."""
+        given = vars(self.run) | vars(self.recipe)
+        names = [field.name for field in fields(RecipeValues)]
+        return {name: given[name] for name in names if given[name] is not None}
+
+    @property
+    def tracker(self) -> str:
+        """The tracker to use: wandb, trackio or none."""
+        return self.run.tracker or ("wandb" if self.evaluation.wandb_project else "none")
+
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """All options by name, with the values of the resolved recipe: the settings of run.json."""
-        groups = (self.run, self.system, self.evaluation, self.checkpoints)
-        settings = asdict(recipe) | {key: value for group in groups for key, value in asdict(group).items()}
+        groups = (self.run, self.recipe, self.system, self.evaluation, self.checkpoints)
+        settings = {key: value for group in groups for key, value in asdict(group).items()} | asdict(recipe)
         settings["verify"] = not settings.pop("no_verify")
         del settings["name"]
-        return {"run": self.run.name, "recipe": recipe.name} | settings
+        return {"run": self.run.name} | settings | {"recipe": recipe.name, "tracker": self.tracker}

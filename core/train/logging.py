@@ -1,17 +1,15 @@
-"""The log of a run: run.json, metrics.jsonl (authoritative), lines on the terminal, and a mirror in wandb."""
+"""The log of a run: run.json, metrics.jsonl (authoritative), lines on the terminal, and a mirror in a tracker."""
 
 import contextlib
 import json
 import math
-import netrc
 import os
 import platform
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +18,15 @@ from tqdm import tqdm
 from core import cli
 from core.distributed import DeviceClock, Ranks, SynchronizedError, device_name, peak_flops
 from core.files import METRICS, write_json
+from core.train.trackers import Mirror
 
 SMOOTHING = 0.1  # weight of the latest step in the mean time per token, from which the ETA follows
 
 
 class RunLog:
-    """Writes the metrics of a run; only rank 0 has one. No failure of a disk, a terminal or wandb stops the run."""
+    """Writes the metrics of a run; only rank 0 has one. No failure of a disk, a terminal or a tracker stops the run."""
 
-    def __init__(self, run: Path, settings: dict[str, Any], *, step: int, wandb_project: str | None) -> None:
+    def __init__(self, run: Path, settings: dict[str, Any], *, step: int, tracker: str, project: str | None) -> None:
         """`step` steps are complete: metrics of later steps, which the checkpoint lacks, are removed."""
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", settings)
@@ -38,7 +37,7 @@ class RunLog:
         self._bar = cli.progress_bar(
             total=settings["steps"], initial=step, unit="step", lines=False, dynamic_ncols=True
         )
-        self._wandb: Any = start_wandb(run, settings, wandb_project) if wandb_project else None
+        self._mirror = Mirror(tracker, run, settings, project, self.log) if tracker != "none" else None
         if not cli.terminal.quiet:
             self.log(summary(run, settings))
 
@@ -53,17 +52,8 @@ class RunLog:
         except OSError as error:
             if was_complete:
                 self.log(f"warning: {METRICS} can't be written ({error.strerror}); its lines are kept in memory")
-        if self._wandb is not None:
-            self._mirror(finite)
-
-    def _mirror(self, metrics: dict[str, Any]) -> None:
-        step, split = metrics["step"], metrics["split"]
-        named = {k if k in ("tokens", "lr") else f"{split}/{k}": v for k, v in metrics.items() if v is not None}
-        try:
-            self._wandb.log({k: v for k, v in named.items() if not k.endswith(("/step", "/split"))}, step=step)
-        except Exception as error:
-            self._wandb = None
-            self.log(f"warning: wandb failed and is disabled ({error}); {METRICS} continues")
+        if self._mirror is not None:
+            self._mirror.write(finite)
 
     def advance(self) -> None:
         with contextlib.suppress(OSError):
@@ -82,11 +72,8 @@ class RunLog:
         with contextlib.suppress(OSError):
             self._bar.close()
         self._file.close()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                self.log(f"warning: wandb could not finish: {error}")
+        if self._mirror is not None:
+            self._mirror.finish()
 
 
 @dataclass
@@ -235,30 +222,6 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.{digits}f}{unit}"
     return f"{seconds:.0f}s"
-
-
-def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:
-    """A wandb run that mirrors metrics.jsonl, offline without a login; None where wandb fails."""
-    try:
-        import wandb
-
-        mode: Literal["offline"] | None = None if os.environ.get("WANDB_MODE") or logged_in() else "offline"
-        name = f"{run.name}-{settings['manifest_hash'][:8]}"
-        return wandb.init(project=project, name=run.name, id=name, dir=run, config=settings, resume="allow", mode=mode)
-    except Exception as error:
-        print(f"warning: wandb is disabled ({error}); metrics.jsonl continues", file=sys.stderr)
-        return None
-
-
-def logged_in() -> bool:
-    """Whether wandb will find a key. Without one it would wait for input on a terminal."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(str(host)) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def versions(device: torch.device) -> dict[str, str | None]:

@@ -100,7 +100,7 @@ RECIPES = {
         init="aligned",
     ),
 }
-DERIVED = ("warmup_steps", "short_tokens", "steps")  # values that may follow from the others
+DERIVED = ("steps", "warmup_steps", "short_tokens")  # values that may follow from the others
 # What a resumed run may not change; a difference in a given value is reported before those that follow from it.
 SETTINGS = (*(field.name for field in fields(RecipeValues) if field.name not in DERIVED), *DERIVED)
 

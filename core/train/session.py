@@ -66,7 +66,7 @@ def open_session(run: Run) -> Iterator[Session]:
         batches = open_loader(
             run.dataset,
             recipe,
-            seed=config.run.seed,
+            seed=config.recipe.seed,
             micro_batch=run.micro_batch,
             ranks=ranks,
             steps=range(run.step, recipe.steps),
@@ -92,7 +92,8 @@ def open_log(run: Run) -> RunLog:
     facts |= {"run": run.folder.name, "micro_batch": run.micro_batch, "world_size": run.ranks.world_size}
     facts |= {"manifest_hash": run.dataset.manifest_hash, "versions": versions(run.ranks.device)}
     facts |= {"parameters": run.model.num_parameters(), "epochs": run.recipe.tokens / run.dataset.tokens("train")}
-    return RunLog(run.folder, facts, step=run.step, wandb_project=run.config.evaluation.wandb_project)
+    project = run.config.evaluation.wandb_project
+    return RunLog(run.folder, facts, step=run.step, tracker=run.config.tracker, project=project)
 
 
 def open_profiler(run: Run, log: Callable[[str], None], stack: ExitStack) -> Callable[[], None]:

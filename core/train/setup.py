@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from core.train.memory import largest_divisor, largest_micro_batch
 from core.train.optim import OptimizerGroup, build_optimizer, loss_scaler
 from core.train.profiling import PROFILED_STEPS
 from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, Schedule, resolve_recipe
+from core.train.trackers import check_installed
 from model import GPT, describe
 
 PREFETCH = 4  # micro-batches prepared in host memory ahead of their use
@@ -82,15 +83,20 @@ class Run:
 
 
 def run_folder(config: Config) -> Path:
+    """The folder of the run. Raises ValueError for a name that is a path, and for another preset than the run has."""
     name = config.run.name or config.run.preset
     if Path(name).name != name:
         raise ValueError(f"--run {name} must be a name, not a path. The folder of the run is logs/RUN")
-    return Path("logs") / name
+    folder = Path("logs") / name
+    if not config.evaluation.eval_only and config.checkpoints.resume == "auto":
+        run = config.run
+        checkpoint.check_preset(folder, {"preset": run.preset, "data": run.data, "recipe": run.recipe})
+    return folder
 
 
 def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, System]:
     """Check every option before the first step, and fill in those that follow from others."""
-    micro_batch = 1 if config.system.micro_batch == "auto" else config.system.micro_batch
+    micro_batch = 1 if config.run.micro_batch == "auto" else config.run.micro_batch
     evaluation, checkpoints = config.evaluation, config.checkpoints
     cli.check_positive(
         micro_batch=micro_batch,
@@ -103,12 +109,12 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         hang_timeout=checkpoints.hang_timeout,
     )
     recipe = resolve_recipe(
-        config.recipe.name,
+        config.run.recipe,
         config.shape,
-        tokens=config.recipe.tokens,
+        tokens=config.run.tokens,
         seq_len=config.recipe.seq_len,
         steps=config.recipe.steps,
-        overrides=config.recipe.overrides,
+        overrides=config.overrides,
         micro_batch=micro_batch,
         world_size=ranks.world_size,
     )
@@ -117,7 +123,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
     cli.check_between(
         0,
         2**63 - 1,
-        seed=config.run.seed,
+        seed=config.recipe.seed,
         sample_every=evaluation.sample_every,
         keep_every=checkpoints.keep_every,
         max_bad_steps=checkpoints.max_bad_steps,
@@ -127,13 +133,14 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
     for split in ("train", "val"):
         Windows(dataset, split, recipe.seq_len)
-    system = resolve_system(config.system, ranks)
+    system = resolve_system(config.system, ranks, config.run.micro_batch)
     if system.compile:
         check_compiler(ranks.device)
+    check_installed(config.run.tracker)
     return recipe, system
 
 
-def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
+def resolve_system(config: SystemConfig, ranks: Ranks, micro_batch: int | Literal["auto"] = "auto") -> System:
     """Replace "auto" by the value for this device. Raises ValueError for kernels that it doesn't support."""
     on_cuda = ranks.device.type == "cuda"
     dtype = default_dtype(ranks.device) if config.dtype == "auto" else config.dtype
@@ -152,13 +159,13 @@ def resolve_system(config: SystemConfig, ranks: Ranks) -> System:
         compile=on_cuda if config.compile == "auto" else config.compile == "on",
         fused=supported if config.fused == "auto" else config.fused,
         activation_checkpointing=config.activation_checkpointing,
-        micro_batch=None if config.micro_batch == "auto" else config.micro_batch,
+        micro_batch=None if micro_batch == "auto" else micro_batch,
     )
 
 
 def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run may not change: its steps would not be those of an uninterrupted run."""
-    settings = {"preset": config.run.preset, "seed": config.run.seed, "init_from": config.run.init_from}
+    settings = {"preset": config.run.preset, "seed": config.recipe.seed, "init_from": config.run.init_from}
     settings |= {"val_tokens": config.evaluation.val_tokens, "manifest_hash": dataset.manifest_hash}
     return settings | {name: getattr(recipe, name) for name in ("seq_len", *SETTINGS)}
 
@@ -191,6 +198,8 @@ def restore_or_init(
     fixed = fixed_settings(config, recipe, dataset)
     state = checkpoint.load_training_state(found, fixed) if found else None
     source = found or (checkpoint.resolve_init(config.run.init_from, ranks) if config.run.init_from else None)
+    if isinstance(source, str) and config.recipe.init:
+        ranks.log(f"warning: --init {config.recipe.init} has no effect, as --init-from {source} sets the weights")
     model = load_model(config, recipe, dataset, source).to(ranks.device)
     optimizer = build_optimizer(model, recipe, ranks)
     scaler = loss_scaler(system.dtype, ranks)
@@ -217,7 +226,7 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
     """The model at its start. Raises ValueError where the weights don't fit the preset or the shards."""
     shape = replace(config.shape, vocab_size=dataset.vocab_size)
     if source is None:
-        model = GPT(shape, seed=config.run.seed)
+        model = GPT(shape, seed=config.recipe.seed)
         INITIALIZERS[recipe.init](model)
         return model
     model = checkpoint.load_model(str(source))

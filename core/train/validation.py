@@ -14,7 +14,7 @@ from core.data import tokenizer
 from core.data.shards import Dataset, Windows, verify
 from core.distributed import Ranks, autocast
 from core.eval import evaluate, hellaswag, lambada
-from core.eval.task import QuestionSet, Task
+from core.eval.task import QuestionSet, Task, exp_mean, format_perplexity
 from core.train.config import Config, EvalConfig
 from core.train.setup import resolve_system
 from model import GPT, GPTConfig
@@ -126,7 +126,7 @@ class QuestionsDuringTraining:
         return facts | {"total": len(verdicts), "perplexity": self.task.perplexity(self.protocol, verdicts)}
 
     def describe(self, result: dict[str, Any]) -> str:
-        perplexity = f" | perplexity {result['perplexity']:,.2f}" if result["perplexity"] else ""
+        perplexity = f" | perplexity {format_perplexity(result['perplexity'])}" if result["perplexity"] else ""
         counts = f"{result['correct']:,} of {result['total']:,}"
         return f"{self.task.title} {result['protocol']} {result['accuracy']:.2%} ({counts}){perplexity}"
 
@@ -199,16 +199,18 @@ def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Pa
     checkpoint.check_tokens(source, model, dataset.folder, dataset.vocab_size)
     dtype = resolve_system(config.system, ranks).dtype
     seq_len = config.recipe.seq_len or shape.n_positions
-    micro_batch = VAL_BATCH if config.system.micro_batch == "auto" else config.system.micro_batch
+    micro_batch = VAL_BATCH if config.run.micro_batch == "auto" else config.run.micro_batch
     cli.check_between(1, shape.n_positions, seq_len=seq_len)
     cli.check_positive(val_tokens=config.evaluation.val_tokens, micro_batch=micro_batch)
-    if not config.run.no_verify:
+    if not config.checkpoints.no_verify:
         verify(dataset, ranks)
     for evaluation in build_evaluations(config.evaluation, dataset, ranks, shape, model, seq_len, dtype, micro_batch):
         result = evaluation.run(model)
         assert result is not None  # nothing stops it
-        perplexity = f" | perplexity {math.exp(result['loss']):.2f}" if evaluation.split == "val" else ""
-        ranks.log(f"{source} on {evaluation.data}, {dtype} | {evaluation.describe(result)}{perplexity}")
+        line = f"{source} on {evaluation.data}, {dtype} | {evaluation.describe(result)}"
+        if evaluation.split == "val":
+            line += f" | perplexity {format_perplexity(exp_mean([-result['loss']], 1))}"
+        ranks.log(line)
 
 
 def sample_line(model: GPT, folder: Path, seed: int) -> str:
