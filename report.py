@@ -1,15 +1,16 @@
-"""Plot runs, and write one Markdown page about them and all evaluation results.
+"""Plot runs, and write a page about them and all evaluation results, in Markdown and for a browser.
 
     python report.py                                                 # every run in logs/
     python report.py --runs gpt2 gpt2-medium --out logs/sizes        # two runs in one plot
     python report.py --runs gpt2 --reference build-nanogpt           # with the published curve of another project
 
-It also works during a run. By default the page and the plots are written to logs/.
+It also works during a run. By default report.md, report.html and the plots are written to logs/.
 """
 
 import os
 import re
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ from core.data.shards import open_dataset
 from core.eval import results
 from core.eval.results import Result
 from core.files import markdown_table
+from core.page import build_html
 from demo import stories
 
 # The palette of Okabe and Ito, which is safe for color blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-REFERENCE_COLORS = ("#777777", "#BBBBBB")
+GRAYS = ("#777777", "#BBBBBB")
 TASKS = {"lambada": "LAMBADA", "hellaswag": "HellaSwag"}  # scored during training
 # Fonts for letters that matplotlib's own font lacks, as far as they are installed.
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Malgun Gothic")
@@ -43,15 +45,25 @@ class Config:
     log_step_tokens: int = STEP_TOKENS
     """Tokens per step in --log-files."""
     out: str = "logs"
-    """Folder for report.md and, if there are several runs, loss.png with the newest six.
+    """Folder for report.md, report.html and, if there are several runs, loss.png with the newest six.
     The plot of each run is written to loss.png in its own folder."""
     floor: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """The demo's stories.jsonl: adds its entropy, the lowest possible loss. Default: no entropy."""
+    watch: int = 0
+    """Seconds between updates, until Ctrl-C, while a browser reloads report.html; 0: write the report once."""
     terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
 def main(config: Config) -> None:
     cli.check_positive(log_step_tokens=config.log_step_tokens)
+    cli.check_between(0, 86_400, watch=config.watch)
+    write_report(config)
+    while config.watch:
+        time.sleep(config.watch)
+        write_report(config)
+
+
+def write_report(config: Config) -> None:
     references, problems = load_references(config)
     runs = [load_run(name) for name in config.runs or find_runs()]
     if config.floor:
@@ -71,8 +83,14 @@ def main(config: Config) -> None:
     problems += damaged
     text = build_page(runs, references, found, plots, problems, out)
     page.write_text(text, encoding="utf-8")
+    browser_page = out / "report.html"
+    colors = [
+        palette[i % len(palette)] for n, palette in ((len(runs), COLORS), (len(references), GRAYS)) for i in range(n)
+    ]
+    is_running = any(state(run) != "finished" for run in runs)
+    browser_page.write_text(build_html(runs, references, text, colors, refresh=is_running), encoding="utf-8")
     print(text)
-    print(f"wrote {', '.join(str(path) for path in [page, *plots])}")
+    print(f"wrote {', '.join(str(path) for path in [page, browser_page, *plots])}")
 
 
 def load_references(config: Config) -> tuple[list[Curves], list[str]]:
@@ -124,7 +142,7 @@ def build_figure(runs: list[Curves], references: list[Curves]) -> Any:
     rows.append([name for name in ("lr", "speed", "norm") for _ in range(4)])
     figure, panels = plt.subplot_mosaic(rows, figsize=(15, 8), height_ratios=(3, 2), layout="constrained")
     unit, seconds = time_unit(runs)
-    for curves, color in zip(references, REFERENCE_COLORS * len(references), strict=False):
+    for curves, color in zip(references, GRAYS * len(references), strict=False):
         plot_losses(panels["tokens"], curves, color, lambda line: line["tokens"])
         plot_accuracies(panels, tasks, curves, color)
     for run, color in zip(runs, COLORS, strict=False):
@@ -285,11 +303,12 @@ def run_row(run: Curves) -> list[str]:
         f"{last['tokens'] / last['seconds'] / 1e3:,.1f}" if last and last["seconds"] else "",
         f"{last['seconds'] / 60:,.1f}" if last and last["seconds"] is not None else "",
         f"{settings.get('world_size', '')} x {device}" if device else "",
-        "; ".join([*run.problems, state(run, steps)]),
+        "; ".join([*run.problems, state(run)]),
     ]
 
 
-def state(run: Curves, steps: Any) -> str:
+def state(run: Curves) -> str:
+    steps = run.settings.get("steps")
     if isinstance(steps, int) and run.steps >= steps:
         return "finished"
     return "not finished" if run.steps else "no step yet"

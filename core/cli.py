@@ -38,7 +38,10 @@ REMEDIES = {  # for errors of the operating system that concern a path
     errno.ENOSPC: "free disk space and rerun the same command",
 }
 # Packages that a plain train.py doesn't need; pyproject.toml lists them by purpose.
-PACKAGES = ("datasets", "fsspec", "huggingface_hub", "matplotlib", "pyarrow", "tiktoken", "tokenizers", "transformers")
+PACKAGES = (
+    *("datasets", "fsspec", "huggingface_hub", "matplotlib", "plotly", "pyarrow", "tiktoken", "tokenizers"),
+    "transformers",
+)
 # For an option whose default None is explained in its help text.
 DEFAULT_IN_HELP = tyro.conf.arg(help_behavior_hint="")
 STYLE = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)

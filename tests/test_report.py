@@ -2,10 +2,14 @@
 
 import json
 import math
+import re
+import signal
 import struct
+import subprocess
+import sys
 
 import pytest
-from conftest import run
+from conftest import ROOT, run, wait_until
 
 import report
 
@@ -266,7 +270,7 @@ def test_published_curves_are_drawn_by_tokens(world, tmp_path, monkeypatch):
     references = [report.load_reference(name) for name in report.reference_names()]
     figure = report.build_figure([report.load_run("first")], references)
     panels = {axes.get_ylabel().split(" (")[0]: axes for axes in figure.axes if axes.get_xlabel() == "training tokens"}
-    grays = [line for line in panels["loss"].lines if line.get_color() in report.REFERENCE_COLORS and line.get_gid()]
+    grays = [line for line in panels["loss"].lines if line.get_color() in report.GRAYS and line.get_gid()]
     ends = {line.get_gid(): (line.get_xdata()[-1], line.get_ydata()[-1]) for line in grays}
     assert ends == {
         "build-nanogpt (FineWeb-Edu): validation loss 3.062": (19_072 * 524_288, 3.0619),
@@ -299,3 +303,30 @@ def test_a_log_file_that_is_none_is_named_and_the_report_goes_on(world, tmp_path
     for problem in ("main.log, line 5 is not of a log", "empty.log has no loss", "missing.log"):
         assert f"not shown: --log-files: {problem}" in page or problem in page
     assert cells(page, "first")[2] == "30 of 40"
+
+
+def test_the_page_for_a_browser_is_one_file_and_reloads_while_a_run_is_not_finished(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "a<b>|c", world / "data/small")
+    report.main(report.Config(reference=("build-nanogpt",)))
+    page = (tmp_path / "logs/report.html").read_text(encoding="utf-8")
+    assert '<meta http-equiv="refresh"' in page
+    assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=", page)  # no other file
+    assert "<td>a&lt;b&gt;|c</td>" in page
+    assert page.count("Plotly.newPlot(") == 6  # no panel for LAMBADA
+    settings = json.loads((tmp_path / "logs/a<b>|c/run.json").read_text(encoding="utf-8"))
+    (tmp_path / "logs/a<b>|c/run.json").write_text(json.dumps(settings | {"steps": 30}), encoding="utf-8")
+    report.main(report.Config())
+    assert '<meta http-equiv="refresh"' not in (tmp_path / "logs/report.html").read_text(encoding="utf-8")
+
+
+def test_a_watched_report_is_written_again(world, tmp_path):
+    write_run(tmp_path, "first", world / "data/small")
+    command = [sys.executable, str(ROOT / "report.py"), "--watch", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    page = tmp_path / "logs/report.md"
+    wait_until(page.exists)
+    before = page.stat().st_mtime_ns
+    wait_until(lambda: page.stat().st_mtime_ns > before)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1].endswith("stopped\n")
