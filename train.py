@@ -53,7 +53,10 @@ def main(config: Config) -> None:
                 run = setup.restore_or_init(config, recipe, system, dataset, ranks, folder)
                 micro_batch = run.micro_batch
                 if run.step == recipe.steps:
-                    return ranks.log(f"{folder} is finished: {recipe.steps} steps")
+                    return ranks.log(
+                        f"{folder} is finished: {recipe.steps} steps. To train its weights further, use another --run "
+                        f"with --init-from {folder}"
+                    )
                 train(run)
             except torch.OutOfMemoryError:
                 smaller = "--micro-batch" if micro_batch not in ("auto", 1) else "--seq-len or --preset"

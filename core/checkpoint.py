@@ -274,7 +274,8 @@ def load_model(source: str) -> GPT:
             return GPT.from_pretrained(source)
         model, note = formats.read_checkpoint_file(Path(source))
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        text = str(error)
+        raise ValueError(text if text.startswith(source) else f"{source}: {text}") from None
     cli.print_note(note)
     return model
 

@@ -28,14 +28,14 @@ from tyro.constructors import (
 
 Options = TypeVar("Options")
 REMEDIES = {  # for errors of the operating system that concern a path
-    errno.ENOENT: "check the path",
-    errno.EISDIR: "name a file in it",
-    errno.ENOTDIR: "a file has the name of a folder on this path; choose another path",
-    errno.EEXIST: "a file has the name of a folder on this path; choose another path",
-    errno.EACCES: "choose another path, or change its permissions",
-    errno.ENOMEM: "free memory and rerun the same command",
-    errno.EMFILE: "raise the limit on open files, as by ulimit -n 65536",
-    errno.ENOSPC: "free disk space and rerun the same command",
+    errno.ENOENT: "Check the path",
+    errno.EISDIR: "Name a file in it",
+    errno.ENOTDIR: "A file has the name of a folder on this path. Choose another path",
+    errno.EEXIST: "A file has the name of a folder on this path. Choose another path",
+    errno.EACCES: "Choose another path, or change its permissions",
+    errno.ENOMEM: "Free memory and rerun the same command",
+    errno.EMFILE: "Raise the limit on open files, as by ulimit -n 65536",
+    errno.ENOSPC: "Free disk space and rerun the same command",
 }
 # Packages that a plain train.py doesn't need; pyproject.toml lists them by purpose.
 PACKAGES = (
@@ -167,7 +167,7 @@ def message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         remedy = REMEDIES.get(error.errno or 0)
-        return f"{place}{error.strerror}{f': {remedy}' if remedy else ''}"
+        return f"{place}{error.strerror}{f'. {remedy}' if remedy else ''}"
     if isinstance(error, MemoryError):
         return f"out of memory: {str(error) or 'the machine has too little'}. Free memory and rerun the same command"
     return str(error)
@@ -270,4 +270,5 @@ def check_between(low: float, high: float, **values: float) -> None:
     """Raise ValueError for a value outside [low, high], by the name of its option."""
     for name, value in values.items():
         if not low <= value <= high:
-            raise ValueError(f"{option_name(name)} {value} must be between {low:g} and {high:g}")
+            limits = f"between {low:g} and {high:g}" if high <= 10**9 else f"{low:g} or more, and at most {high}"
+            raise ValueError(f"{option_name(name)} {value} must be {limits}")

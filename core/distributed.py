@@ -54,8 +54,8 @@ class Ranks:
         return self.all_gather(value)[0]
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that rank 0 alone calls. An error of a user that it raises is raised by all ranks:
-        they would wait for rank 0 otherwise."""
+        """The result of a function that rank 0 alone calls. An error of a user that it raises is raised by all ranks,
+        which would wait for rank 0 otherwise, and ends the group."""
         result, error = None, None
         if self.is_main:
             try:
@@ -64,6 +64,8 @@ class Ranks:
                 error = raised
         result, error = self.broadcast((result, error))
         if error is not None:
+            if self.world_size > 1:
+                dist.destroy_process_group()  # gloo may abort a rank at exit where the others have ended
             raise error
         return result
 

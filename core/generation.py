@@ -39,10 +39,10 @@ def generate(
     config = model.config
     check_prompt(prompt, config.vocab_size)
     if len(prompt) + max_tokens > config.n_positions:
-        room = max(config.n_positions - len(prompt), 0)
+        room = config.n_positions - len(prompt)
         raise ValueError(
-            f"the prompt of {len(prompt)} tokens and {max_tokens} new tokens exceed the model's context of "
-            f"{config.n_positions}. Shorten the prompt, or generate at most {room} tokens"
+            f"--tokens {max_tokens} and the prompt of {len(prompt)} tokens exceed the model's context of "
+            f"{config.n_positions}. {f'Use --tokens {room}, or shorten' if room > 0 else 'Shorten'} the prompt"
         )
     check_sampling(temperature, top_k, top_p, seed)
     generator = torch.Generator(model.device).manual_seed(seed)

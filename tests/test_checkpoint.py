@@ -394,13 +394,15 @@ import errno, os
 from pathlib import Path
 from core import checkpoint, cli
 from core.distributed import process_group
+from core.train import setup
 
 def unreadable(folder):
-    raise PermissionError(errno.EACCES, "Permission denied", str(folder / "checksums.json"))
+    raise PermissionError(errno.EACCES, "Permission denied", str(folder))
 
 def main(_terminal):
     if os.environ["RANK"] == "0":
         checkpoint.find_damage = unreadable
+        setup.FileLocks = lambda folder, option: unreadable(folder)
     with process_group("cpu", timeout=60) as ranks:
         CALL
 
@@ -410,16 +412,20 @@ cli.run(main, cli.Terminal, "")
 
 @pytest.mark.parametrize(
     "call",
-    ["checkpoint.find(Path('logs/run'), ranks, restart=False)", "checkpoint.resolve_init('logs/run', ranks)"],
-    ids=["find", "resolve_init"],
+    [
+        "checkpoint.find(Path('logs/run'), ranks, restart=False)",
+        "checkpoint.resolve_init('logs/run', ranks)",
+        "setup.lock_run(Path('logs/run/checkpoints/step_000002'), ranks).__enter__()",
+    ],
+    ids=["find", "resolve_init", "lock_run"],
 )
 def test_an_error_of_rank_0_alone_ends_all_ranks_with_the_same_line(tmp_path, call):
     (tmp_path / "logs/run/checkpoints/step_000002").mkdir(parents=True)
     (tmp_path / "script.py").write_text(FAIL_ON_RANK_0.replace("CALL", call), encoding="utf-8")
     start = time.monotonic()
     result = on_ranks(2, tmp_path / "script.py", cwd=tmp_path, check=False)
-    path = "logs/run/checkpoints/step_000002/checksums.json"
-    line = f"error: {path}: Permission denied: choose another path, or change its permissions"
+    path = "logs/run/checkpoints/step_000002"
+    line = f"error: {path}: Permission denied. Choose another path, or change its permissions"
     assert [text for text in result.stderr.splitlines() if "error" in text] == [line, line]
     assert result.returncode == 2
     assert time.monotonic() - start < 50  # no rank waited for the other one's time-out

@@ -498,6 +498,9 @@ def test_an_adapter_is_named_with_and_without_a_model(hf, tmp_path):
 
 def test_weights_without_a_config_name_the_folder(hf, tmp_path):
     folder_of(hf["gelu_new"], tmp_path / "folder")
+    with pytest.raises(ValueError, match=rf"is one file of a model folder. Use --ckpt {tmp_path}/folder$"):
+        checkpoint.resolve(str(tmp_path / "folder/model.safetensors"))
+    (tmp_path / "folder/config.json").unlink()
     with pytest.raises(ValueError, match=r"weights without a config.json. Name a folder that contains both"):
         checkpoint.resolve(str(tmp_path / "folder/model.safetensors"))
 

@@ -138,7 +138,7 @@ def test_a_sample_ends_before_the_stop_id(model):
         ([], {}, "prompt is empty"),
         ([5, 663], {}, "token id 663 .* vocabulary of 663"),
         ([5, -1], {}, "token id -1 .* vocabulary of 663"),
-        ([5] * 60, {}, "60 tokens and 5 new tokens exceed .* context of 64.* at most 4"),
+        ([5] * 60, {}, "--tokens 5 and the prompt of 60 tokens exceed .* context of 64. Use --tokens 4"),
         ([5] * 70, {}, "70 tokens .* context of 64"),
         (PROMPT, {"temperature": -1.0}, "--temperature -1.0 must be 0, or at least 1e-06"),
         (PROMPT, {"top_k": 0}, "--top-k 0 must be at least 1"),

@@ -108,7 +108,7 @@ def test_a_full_disk_below_the_output_is_an_error(world, tmp_path):
             command, cwd=tmp_path, env=environment({}), stdout=full, stderr=subprocess.PIPE, check=False
         )
     error = refused(subprocess.CompletedProcess(command, result.returncode, "", result.stderr.decode()))
-    assert error.endswith("No space left on device: free disk space and rerun the same command")
+    assert error.endswith("No space left on device. Free disk space and rerun the same command")
 
 
 @pytest.mark.parametrize(

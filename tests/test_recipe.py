@@ -388,7 +388,7 @@ def test_two_ranks_have_the_losses_of_one(world):
         ),
         ({"beta1": 1.5}, "--beta1 1.5 must be between 0 and 1"),
         ({"embed_lr": 0.0}, "--embed-lr 0.0 must be above 0"),
-        ({"short_tokens": -1}, "--short-tokens -1 must be between 0"),
+        ({"short_tokens": -1}, "--short-tokens -1 must be 0 or more"),
     ],
 )
 def test_invalid_values_are_refused_by_name(options, message):

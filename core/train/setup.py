@@ -84,8 +84,8 @@ class Run:
 
 def run_folder(config: Config) -> Path:
     """The folder of the run. Raises ValueError for a name that is a path, and for another preset than the run has."""
-    name = config.run.name or config.run.preset
-    if Path(name).name != name:
+    name = config.run.preset if config.run.name is None else config.run.name
+    if not name or Path(name).name != name or name == "..":
         raise ValueError(f"--run {name} must be a name, not a path. The folder of the run is logs/RUN")
     folder = Path("logs") / name
     if not config.evaluation.eval_only and config.checkpoints.resume == "auto":
@@ -172,21 +172,20 @@ def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str
 
 @contextlib.contextmanager
 def lock_run(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Lock a run's folder. Raises ValueError, on every rank, where another process is training the run."""
-    lock, problem = None, None
-    if ranks.is_main:
+    """Lock a run's folder. Raises, on every rank, ValueError where another process is training the run, and OSError
+    where the folder can't be written."""
+    locks = []
+
+    def lock() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLocks(folder, "--run")
-        try:
-            lock.acquire(0)
-        except ValueError as error:
-            problem = str(error)
-    if problem := ranks.broadcast(problem):
-        raise ValueError(problem)
+        locks.append(FileLocks(folder, "--run"))
+        locks[0].acquire(0)
+
+    ranks.on_main(lock)
     try:
         yield
     finally:
-        if lock is not None and [path.name for path in folder.iterdir()] == [LOCK]:  # the run never started
+        if locks and [path.name for path in folder.iterdir()] == [LOCK]:  # the run never started
             shutil.rmtree(folder)
 
 
