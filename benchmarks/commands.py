@@ -71,7 +71,7 @@ class Config:
     device: str = "cuda"
     """Device: cuda or cpu."""
     out: str = "logs/benchmarks/commands.json"
-    """File for all figures (JSON), written after each measurement; the table (Markdown) lies beside it."""
+    """File for all figures (JSON), written after each measurement; the table has the same name with .md."""
     terminal: cli.Terminal = field(default_factory=cli.Terminal)
 
 
@@ -163,11 +163,11 @@ def speed_table(measurements: list[dict[str, Any]]) -> str:
     table = []
     for task, dtype in dict.fromkeys((m["task"], m["dtype"]) for m in measurements):
         found = [m for m in measurements if (m["task"], m["dtype"]) == (task, dtype)]
-        theirs, own = [m for m in found if m["batch_size"]], [m for m in found if not m["batch_size"]]
-        if not theirs or not own:
+        harness, own = [m for m in found if m["batch_size"]], [m for m in found if not m["batch_size"]]
+        if not harness or not own:
             continue
-        best = min(theirs, key=lambda m: m["seconds"])
-        sizes = ", ".join(f"{m['batch_size']}: {m['seconds']:.1f} s" for m in theirs)
+        best = min(harness, key=lambda m: m["seconds"])
+        sizes = ", ".join(f"{m['batch_size']}: {m['seconds']:.1f} s" for m in harness)
         name = f"{task}, {best['questions']:,} {'pages' if task == 'wikitext' else 'questions'}"
         row = [name, dtype, sizes, f"{own[0]['seconds']:.1f} s", f"{best['seconds'] / own[0]['seconds']:.2f}"]
         table.append([*row, f"{best['score']:.6g}", f"{own[0]['score']:.6g}"])

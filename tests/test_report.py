@@ -170,7 +170,7 @@ def test_a_floor_file_that_is_not_the_runs_data_is_refused_by_name(world, tmp_pa
 
 
 @pytest.mark.parametrize("content", ["[{", '[{"task": "lambada"}]', "7"])
-def test_a_damaged_result_is_named_and_the_report_goes_on(world, tmp_path, monkeypatch, content):
+def test_a_damaged_result_is_named_and_the_rest_is_reported(world, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     (tmp_path / "logs/results").mkdir()
@@ -293,7 +293,7 @@ def test_a_log_file_of_another_project_is_read(tmp_path, content, last):
     assert curves.lines["hellaswag"][-1]["accuracy"] in (0.2501, 0.2431)
 
 
-def test_a_log_file_that_is_none_is_named_and_the_report_goes_on(world, tmp_path, monkeypatch):
+def test_a_log_file_that_is_none_is_named_and_the_rest_is_reported(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
     (tmp_path / "main.log").write_text(LLMC + "hello\n")

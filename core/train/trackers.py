@@ -1,4 +1,4 @@
-"""Mirrors of a run's metrics in wandb or trackio, which has the same interface. No failure of theirs stops the run."""
+"""Mirrors of a run's metrics in wandb or trackio, which has the same interface. Their failures never stop the run."""
 
 import hashlib
 import importlib.util
