@@ -113,7 +113,7 @@ class RecipeConfig:
     ] = None
     beta1: Annotated[float | None, recipe_option("beta1", "AdamW decay rate of the first moment.")] = None
     beta2: Annotated[float | None, recipe_option("beta2", "AdamW decay rate of the second moment.")] = None
-    momentum: Annotated[float | None, recipe_option("momentum", "Muon momentum.")] = None
+    momentum: Annotated[float | None, recipe_option("momentum", "Decay rate of the momentum of Muon.")] = None
     weight_decay: Annotated[
         float | None, recipe_option("weight_decay", "Decoupled weight decay of matrices; vectors don't decay.")
     ] = None
@@ -170,12 +170,12 @@ class SystemConfig:
     deterministic: bool = False
     """Bit-identical results on GPUs for a fixed number of ranks, also after a resume; 12 % slower on an H200."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the training step. auto: on with CUDA."""
+    """Compilation of the training step by torch.compile. auto: on with CUDA."""
     fused: Literal["auto", "on", "portable", "off"] = "auto"
     """Triton kernels of core/ops, for bfloat16 on NVIDIA GPUs. on: all, for Hopper and B200. portable: those that also
     run on Ampere, Ada and other Blackwell GPUs. auto: the most that the GPU supports."""
     device: str = "auto"
-    """auto, cuda, cuda:1, mps or cpu."""
+    """Device: auto, cuda, cuda:1, mps or cpu. auto: CUDA, else MPS, else the CPU."""
     profile: bool = False
     """Record three early steps: prints the ten slowest kernels and writes logs/RUN/trace.json.gz."""
 
@@ -215,8 +215,8 @@ class CheckpointConfig:
     keep_every: int = 5
     """Keep every Nth checkpoint permanently; 0: none."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: resume from the newest valid checkpoint. never: end with an error if the run exists; a restart by torchrun
-    --max-restarts still resumes."""
+    """Start of a run that exists. auto: resume from the newest valid checkpoint. never: end with an error; a restart by
+    torchrun --max-restarts still resumes."""
     max_bad_steps: int = 10
     """Maximum number of skipped steps. A step whose loss or gradient isn't finite is skipped: it changes no weight."""
     no_verify: bool = False
