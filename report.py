@@ -9,26 +9,37 @@ It also works during a run. By default report.md, report.html and the plots are 
 
 import os
 import re
-import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from core import cli
-from core.curves import STEP_TOKENS, Curves, find_runs, load_log, load_reference, load_run, reference_names
+from core.curves import (
+    COLORS,
+    GRAYS,
+    STEP_TOKENS,
+    Curves,
+    find_runs,
+    load_log,
+    load_reference,
+    load_run,
+    longest,
+    medians,
+    reference_names,
+    time_unit,
+    with_numbers,
+)
 from core.data.shards import open_dataset
 from core.eval import results
 from core.eval.results import Result
-from core.files import markdown_table
+from core.files import METRICS, markdown_table, write_text
 from core.page import build_html
 from demo import stories
 
-# The palette of Okabe and Ito, which is safe for color blindness.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GRAYS = ("#777777", "#BBBBBB")
 TASKS = {"lambada": "LAMBADA", "hellaswag": "HellaSwag"}  # scored during training
 # Fonts for letters that matplotlib's own font lacks, as far as they are installed.
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Malgun Gothic")
@@ -68,29 +79,20 @@ def write_report(config: Config) -> None:
     runs = [load_run(name) for name in config.runs or find_runs()]
     if config.floor:
         for run in runs:
-            run.entropy = load_entropy(run.settings, Path(config.floor))
+            run.entropy = load_entropy(run, Path(config.floor))
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = [run for run in runs if run.train or run.val]
-    plots = [save_figure([run], references, Path("logs") / run.name / "loss.png") for run in drawn]
-    if len(drawn) > 1:
-        newest = sorted(drawn, key=lambda run: (Path("logs") / run.name).stat().st_mtime)[-len(COLORS) :]
-        plots.append(save_figure(newest, references, out / "loss.png"))
-    page = out / "report.md"
+    plots = save_figures(runs, references, out, problems)
     found, damaged = results.load_all()
     if config.runs:
         found = [result for result in found if result.model.split("/")[0] in config.runs]
-    problems += damaged
-    text = build_page(runs, references, found, plots, problems, out)
-    page.write_text(text, encoding="utf-8")
-    browser_page = out / "report.html"
-    colors = [
-        palette[i % len(palette)] for n, palette in ((len(runs), COLORS), (len(references), GRAYS)) for i in range(n)
-    ]
+    text = build_page(runs, references, found, plots, problems + damaged, out)
     is_running = any(state(run) != "finished" for run in runs)
-    browser_page.write_text(build_html(runs, references, text, colors, refresh=is_running), encoding="utf-8")
+    pages = {out / "report.md": text, out / "report.html": build_html(runs, references, text, refresh=is_running)}
+    for path, content in pages.items():
+        write_text(path, content)
     print(text)
-    print(f"wrote {', '.join(str(path) for path in [page, browser_page, *plots])}")
+    print(f"wrote {', '.join(str(path) for path in [*pages, *plots])}")
 
 
 def load_references(config: Config) -> tuple[list[Curves], list[str]]:
@@ -104,15 +106,38 @@ def load_references(config: Config) -> tuple[list[Curves], list[str]]:
     return curves, problems
 
 
-def load_entropy(settings: dict[str, Any], stories_file: Path) -> float | None:
+def load_entropy(run: Curves, stories_file: Path) -> float | None:
     """The entropy of the run's validation stories in nats per token; None for a run on other data."""
-    if "data" not in settings:
+    try:
+        dataset = open_dataset(run.settings["data"])
+        names = [file["name"] for file in dataset.manifest["source"]["files"]]
+        documents = sum(shard["documents"] for shard in dataset.shards("val"))
+    except (OSError, ValueError, KeyError, TypeError):
+        run.problems.append("its data can't be read, so their entropy is unknown")
         return None
-    dataset = open_dataset(settings["data"])
-    if not any(file["name"] == stories_file.name for file in dataset.manifest["source"]["files"]):
+    if stories_file.name not in names:
         return None
-    documents = sum(shard["documents"] for shard in dataset.shards("val"))
     return stories.entropy(stories_file, documents, dataset.tokens("val"))
+
+
+def save_figures(runs: list[Curves], references: list[Curves], out: Path, problems: list[str]) -> list[Path]:
+    """A plot of each run in its folder, and one of the newest runs in `out`; `problems` names what can't be written."""
+    drawn = [run for run in runs if run.train or run.val]
+    figures = [([run], Path("logs") / run.name / "loss.png") for run in drawn]
+    if len(drawn) > 1:
+        figures.append((newest(drawn), out / "loss.png"))
+    plots = []
+    for shown, path in figures:
+        try:
+            plots.append(save_figure(shown, references, path))
+        except OSError as error:
+            problems.append(cli.message(error))
+    return plots
+
+
+def newest(runs: list[Curves]) -> list[Curves]:
+    """As many as there are colors, by the time of their last metric; the time of the folder is that of any file."""
+    return sorted(runs, key=lambda run: (Path("logs") / run.name / METRICS).stat().st_mtime)[-len(COLORS) :]
 
 
 def save_figure(runs: list[Curves], references: list[Curves], path: Path) -> Path:
@@ -164,12 +189,6 @@ def build_figure(runs: list[Curves], references: list[Curves]) -> Any:
     return figure
 
 
-def longest(runs: list[Curves]) -> float:
-    """The planned tokens of the longest run, or those it has seen."""
-    planned = [tokens for run in runs if isinstance(tokens := run.settings.get("tokens"), int)]
-    return max([*planned, *(line["tokens"] for run in runs for line in run.train[-1:])], default=0)
-
-
 def legend(figure: Any, axes: Any) -> None:
     """The labels of the lines as they are: matplotlib would hide a leading underscore, and read $ as mathematics."""
     handles = [line for line in axes.lines if line.get_gid()]
@@ -180,12 +199,6 @@ def legend(figure: Any, axes: Any) -> None:
         for text, label in zip(box.get_texts(), labels, strict=True):
             text.set_parse_math(False)
             text.set_text(label)
-
-
-def time_unit(runs: list[Curves]) -> tuple[str, int]:
-    """The largest unit in which the longest run takes two or more, and its length in seconds."""
-    longest = max((line["seconds"] for run in runs for line in run.train[-1:]), default=0)
-    return next((unit for unit in (("hours", 3600), ("minutes", 60)) if longest >= 2 * unit[1]), ("seconds", 1))
 
 
 def plot_losses(axes: Any, run: Curves, color: str, x: Callable[[dict[str, Any]], float]) -> None:
@@ -214,13 +227,11 @@ def plot_accuracies(panels: dict[str, Any], tasks: list[str], run: Curves, color
 
 def plot_steps(axes: Any, run: Curves, color: str, name: str, unit: float) -> None:
     """A metric of every step, faint, and its medians over each hundredth of the run."""
-    lines = [line for line in run.train if isinstance(line.get(name), int | float)]
+    lines = with_numbers(run.train, name)
     values = [line[name] / unit for line in lines]
     axes.plot([line["tokens"] for line in lines], values, color=color, alpha=0.3, linewidth=0.6)
-    size = max(len(lines) // 100, 1)
-    starts = range(0, len(lines), size)
-    medians = [statistics.median(values[i : i + size]) for i in starts]
-    axes.plot([lines[min(i + size // 2, len(lines) - 1)]["tokens"] for i in starts], medians, color=color)
+    tokens, middles = medians(lines, name)
+    axes.plot(tokens, [middle / unit for middle in middles], color=color)
 
 
 def label_panels(panels: dict[str, Any], runs: list[Curves]) -> None:
@@ -236,7 +247,7 @@ def label_panels(panels: dict[str, Any], runs: list[Curves]) -> None:
     panels["lr"].set(ylabel="learning rate", ylim=(0, None))
     panels["speed"].set(ylabel="thousand tokens per second", ylim=(0, None))
     panels["norm"].set(ylabel="gradient norm")
-    if any((line.get("grad_norm") or 0) > 0 for run in runs for line in run.train):
+    if any(line["grad_norm"] > 0 for run in runs for line in with_numbers(run.train, "grad_norm")):
         panels["norm"].set_yscale("log")
     for task, title in TASKS.items():
         if task in panels:
@@ -257,7 +268,8 @@ def build_page(
     sections += [f"not shown: {problem}" for problem in problems]
     sections += [f"![loss curves]({link(path, out)})" for path in plots]
     if found:
-        sections += ["# Results", results.results_table(found)]
+        shown = [replace(result, model=cell(result.model), data=cell(result.data)) for result in found]
+        sections += ["# Results", results.results_table(shown)]
     for task in sorted({result.task for result in found if result.has_published}):
         sections.append("Published figures, accuracy % (perplexity):")
         sections.append(results.published_table(task, [result.protocol for result in found if result.task == task]))
@@ -265,17 +277,17 @@ def build_page(
 
 
 def link(path: Path, out: Path) -> str:
-    """The relative address of a file; in angle brackets where Markdown needs them."""
-    address = os.path.relpath(path, out)
-    return address if re.fullmatch(r"[\w./-]+", address, re.ASCII) else f"<{address}>"
+    """The relative address of a file, in which no character has a meaning in Markdown."""
+    return quote(os.path.relpath(path, out))
 
 
 def cell(text: str) -> str:
     """A name as a cell of a Markdown table, which shows it as it is."""
-    if re.fullmatch(r"[\w./ -]+", text) and "_" not in text:
+    if re.fullmatch(r"[\w./ -]+", text) and not re.search(r"(?<![^\W_])_|_(?![^\W_])", text):  # a_b has no emphasis
         return text
-    fence = "``" if "`" in text else "`"
-    return f"{fence}{text}{fence}".replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def runs_table(runs: list[Curves]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +10,14 @@ from typing import Any
 
 from core.files import METRICS
 
+# The palette of Okabe and Ito, which is safe for color blindness; references are gray.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GRAYS = ("#777777", "#BBBBBB")
 SETTINGS = "run.json"
 REFERENCES = Path(__file__).parent / "reference_curves.json"
-# What a line of metrics.jsonl must have to be drawn, by split; numbers, or null for a value that isn't finite.
-NEEDED = {
-    "train": ("loss", "seconds"),
-    "val": ("loss", "seconds"),
-    "lambada": ("accuracy",),
-    "hellaswag": ("accuracy",),
-}
+LARGEST = 1e30  # of a number that can be meant; plots fail on much larger ones
+# The value of each split in metrics.jsonl: a number, or null for one that isn't finite.
+VALUES = {"train": "loss", "val": "loss", "lambada": "accuracy", "hellaswag": "accuracy"}
 STEP_TOKENS = 524_288  # tokens per step of llm.c's and build-nanogpt's 124M runs
 PATTERNS = (  # of llm.c and build-nanogpt: step, kind, value
     re.compile(r"s:(?P<step>\d+) (?P<kind>tel|eval|trl):(?P<value>\S+)"),
@@ -69,7 +69,7 @@ def load_run(name: str) -> Curves:
     rows, damaged = _read(folder / METRICS, problems, _parse_metrics) or ([], 0)
     if damaged:
         problems.append(f"{damaged} damaged line{'s' if damaged > 1 else ''} in {METRICS}")
-    lines = {split: [row for row in rows if row["split"] == split] for split in NEEDED}
+    lines = {split: [row for row in rows if row["split"] == split] for split in VALUES}
     return Curves(name, lines, settings, problems)
 
 
@@ -78,14 +78,29 @@ def _read(path: Path, problems: list[str], parse: Callable[[str], Any]) -> Any:
         return parse(path.read_bytes().decode("utf-8", errors="replace"))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
-    except (OSError, ValueError) as error:
-        reason = f": {error.strerror}" if isinstance(error, OSError) else " is damaged"
-        problems.append(f"{path.name}{reason}")
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror}")
+    except (ValueError, RecursionError):
+        problems.append(f"{path.name} is damaged")
     return None
 
 
+def _parse_json(text: str) -> Any:
+    """JSON in which each number is finite and at most LARGEST; all others are null."""
+
+    def limited(number: float) -> float | None:
+        return number if abs(number) <= LARGEST else None
+
+    return json.loads(
+        text,
+        parse_int=lambda digits: limited(int(digits)),
+        parse_float=lambda digits: limited(float(digits)),
+        parse_constant=lambda _: None,
+    )
+
+
 def _parse_settings(text: str) -> dict[str, Any]:
-    settings = json.loads(text)
+    settings = _parse_json(text)
     if not isinstance(settings, dict):
         raise ValueError("not an object")
     return settings
@@ -96,34 +111,61 @@ def _parse_metrics(text: str) -> tuple[list[dict[str, Any]], int]:
     rows, damaged = [], 0
     for line in text.split("\n")[:-1]:
         try:
-            row = json.loads(line)
-            if _is_usable(row):
-                rows.append(row)
-            elif not isinstance(row, dict) or row.get("split") in NEEDED:
-                damaged += 1
-        except ValueError:
+            row = _parse_json(line)
+        except (ValueError, RecursionError):
+            row = None
+        if _is_usable(row):
+            rows.append(row)
+        elif not isinstance(row, dict) or row.get("split") in [*VALUES]:  # lines of other splits are not drawn
             damaged += 1
     return rows, damaged
 
 
 def _is_usable(row: Any) -> bool:
-    if not isinstance(row, dict) or row.get("split") not in NEEDED:
+    if not isinstance(row, dict) or row.get("split") not in [*VALUES]:
         return False
-    numbers = [row.get("step"), row.get("tokens"), *(row.get(key, "") for key in NEEDED[row["split"]])]
-    return all(isinstance(n, int | float) for n in numbers[:2]) and all(
-        n is None or isinstance(n, int | float) for n in numbers[2:]
-    )
+    split = row["split"]
+    required = ("step", "tokens", "seconds") if split in ("train", "val") else ("step", "tokens")
+    value = row.get(VALUES[split], "")
+    return with_numbers([row], *required) == [row] and (value is None or isinstance(value, int | float))
+
+
+def with_numbers(lines: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """The lines in which each of these is a number."""
+    return [line for line in lines if all(isinstance(line.get(name), int | float) for name in names)]
+
+
+def medians(lines: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Tokens, and the median of a metric around them: one point for each hundredth of the lines."""
+    size = max(len(lines) // 100, 1)
+    parts = [lines[i : i + size] for i in range(0, len(lines), size)]
+    tokens = [part[len(part) // 2]["tokens"] for part in parts]
+    return tokens, [statistics.median(line[name] for line in part) for part in parts]
+
+
+def time_unit(runs: list[Curves]) -> tuple[str, int]:
+    """The largest unit in which the longest run takes two or more, and its length in seconds."""
+    seconds = max((line["seconds"] for run in runs for line in run.train[-1:]), default=0)
+    return next((unit for unit in (("hours", 3600), ("minutes", 60)) if seconds >= 2 * unit[1]), ("seconds", 1))
+
+
+def longest(runs: list[Curves]) -> float:
+    """The planned tokens of the longest run, or those it has seen."""
+    planned = [tokens for run in runs if isinstance(tokens := run.settings.get("tokens"), int)]
+    return max([*planned, *(line["tokens"] for run in runs for line in run.train[-1:])], default=0)
 
 
 def load_log(path: Path, step_tokens: int = STEP_TOKENS) -> Curves:
     """A main.log of llm.c or a log.txt of build-nanogpt. Raises ValueError, with the line, for another file."""
-    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in NEEDED}
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in VALUES}
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, text in enumerate(texts, 1):
         match = next((m for pattern in PATTERNS if (m := pattern.match(text))), None)
         try:
             step, split, value = int(match["step"]), SPLITS[match["kind"]], float(match["value"])  # type: ignore[index]
         except (TypeError, ValueError):
-            if text.strip():
+            is_incomplete = number == len(texts) > 1  # the other project is writing it
+            if text.strip() and not is_incomplete:
                 raise ValueError(
                     f"{path}, line {number} is not of a log of llm.c or build-nanogpt. Use main.log or log.txt"
                 ) from None
@@ -142,7 +184,7 @@ def reference_names() -> list[str]:
 def load_reference(name: str) -> Curves:
     """A published run of another project, by a name of `reference_names`."""
     facts = json.loads(REFERENCES.read_text(encoding="utf-8"))[name]
-    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in NEEDED}
+    lines: dict[str, list[dict[str, Any]]] = {split: [] for split in VALUES}
     for split, key in (("val", "loss"), ("hellaswag", "accuracy")):
         for step, value in facts[split]:
             row = {"step": step, "tokens": step * facts["step_tokens"], key: value, "protocol": "completion-norm"}

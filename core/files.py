@@ -120,7 +120,8 @@ class FileLocks:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """A Markdown table with aligned columns. Cells can contain any character but a line break."""
+    header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:

@@ -2,20 +2,13 @@
 
 import html
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from core.curves import Curves
+from core.curves import COLORS, GRAYS, Curves, longest, medians, time_unit, with_numbers
 
 POINTS = 1000  # per curve, at most
-PANELS = (  # title, splits, value, horizontal axis, scale of the vertical axis
-    ("loss by tokens", ("train", "val"), "loss", "tokens", "log"),
-    ("loss by seconds of training", ("train", "val"), "loss", "seconds", "log"),
-    ("LAMBADA accuracy", ("lambada",), "accuracy", "tokens", "linear"),
-    ("HellaSwag accuracy", ("hellaswag",), "accuracy", "tokens", "linear"),
-    ("learning rate", ("train",), "lr", "tokens", "linear"),
-    ("tokens per second", ("train",), "tokens_per_second", "tokens", "linear"),
-    ("gradient norm", ("train",), "grad_norm", "tokens", "log"),
-)
+REFRESH = '<meta http-equiv="refresh" content="60">'
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1rem; }
@@ -27,14 +20,38 @@ th, td { border: 1px solid var(--line); padding: 0.25rem 0.6rem; text-align: lef
 """
 
 
-def build_html(runs: list[Curves], references: list[Curves], markdown: str, colors: list[str], refresh: bool) -> str:
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    splits: tuple[str, ...]
+    value: str  # the key in metrics.jsonl
+    axis: dict[str, Any]  # plotly's settings of the vertical axis
+    x: str = "tokens"
+
+
+ACCURACY = {"rangemode": "tozero", "tickformat": ".0%", "hoverformat": ".2%"}
+LOSS = {"type": "log", "hoverformat": ".4f"}
+PANELS = (
+    Panel("loss, nats per token", ("train", "val"), "loss", LOSS),
+    Panel("loss, nats per token", ("train", "val"), "loss", LOSS, x="seconds"),
+    Panel("LAMBADA accuracy", ("lambada",), "accuracy", ACCURACY),
+    Panel("HellaSwag accuracy", ("hellaswag",), "accuracy", ACCURACY),
+    Panel("learning rate", ("train",), "lr", {"rangemode": "tozero", "tickformat": ".1e"}),
+    Panel("tokens per second", ("train",), "tokens_per_second", {"rangemode": "tozero"}),
+    Panel("gradient norm", ("train",), "grad_norm", {"type": "log", "tickformat": "~g", "hoverformat": ".3f"}),
+)
+
+
+def build_html(runs: list[Curves], references: list[Curves], markdown: str, refresh: bool) -> str:
     """The page: the panels, and the text and tables of the Markdown page. `refresh`: reload it every minute."""
     from plotly.offline import get_plotlyjs
 
-    curves = [*runs, *references]
-    panels = [panel for spec in PANELS if (panel := build_panel(spec, curves, colors))]
-    reload_tag = '<meta http-equiv="refresh" content="60">' if refresh else ""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{reload_tag}'
+    curves = [(curve, GRAYS[i % len(GRAYS)]) for i, curve in enumerate(references)]  # below the runs
+    curves += [(run, COLORS[i % len(COLORS)]) for i, run in enumerate(runs)]
+    # The references of long runs would compress the curves of a short run.
+    end = 1.05 * longest(runs) if references else None
+    panels = [shown for panel in PANELS if (shown := build_panel(panel, curves, time_unit(runs), end))]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{REFRESH if refresh else ""}'
     return (
         f"<!doctype html><html lang=en><head>{head}<title>Runs</title><style>{STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body><div class=panels>{''.join(panels)}</div>"
@@ -42,42 +59,63 @@ def build_html(runs: list[Curves], references: list[Curves], markdown: str, colo
     )
 
 
-def build_panel(spec: tuple[Any, ...], curves: list[Curves], colors: list[str]) -> str | None:
-    """A plot that can be hovered over; a click on a name hides its curve. None if no curve has the value."""
+def build_panel(panel: Panel, curves: list[tuple[Curves, str]], unit: tuple[str, int], end: float | None) -> str | None:
+    """A plot that can be hovered over; a click on a name hides its curves. None if no curve has the value.
+
+    `unit`: of time, and its seconds. `end`: of the axis of tokens; None for that of the data.
+    """
     import plotly.graph_objects as go
 
-    title, splits, value, axis, scale = spec
     figure = go.Figure()
-    for curve, color in zip(curves, colors, strict=False):
-        for split in splits:
-            rows = [row for row in curve.lines[split] if row.get(value) is not None and row.get(axis) is not None]
-            rows = rows[:: -(-len(rows) // POINTS) or 1]
-            if rows:
-                is_faint = split == "train" and len(splits) > 1
-                figure.add_scatter(
-                    x=[row[axis] for row in rows],
-                    y=[row[value] for row in rows],
-                    name=html.escape(curve.name + (", training" if is_faint else "")),
-                    mode="lines" if split == "train" else "lines+markers",
-                    opacity=0.5 if is_faint else 1,
-                    line={"color": color, "width": 1 if is_faint else 2},
-                )
+    names = set()
+    for curve, color in curves:
+        for x, y, style in build_traces(panel, curve, color, unit[1]):
+            # One name per run: a click on it also hides its training loss and the values behind its medians.
+            figure.add_scatter(x=x, y=y, **style, legendgroup=curve.name, showlegend=curve.name not in names)
+            names.add(curve.name)
     if not figure.data:
         return None
     grid = {"gridcolor": "#8884", "zerolinecolor": "#8888"}
+    is_time = panel.x == "seconds"
     figure.update_layout(
-        title={"text": title, "font": {"size": 15}},
-        height=380,
-        margin={"l": 50, "r": 10, "t": 40, "b": 30},
+        title={"text": f"{panel.title}, by {unit[0] if is_time else 'tokens'} of training", "font": {"size": 15}},
+        height=340 + 20 * len(names),  # the names lie below the plot, on a phone one in a row
+        margin={"l": 55, "r": 10, "t": 40, "b": 30},
         font={"color": "#888"},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "y": -0.15},
+        legend={"orientation": "h", "y": -0.15, "itemdoubleclick": "toggleothers"},
         showlegend=True,
-        xaxis=grid,
-        yaxis=grid | {"type": scale},
+        hoverlabel={"namelength": -1},
+        xaxis=grid | ({"range": [0, end]} if end and not is_time else {"rangemode": "tozero"}),
+        yaxis=grid | panel.axis,
     )
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displayModeBar": False})
+
+
+def build_traces(panel: Panel, curve: Curves, color: str, seconds: int) -> list[tuple[list[Any], list[Any], Any]]:
+    """The curves of a run in a panel, the most visible first: x, y and style of each."""
+    traces: list[tuple[list[Any], list[Any], Any]] = []
+    for split in reversed(panel.splits):
+        rows = with_numbers(curve.lines[split], panel.value, panel.x)
+        if not rows:
+            continue
+        scale = seconds if panel.x == "seconds" else 1
+        shown = rows[:: -(-len(rows) // POINTS)]
+        x, y = [row[panel.x] / scale for row in shown], [row[panel.value] for row in shown]
+        style: dict[str, Any] = {"name": html.escape(curve.name), "line": {"color": color, "width": 2}}
+        faint = style | {"mode": "lines", "opacity": 0.35, "line": {"color": color, "width": 1}}
+        if split != "train":
+            if split == "val" and shown[0]["step"] == 0:  # a dot: a line would cross the steep part
+                x.insert(1, None)
+                y.insert(1, None)
+            traces.append((x, y, style | {"mode": "lines+markers"}))
+        elif panel.value == "loss":
+            traces.append((x, y, faint | {"name": html.escape(f"{curve.name}, training")} if traces else faint))
+        else:
+            traces.append((*medians(rows, panel.value), style | {"mode": "lines"}))
+            traces.append((x, y, faint | {"hoverinfo": "skip"}))
+    return traces
 
 
 def to_html(markdown: str) -> str:
@@ -87,11 +125,16 @@ def to_html(markdown: str) -> str:
         if block.startswith("# "):
             parts.append(f"<h2>{html.escape(block[2:])}</h2>")
         elif block.startswith("|"):
-            rows = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in block.splitlines()]
-            cells = [[html.escape(cell.strip().strip("`").replace("\\|", "|")) for cell in row] for row in rows]
-            header = "".join(f"<th>{cell}</th>" for cell in cells[0])
-            body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells[2:])
+            rows = [[to_text(cell) for cell in re.split(r"(?<!\\)\|", row.strip()[1:-1])] for row in block.splitlines()]
+            header = "".join(f"<th>{cell}</th>" for cell in rows[0])
+            body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows[2:])
             parts.append(f"<div class=table><table><tr>{header}</tr>{body}</table></div>")
         elif not block.startswith("!["):
             parts.append(f"<p>{html.escape(block)}</p>")
     return "".join(parts)
+
+
+def to_text(cell: str) -> str:
+    """A cell of a Markdown table as HTML: `report.cell` and `markdown_table` undone."""
+    text = re.sub(r"(?<!`)(`+)(?!`) ?(.+?) ?(?<!`)\1(?!`)", r"\2", cell.strip())
+    return html.escape(text.replace("\\|", "|"))

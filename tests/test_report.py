@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import re
 import signal
 import struct
 import subprocess
 import sys
+from urllib.parse import unquote
 
 import pytest
 from conftest import ROOT, run, wait_until
@@ -14,6 +16,9 @@ from conftest import ROOT, run, wait_until
 import report
 
 PNG = b"\x89PNG\r\n\x1a\n"
+RESULT = {"task": "lambada", "protocol": "openai", "model": "first/step_000030", "data": "lambada_test.jsonl"}
+RESULT |= {"sha256": None, "correct": 1678, "total": 5153, "perplexity": 40.06, "seconds": 1.0, "near_ties": 0}
+RESULT |= {"has_published": True, "size": "gpt2", "dtype": "float32", "subset": "", "unscored": {}, "remarks": {}}
 
 
 def write_run(folder, name, data, end="", losses=None, val_losses=(6.0, 3.5, 2.5)):
@@ -88,13 +93,10 @@ def test_one_run_by_name_without_entropy_into_another_folder(world, tmp_path, mo
 def test_results_are_compared_with_published_figures_of_the_same_questions(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
-    result = {"task": "lambada", "protocol": "openai", "model": "first/step_000030", "data": "lambada_test.jsonl"}
-    result |= {"sha256": None, "correct": 1678, "total": 5153, "perplexity": 40.06, "seconds": 1.0, "near_ties": 0}
-    result |= {"has_published": True, "size": "gpt2", "dtype": "float32", "subset": "", "unscored": {}, "remarks": {}}
-    other = result | {"task": "cbt", "protocol": "paper", "model": "gpt2", "data": "stories", "has_published": False}
+    other = RESULT | {"task": "cbt", "protocol": "paper", "model": "gpt2", "data": "stories", "has_published": False}
     (tmp_path / "logs/results").mkdir()
     (tmp_path / "logs/results/both.json").write_text(
-        json.dumps([result, other | {"perplexity": None}]), encoding="utf-8"
+        json.dumps([RESULT, other | {"perplexity": None}]), encoding="utf-8"
     )
     report.main(report.Config())
     page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
@@ -169,7 +171,12 @@ def test_a_floor_file_that_is_not_the_runs_data_is_refused_by_name(world, tmp_pa
         report.main(report.Config(floor="stories.jsonl"))
 
 
-@pytest.mark.parametrize("content", ["[{", '[{"task": "lambada"}]', "7"])
+WRONG = [{"correct": "x"}, {"total": 0}, {"model": None}, {"task": "none"}, {"perplexity": "x"}, {"data": 5}]
+
+
+@pytest.mark.parametrize(
+    "content", ["[{", '[{"task": "lambada"}]', "7", "[" * 100_000, *(json.dumps([RESULT | wrong]) for wrong in WRONG)]
+)
 def test_a_damaged_result_is_named_and_the_rest_is_reported(world, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "first", world / "data/small")
@@ -179,6 +186,48 @@ def test_a_damaged_result_is_named_and_the_rest_is_reported(world, tmp_path, mon
     page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
     assert "not shown: logs/results/broken.json is not a results file" in page
     assert cells(page, "first")[2] == "30 of 40"
+
+
+def test_a_result_that_cannot_be_read_is_an_error_of_the_machine_and_not_damage(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "first", world / "data/small")
+    (tmp_path / "logs/results/folder.json").mkdir(parents=True)
+    report.main(report.Config())
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert "not shown: logs/results/folder.json: Is a directory\n" in page
+
+
+def test_a_plot_that_cannot_be_written_is_named_and_the_others_are_written(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        write_run(tmp_path, name, world / "data/small")
+    (tmp_path / "logs/first/loss.png").mkdir()
+    report.main(report.Config())
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert "not shown: logs/first/loss.png: Is a directory" in page
+    for path in ("logs/loss.png", "logs/second/loss.png"):
+        check_plot(tmp_path / path)
+
+
+def test_a_run_whose_data_is_gone_has_no_entropy_and_the_others_have_theirs(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "first", world / "data/small")
+    write_run(tmp_path, "moved", tmp_path / "data/none")
+    report.main(report.Config(floor=str(world / "data/stories/stories.jsonl")))
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert cells(page, "first")[6]
+    assert cells(page, "moved")[6] == ""
+    assert cells(page, "moved")[-1] == "its data can't be read, so their entropy is unknown; not finished"
+
+
+def test_the_newest_runs_are_those_with_the_newest_metrics(world, tmp_path, monkeypatch):
+    """The time of a run's folder changes when report.py writes its plot."""
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate("abcdefg"):
+        write_run(tmp_path, name, world / "data/small")
+        os.utime(f"logs/{name}/metrics.jsonl", (1e9 - age, 1e9 - age))
+    runs = [report.load_run(name) for name in "abcdefg"]
+    assert [run.name for run in report.newest(runs)] == list("fedcba")
 
 
 def damage(folder, name):
@@ -204,6 +253,15 @@ def damage(folder, name):
         lines[5]["loss"], lines[6]["tokens"] = "x", None
         del lines[7]["seconds"], lines[8]["split"]
         metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, 5, [1]]))
+    elif name == "odd-values":
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines[5]["seconds"], lines[6]["split"], lines[7]["grad_norm"] = None, ["train"], "x"
+        lines[8]["loss"] = 10**400
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"split": {}}]))
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"parameters": 10**400, "steps": None}))
+    elif name == "nested":
+        metrics.write_text("[" * 100_000 + "\n" + metrics.read_text())
+        settings.write_text("[" * 100_000)
     elif name == "first-validation":
         metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
     else:
@@ -221,6 +279,8 @@ DAMAGE = {
     "few-settings": ("30", "not finished"),
     "torn-line": ("30 of 40", "1 damaged line in metrics.jsonl; not finished"),
     "other-types": ("30 of 40", "5 damaged lines in metrics.jsonl; not finished"),
+    "odd-values": ("30", "1 damaged line in metrics.jsonl; not finished"),
+    "nested": ("30", "run.json is damaged; 1 damaged line in metrics.jsonl; not finished"),
     "first-validation": ("0 of 40", "no step yet"),
     "binary": ("0", "run.json is damaged; 9 damaged lines in metrics.jsonl; no step yet"),
 }
@@ -248,16 +308,27 @@ def test_names_appear_as_they_are_in_plots_and_tables(world, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name in NAMES[:6]:
         write_run(tmp_path, name, world / "data/small")
+    (tmp_path / "logs/results").mkdir()
+    scored = [RESULT | {"model": f"{name}/step_000030"} for name in NAMES]
+    (tmp_path / "logs/results/all.json").write_text(json.dumps(scored), encoding="utf-8")
     report.main(report.Config())
     page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    for cell in ("`a\\|b/step_000030`", "`_hidden/step_000030`", "`` `quoted`/step_000030 ``", "поиск/step_000030"):
+        assert f"| {cell} " in page
+    browser_page = (tmp_path / "logs/report.html").read_text(encoding="utf-8")
+    for name in NAMES:
+        assert f"<td>{name}/step_000030</td>" in browser_page
     for cell in ("`a$b$c`", "`_hidden`", "`a\\|b`", "`back\\slash`", "поиск", "`a_b*c*`"):
         assert f"| {cell} " in page
-    assert "![loss curves](<a$b$c/loss.png>)" in page
+    links = re.findall(r"!\[loss curves\]\((\S*)/loss.png\)", page)
+    assert sorted(map(unquote, links)) == sorted(NAMES[:6])
+    assert re.fullmatch(r"[\w/.%-]+", "".join(links), re.ASCII)  # no character has a meaning in Markdown
     figure = report.build_figure([report.load_run(name) for name in NAMES[:6]], [])
     texts = figure.legends[0].get_texts()
     assert [text.get_text() for text in texts] == [f"{name}: validation loss 2.500" for name in NAMES[:6]]
     assert not any(text.get_parse_math() for text in texts)
-    assert report.cell("`quoted`") == "```quoted```"
+    assert report.cell("`quoted`") == "`` `quoted` ``"
+    assert report.cell("my_run") == "my_run"
 
 
 def test_published_curves_are_drawn_by_tokens(world, tmp_path, monkeypatch):
@@ -284,7 +355,7 @@ LLMC = "s:0 tel:11.0092\ns:0 trl:11.0091 lr:0.000001 norm:15.37\ns:250 eval:0.25
 BUILD = "0 val 10.9522\n0 hella 0.2487\n0 train 10.952208\n250 val 6.1608\n250 hella 0.2431\n"
 
 
-@pytest.mark.parametrize("content, last", [(LLMC, 6.5), (BUILD, 6.1608)])
+@pytest.mark.parametrize("content, last", [(LLMC, 6.5), (BUILD, 6.1608), (f"{LLMC}s:27", 6.5)])  # one is being written
 def test_a_log_file_of_another_project_is_read(tmp_path, content, last):
     (tmp_path / "log.txt").write_text(content)
     curves = report.load_log(tmp_path / "log.txt", step_tokens=1000)
@@ -314,6 +385,9 @@ def test_the_page_for_a_browser_is_one_file_and_reloads_while_a_run_is_not_finis
     assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=", page)  # no other file
     assert "<td>a&lt;b&gt;|c</td>" in page
     assert page.count("Plotly.newPlot(") == 6  # no panel for LAMBADA
+    # One name in each of the run's 5 panels and the reference's 2; the layout of each of the 6 panels has the flag too.
+    shown = [len(re.findall(f'"showlegend":{flag}', page)) for flag in ("true", "false")]
+    assert shown == [5 + 2 + 6, 5]  # the training loss and the values behind the medians are hidden with their run
     settings = json.loads((tmp_path / "logs/a<b>|c/run.json").read_text(encoding="utf-8"))
     (tmp_path / "logs/a<b>|c/run.json").write_text(json.dumps(settings | {"steps": 30}), encoding="utf-8")
     report.main(report.Config())

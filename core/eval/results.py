@@ -121,10 +121,17 @@ def load_all() -> tuple[list[Result], list[str]]:
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
             known = [[name for name, key in names.items() if name in required or key in row] for row in rows]
-            found += [Result(**{n: row[names[n]] for n in own}) for row, own in zip(rows, known, strict=True)]
-        except (ValueError, KeyError, TypeError) as error:
+            loaded = [Result(**{n: row[names[n]] for n in own}) for row, own in zip(rows, known, strict=True)]
+            for result in loaded:  # values of other types fail here
+                results_table([result])
+                published_table(result.task, []) if result.has_published else ""
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             reason = type(error).__name__
             problems.append(f"{path} is not a results file ({reason}). Remove it, or rerun its evaluation")
+        else:
+            found += loaded
     return found, problems
 
 
