@@ -131,13 +131,13 @@ def test_eval_only_scores_lambada_too(world, scored, monkeypatch, capsys):
 
 def test_the_plot_has_the_scores(world, scored, monkeypatch):
     monkeypatch.chdir(world)
-    run = report.load_run("scored", None)
-    (panel,) = (axes for axes in report.build_figure([run]).axes if axes.get_ylabel() == "LAMBADA accuracy (%), openai")
+    run, title = report.load_run("scored"), "LAMBADA accuracy (%), openai"
+    (panel,) = (axes for axes in report.build_figure([run], []).axes if axes.get_ylabel() == title)
     lines = lambada_lines(scored[0])
     assert list(panel.lines[0].get_xdata()) == [line["tokens"] for line in lines]
     assert list(panel.lines[0].get_ydata()) == [100 * line["accuracy"] for line in lines]
-    run.lambada.clear()
-    assert not any("LAMBADA" in axes.get_ylabel() for axes in report.build_figure([run]).axes)
+    run.lines["lambada"].clear()
+    assert not any("LAMBADA" in axes.get_ylabel() for axes in report.build_figure([run], []).axes)
 
 
 @pytest.mark.parametrize(
