@@ -175,7 +175,7 @@ def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -
 
 
 def check_disk(out: str, needed: int) -> None:
-    """Raise ValueError if so many bytes clearly don't fit on the disk."""
+    """Raise ValueError if `needed` bytes exceed the free space of the disk."""
     free = shutil.disk_usage(out).free
     if needed > free:
         raise ValueError(

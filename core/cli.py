@@ -104,7 +104,7 @@ def is_closed(stream: IO[str]) -> bool:
 
 
 def write_out(stream: IO[str]) -> None:
-    """Write what is buffered. Raises OSError on a full disk; a closed pipe loses only what nobody reads."""
+    """Write the buffered output. Raises OSError on a full disk. A closed pipe is not an error."""
     try:
         stream.flush()
     except BrokenPipeError:

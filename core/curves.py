@@ -15,7 +15,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GRAYS = ("#777777", "#BBBBBB")
 SETTINGS = "run.json"
 REFERENCES = Path(__file__).parent / "reference_curves.json"
-LARGEST = 1e30  # of a number that can be meant; plots fail on much larger ones
+LARGEST = 1e30  # larger numbers are errors; plots fail on them
 # The value of each split in metrics.jsonl: a number, or null for one that isn't finite.
 VALUES = {"train": "loss", "val": "loss", "lambada": "accuracy", "hellaswag": "accuracy"}
 STEP_TOKENS = 524_288  # tokens per step of llm.c's and build-nanogpt's 124M runs

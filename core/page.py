@@ -79,7 +79,7 @@ def build_panel(panel: Panel, curves: list[tuple[Curves, str]], unit: tuple[str,
     is_time = panel.x == "seconds"
     figure.update_layout(
         title={"text": f"{panel.title}, by {unit[0] if is_time else 'tokens'} of training", "font": {"size": 15}},
-        height=340 + 20 * len(names),  # the names lie below the plot, on a phone one in a row
+        height=340 + 20 * len(names),  # the legend is below the plot; a narrow screen shows one name per line
         margin={"l": 55, "r": 10, "t": 40, "b": 30},
         font={"color": "#888"},
         paper_bgcolor="rgba(0,0,0,0)",
