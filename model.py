@@ -52,13 +52,17 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def matrix_weights(self) -> int:
+        """Weights of the matrices, head included and positions excluded: 123.5 million for gpt2."""
+        return 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
+
     def flops_per_token(self, seq_len: int) -> float:
         """Training FLOPs per token: 6 per matrix weight (head included), plus the causal half of attention.
 
         Chowdhery et al. 2022 (PaLM), appendix B, with half of its attention term: the masked half isn't computed.
         """
-        matrices = 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
-        return 6 * matrices + 6 * self.n_layer * seq_len * self.n_embd
+        return 6 * self.matrix_weights + 6 * self.n_layer * seq_len * self.n_embd
 
 
 PRESETS = {

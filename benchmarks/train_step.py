@@ -31,11 +31,12 @@ from core import cli
 from core.data.shards import open_dataset
 from core.distributed import Ranks, peak_flops, process_group
 from core.files import METRICS, markdown_table
+from core.train.loader import open_loader
 from core.train.logging import versions
 from core.train.optim import OptimizerGroup, build_optimizer
 from core.train.recipe import Recipe
 from core.train.saver import Saver
-from core.train.setup import build_loss, open_loader
+from core.train.setup import build_loss
 from model import GPT, PRESETS, GPTConfig
 
 # The values of --variants, and their names in tables.

@@ -156,7 +156,7 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
         raise ValueError(
             f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
-    state["settings"].setdefault("position_lr", state["settings"]["embed_lr"])  # versions before had one rate for both
+    state["settings"].setdefault("token_dropout", 0.0)  # versions before had none
     check_settings(run, state, fixed_settings)
     return state
 

@@ -190,7 +190,7 @@ def option_names(config):
 
 def resolved(world_size=1, shape=PRESETS["tiny"], micro_batch=1, recipe="original", **options):
     """A resolved recipe; options as on the command line of train.py."""
-    lengths = {name: options.pop(name, None) for name in ("tokens", "steps")}
+    lengths = {name: options.pop(name, None) for name in ("tokens", "steps", "unique_tokens")}
     lengths["tokens"] = lengths["tokens"] if lengths["tokens"] is not None else 10_000_000_000
     seq_len = options.pop("seq_len", 64)
     division = {"micro_batch": micro_batch, "world_size": world_size}

@@ -17,12 +17,13 @@ from core.data import shards
 from core.data.shards import TokenOrder, Windows, open_dataset
 from core.distributed import Ranks
 from core.files import sha256
+from core.train.loader import TokenDropout, micro_batches, open_loader
 from core.train.recipe import Schedule
-from core.train.setup import micro_batches
 
 SEQ_LEN = 16
 # Three epochs of ten windows, computed once. If they changed, every resumed run would train on other tokens.
 FROZEN = [7, 3, 2, 1, 9, 8, 6, 0, 4, 5, 8, 6, 1, 5, 4, 2, 0, 3, 7, 9, 1, 4, 8, 2, 6, 7, 5, 0, 3, 9]
+FIRST_KEPT = [0, 2, 3, 5, 6, 8, 9, 10, 12, 13, 14, 15]
 
 
 def write_dataset(folder, sizes):
@@ -138,6 +139,46 @@ def test_step_has_the_same_sequences_for_any_number_of_ranks_and_any_micro_batch
         assert [len(share) for share in shares] == [16 // world_size] * world_size
         inputs, targets = windows.batch(order[range(16 * step, 16 * step + 16)])
         assert Counter(sequence for share in shares for sequence in share) == Counter(as_tuples(inputs, targets))
+
+
+def dropped(sequences, micro_batch=1, rate=0.3):
+    """Inputs (n, 64), of id 1 before the dropout, of sequences in epochs of 20; 0 is end-of-text."""
+    dropout = TokenDropout(rate, seed=5, end_of_text_id=0, epoch_sequences=20)
+    inputs = torch.ones(len(sequences), 64, dtype=torch.long)
+    for first in range(0, len(sequences), micro_batch):
+        dropout(inputs[first : first + micro_batch], sequences[first : first + micro_batch])
+    return inputs
+
+
+def test_token_dropout_is_a_function_of_the_sequence_and_spares_the_first_epoch():
+    whole = dropped(range(200))
+    assert whole[:20].all()
+    assert (whole[20:] == 0).float().mean().item() == pytest.approx(0.3, abs=0.015)
+    assert len({tuple(row) for row in whole[20:].tolist()}) == 180
+    assert torch.equal(dropped(range(200), micro_batch=50), whole)
+    assert torch.equal(dropped(range(90, 131), micro_batch=7), whole[90:131])
+    assert dropped(range(200), rate=0.0).all()
+    # As of the first version: a resumed run must compute the same.
+    assert whole[20].nonzero().flatten()[:12].tolist() == FIRST_KEPT
+
+
+def test_loader_drops_inputs_after_the_first_epoch_and_never_targets(dataset):
+    windows = len(Windows(dataset, "train", 64))
+    steps = range(windows // 16 - 1, windows // 16 + 3)  # the second one contains the end of the epoch
+    loaded = {}
+    for rate in (0.0, 0.5):
+        recipe = resolved(batch_tokens=16 * 64, steps=steps.stop, token_dropout=rate)
+        loader = open_loader(
+            dataset, recipe, seed=5, micro_batch=16, ranks=Ranks(0, 1, torch.device("cpu")), steps=steps
+        )
+        loaded[rate] = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
+    (plain, targets), (inputs, same_targets) = loaded[0.0], loaded[0.5]
+    assert torch.equal(targets, same_targets)
+    first_epoch = windows - 16 * steps.start
+    assert torch.equal(plain[:first_epoch], inputs[:first_epoch])
+    changed = inputs != plain
+    assert changed[first_epoch:].float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (inputs[changed] == dataset.manifest["end_of_text_id"]).all()
 
 
 @hypothesis.settings(max_examples=60, deadline=None)

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,15 +11,15 @@ import pytest
 import torch
 from conftest import TRAIN, config_of, on_ranks, resolved, train_here
 
-from core import ops
 from core.checkpoint import TRAINING_STATE
 from core.data.shards import TokenOrder, Windows, open_dataset
 from core.distributed import Ranks
 from core.files import read_metrics
-from core.train.init import align_keys, attend_locally
-from core.train.optim import OPTIMIZERS, build_optimizer
+from core.train.init import align_keys
+from core.train.loader import micro_batches
+from core.train.optim import OPTIMIZERS
 from core.train.recipe import LEARNING_RATES, RECIPES, SETTINGS, Schedule, resolve_recipe
-from core.train.setup import load_model, micro_batches
+from core.train.setup import load_model
 from model import GPT, PRESETS
 
 GPT2 = {"shape": PRESETS["gpt2"], "seq_len": 1024}
@@ -145,6 +144,25 @@ def test_short_sequences_contain_the_tokens_and_targets_of_long_ones(world):
         assert all(torch.equal(a.view(4, 64), b) for a, b in zip(short, long, strict=True))
 
 
+def test_speedrun_regularizes_in_proportion_to_repeated_tokens_and_weights_per_unique_token():
+    def values(epochs, unique_tokens, **options):
+        options |= {"tokens": round(epochs * unique_tokens), "unique_tokens": unique_tokens}
+        recipe = speedrun(**options)
+        return recipe.weight_decay, recipe.token_dropout
+
+    once = (0.02, 0.0)
+    assert values(1, 19_000_000) == values(0.5, 119_000_000) == once
+    assert values(8, 19_000_000) == pytest.approx((0.3, 0.1), rel=0.01)  # the point where it was measured
+    assert values(16, 19_000_000) == pytest.approx((0.3, 0.1))  # no more than that
+    weight_decay, token_dropout = values(4, 119_000_000)
+    assert weight_decay == pytest.approx(0.02 + 0.28 * token_dropout / 0.1)
+    assert token_dropout == pytest.approx(0.1 * 3 * 123.5e6 / 119e6 / 45.5, rel=0.01)
+    medium = values(4, 119_000_000, shape=PRESETS["gpt2-medium"])
+    assert once < values(2, 119_000_000) < values(4, 119_000_000) < medium < values(4, 19_000_000)
+    assert values(8, 19_000_000, weight_decay=0.05, token_dropout=0.0) == (0.05, 0.0)
+    assert values(8, 19_000_000, recipe="original") == (0.1, 0.0)
+
+
 def test_embed_lr_scales_with_width_and_lr_of_muon_does_not():
     recipes = {name: speedrun(shape=PRESETS[name], seq_len=64) for name in ("tiny", "gpt2", "gpt2-xl")}
     assert {recipe.lr for recipe in recipes.values()} == {0.022}
@@ -179,14 +197,13 @@ def test_every_value_can_be_set_and_is_recorded_in_run_json(world):
         "optimizer": "adamw",
         "lr": 0.001,
         "embed_lr": 0.003,
-        "position_lr": 0.004,
         "beta1": 0.7,
         "beta2": 0.9,
         "momentum": 0.5,
     }
     given |= {"weight_decay": 0.3, "grad_clip": 0.5, "lr_schedule": "cosine", "warmup_steps": 1, "decay_fraction": 0.2}
     given |= {"final_lr_fraction": 0.3, "batch_tokens": 1024, "first_batch_tokens": 512, "short_seq_len": 32}
-    given |= {"short_tokens": 600, "init": "gpt2", "steps": 3}
+    given |= {"short_tokens": 600, "init": "gpt2", "steps": 3, "token_dropout": 0.2}
     assert given.keys() == set(SETTINGS)
     command = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     base = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--device", "cpu", "--val-tokens", 640)
@@ -260,62 +277,6 @@ def test_aligned_initialization_copies_queries_to_keys_and_changes_nothing_else(
     initial = load_model(config_of(preset="tiny"), resolved(recipe="speedrun", steps=9), dataset, None)
     weight = initial.transformer.h[0].attn.c_attn.weight
     assert torch.equal(weight[width : 2 * width], weight[:width])
-
-
-def attention_of_first_layer(model, tokens):
-    """The attention probabilities (H, T, T) of the first layer for tokens (T,)."""
-    block, T = model.transformer.h[0], len(tokens)
-    _, h = model.embed(tokens[None], torch.arange(T))
-    q, k, _ = ops.project_heads(h, block.attn.c_attn, model.config.n_head)  # (1, H, T, D) each
-    logits = (q @ k.mT)[0] / q.size(-1) ** 0.5
-    return logits.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
-
-
-@torch.no_grad()
-def test_local_initialization_attends_to_previous_and_near_tokens_at_all_positions():
-    shape = replace(PRESETS["gpt2"], n_layer=3, vocab_size=500)
-    model, aligned = GPT(shape, seed=3), GPT(shape, seed=3)
-    attend_locally(model)
-    align_keys(aligned)
-    tokens = torch.randint(500, (1024,), generator=torch.Generator().manual_seed(0))
-    p = attention_of_first_layer(model, tokens)  # (12, T, T)
-    for head in range(4):
-        previous = p[head].diagonal(-1 - head)  # of the token 1 + head before
-        assert previous[16:].mean() > 0.9
-        assert previous[16:].quantile(0.05) > 0.5
-    for head in range(4, 8):
-        near = torch.stack([p[head].diagonal(-i)[100:400] for i in (0, 1, 10, 100)])
-        assert (near.mean(1).diff() < 0).all()  # less, the further away
-    for name, changed in model.named_parameters():
-        if name.endswith("c_attn.weight") and ".0." in name:
-            expected = dict(aligned.named_parameters())[name]
-            same = [torch.equal(changed[i * 64 : i * 64 + 64], expected[i * 64 : i * 64 + 64]) for i in range(36)]
-            assert same == [False] * 8 + [True] * 4 + [False] * 8 + [True] * 4 + [True] * 12
-        elif ".wpe." not in name:
-            assert torch.equal(changed, dict(aligned.named_parameters())[name]), name
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("preset", ["tiny", "demo", "gpt2"])
-def test_local_initialization_is_that_of_a_seed_for_any_size(preset):
-    models = [GPT(PRESETS[preset], seed=seed) for seed in (1, 1, 2)]
-    for model in models:
-        attend_locally(model)
-        assert all(p.isfinite().all() for p in model.parameters())
-    first, again, other = (model.transformer.h[0].attn.c_attn.weight for model in models)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_position_lr_follows_embed_lr_and_is_that_of_positions():
-    assert resolved(recipe="speedrun", embed_lr=0.004, steps=9).position_lr == 0.004
-    assert resolved(lr=0.002, steps=9).position_lr == 0.002
-    recipe = resolved(recipe="speedrun", position_lr=0.001, steps=9)
-    assert (recipe.embed_lr, recipe.position_lr) == (3e-3, 0.001)
-    model = GPT(PRESETS["tiny"])
-    groups = build_optimizer(model, recipe, Ranks(0, 1, torch.device("cpu"))).members[0].param_groups
-    (of_positions,) = [g for g in groups if any(p is model.transformer.wpe.weight for p in g["params"])]
-    assert (of_positions["initial_lr"], len(of_positions["params"])) == (0.001, 1)
 
 
 def test_two_ranks_share_each_step_while_batch_and_sequences_grow(world, monkeypatch):

@@ -267,7 +267,7 @@ def to_earlier_format(folder):
     """Rewrite the training state of a checkpoint as the earlier version wrote it."""
     path = folder / checkpoint.TRAINING_STATE
     state = torch.load(path, weights_only=True)
-    del state["settings"]["position_lr"]  # it was that of all embeddings
+    del state["settings"]["token_dropout"]  # it was 0
     assert state["settings"].keys() == EARLIER_SETTINGS
     to_earlier_keys(state["optimizer"])
     torch.save(state, path)

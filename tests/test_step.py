@@ -18,9 +18,10 @@ from core.data.shards import TokenOrder, Windows, open_dataset, prefetched
 from core.distributed import Ranks
 from core.files import read_metrics
 from core.train import memory
+from core.train.loader import micro_batches, open_loader
 from core.train.optim import build_optimizer
 from core.train.recipe import Schedule
-from core.train.setup import System, compile_shapes, fit_micro_batch, micro_batches, open_loader
+from core.train.setup import System, compile_shapes, fit_micro_batch
 from core.train.validation import Validation
 from model import GPT, PRESETS
 

@@ -108,14 +108,23 @@ class RecipeConfig:
             "embed_lr", "Peak learning rate of embeddings, biases and LayerNorms. speedrun scales it to the width."
         ),
     ] = None
-    position_lr: Annotated[
-        float | None, recipe_option("position_lr", "Peak learning rate of the position embeddings. Follows --embed-lr.")
-    ] = None
     beta1: Annotated[float | None, recipe_option("beta1", "AdamW decay rate of the first moment.")] = None
     beta2: Annotated[float | None, recipe_option("beta2", "AdamW decay rate of the second moment.")] = None
     momentum: Annotated[float | None, recipe_option("momentum", "Decay rate of the momentum of Muon.")] = None
     weight_decay: Annotated[
-        float | None, recipe_option("weight_decay", "Decoupled weight decay of matrices; vectors don't decay.")
+        float | None,
+        recipe_option(
+            "weight_decay",
+            "Decoupled weight decay of matrices; vectors don't decay. speedrun raises it where tokens repeat.",
+        ),
+    ] = None
+    token_dropout: Annotated[
+        float | None,
+        recipe_option(
+            "token_dropout",
+            "Fraction of the input tokens replaced by end-of-text, from the second epoch on. speedrun raises it where "
+            "tokens repeat.",
+        ),
     ] = None
     grad_clip: Annotated[float | None, recipe_option("grad_clip", "Maximum norm of the gradient.")] = None
     lr_schedule: Annotated[
@@ -150,11 +159,7 @@ class RecipeConfig:
     short_seq_len: Annotated[int | None, recipe_option("short_seq_len", "Tokens per short sequence.")] = None
     init: Annotated[
         Literal[tuple(INITIALIZERS)] | None,  # type: ignore[valid-type]
-        recipe_option(
-            "init",
-            "Initial weights. aligned: the keys of each head start equal to its queries. local: in addition, the first "
-            "third of the layers attends to previous and near tokens; use it with a third of the --position-lr.",
-        ),
+        recipe_option("init", "Initial weights. aligned: the keys of each head start equal to its queries."),
     ] = None
 
 

@@ -90,13 +90,11 @@ def check_coverage(model: torch.nn.Module, optimizer: OptimizerGroup) -> None:
 
 def adamw(recipe: Recipe, model: GPT, matrices: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
     """AdamW for `matrices`, embeddings, and vectors (biases and LayerNorm gains), which don't decay."""
-    positions = [p for name, p in model.named_parameters() if ".wpe." in name]
-    others = {id(p) for p in (*model.transformer.h.parameters(), *positions)}
-    embeddings = [p for p in model.parameters() if p.dim() == 2 and id(p) not in others]
+    in_blocks = {id(p) for p in model.transformer.h.parameters()}
+    embeddings = [p for p in model.parameters() if p.dim() == 2 and id(p) not in in_blocks]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [
         {"params": embeddings, "initial_lr": recipe.embed_lr, "weight_decay": recipe.weight_decay},
-        {"params": positions, "initial_lr": recipe.position_lr, "weight_decay": recipe.weight_decay},
         {"params": vectors, "initial_lr": recipe.embed_lr, "weight_decay": 0.0},
     ]
     if matrices := list(matrices):

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from core.train.interrupts import Interrupts
+from core.train.loader import open_loader
 from core.train.logging import RunLog, StepLogger, versions
 from core.train.profiling import PROFILED_STEPS, profiled
 from core.train.saver import Saver
-from core.train.setup import Run, open_loader
+from core.train.setup import Run
 
 
 @dataclass

@@ -1,19 +1,18 @@
-"""Everything around the training loop: settings, model and optimizer at their start, data loader, DDP, compilation."""
+"""Everything around the training loop: settings, model and optimizer at their start, DDP, compilation."""
 
 import contextlib
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from core import checkpoint, cli, ops
-from core.data.shards import Dataset, TokenOrder, Windows, prefetched
+from core.data.shards import Dataset, Windows
 from core.distributed import Ranks, autocast, check_compiler, default_dtype, kernel_support
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
@@ -23,8 +22,6 @@ from core.train.profiling import PROFILED_STEPS
 from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, Schedule, resolve_recipe
 from core.train.trackers import check_installed
 from model import GPT, describe
-
-PREFETCH = 4  # micro-batches prepared in host memory ahead of their use
 
 
 @dataclass(frozen=True)
@@ -114,6 +111,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         tokens=config.run.tokens,
         seq_len=config.recipe.seq_len,
         steps=config.recipe.steps,
+        unique_tokens=dataset.tokens("train"),
         overrides=config.overrides,
         micro_batch=micro_batch,
         world_size=ranks.world_size,
@@ -282,27 +280,6 @@ def fit_micro_batch(model: GPT, optimizer: OptimizerGroup, recipe: Recipe, syste
 def micro_batch_size(sequences: int, micro_batch: int, ranks: Ranks) -> int:
     """Sequences of one forward pass in a step of `sequences`: the micro-batch, or less in a smaller step."""
     return largest_divisor(sequences // ranks.world_size, micro_batch)
-
-
-def micro_batches(
-    schedule: Schedule, micro_batch: int, ranks: Ranks, windows: Windows, order: TokenOrder, step: int
-) -> Iterator[list[Tensor]]:
-    """This rank's share of a step: inputs and targets (B, T) in host memory, T = schedule.seq_len(step)."""
-    sequences, seq_len = schedule.sequences(step), schedule.seq_len(step)
-    size = micro_batch_size(len(sequences), micro_batch, ranks)
-    for first in range(sequences.start + ranks.rank * size, sequences.stop, size * ranks.world_size):
-        batch = windows.batch(order[range(first, first + size)])
-        yield ranks.pinned(*(tokens.view(-1, seq_len) for tokens in batch))
-
-
-def open_loader(
-    dataset: Dataset, recipe: Recipe, *, seed: int, micro_batch: int, ranks: Ranks, steps: range
-) -> Generator[list[Tensor], None, None]:
-    """This rank's micro-batches of those steps, prefetched by a thread."""
-    schedule, windows = Schedule(recipe), Windows(dataset, "train", recipe.seq_len)
-    order = TokenOrder(dataset.manifest_hash, seed, recipe.seq_len, len(windows))
-    batches = (batch for step in steps for batch in micro_batches(schedule, micro_batch, ranks, windows, order, step))
-    return prefetched(batches, PREFETCH, ranks.set_thread_device)
 
 
 def compile_shapes(loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int) -> None:
