@@ -105,6 +105,8 @@ class FileLocks:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """A section that one process at a time enters; the others wait."""
+        import fcntl
+
         if not self.try_acquire(EXCLUSIVE):
             print(f"waiting for another process that prepares {self._folder}", flush=True)
             self.try_acquire(EXCLUSIVE, wait=True)
@@ -112,8 +114,6 @@ class FileLocks:
             yield
         finally:
             if self.supported:
-                import fcntl
-
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, EXCLUSIVE)
 
 
