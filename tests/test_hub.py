@@ -174,7 +174,7 @@ def test_each_range_of_a_large_compressed_file_can_fail_once(world, hub, tmp_pat
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     (hub.folder / "data/a.jsonl.gz").write_bytes(gzip.compress(lines))
     prepare(world, hub, tmp_path / "local", hub.folder / "data/*.gz")
-    for fault in FAULTS:
+    for fault in ("drop", 425):  # huggingface_hub does not repeat a request after 425
         hub.fault = fault
         hub.failed.clear()
         prepare(world, hub, tmp_path / str(fault), "hf://datasets/owner/name/data/*.gz")
