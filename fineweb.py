@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tqdm import tqdm
 
 from core import cli
-from core.data import audit, encode, prepare, sources, tokenizer
-from core.data.encode import EncoderMismatchError
-from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST, UNFINISHED, open_dataset
+from core.data import audit, encode, prepare, tokenizer
+from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS, MANIFEST, open_dataset
+from core.data.sources import Files, find_source
 from core.files import PRESENCE, FileLocks
 
 VAL_TOKENS_HELP = tyro.conf.arg(
@@ -78,29 +77,21 @@ def main(config: Config) -> None:
     if config.adopt:
         return audit.adopt(Path(config.adopt), config.encoding, config.overwrite)
     rank, world_size = check(config)
-    encoder, encoding = encode.choose(config.encoder), tokenizer.load(config.encoding)
-    out = Path(config.out)
+    out, encoding = Path(config.out), tokenizer.load(config.encoding)
     out.mkdir(parents=True, exist_ok=True)
     locks = FileLocks(out)
-    alone = config.max_tokens is not None
-    locks.acquire(PRESENCE, shared=not (alone or config.overwrite))
+    locks.acquire(PRESENCE, shared=not (config.max_tokens or config.overwrite))
     if config.overwrite:
         prepare.clear(out)
     with locks.exclusive():
-        source, header = resolve_settings(config, out, encoding)
-        prepare.check_settings(out, header, locks)
-        locks.acquire(PRESENCE, shared=not alone)
-        if source is None:
-            return print(f"{out} is already finished with the same source and settings. --overwrite writes it again")
-        if not (out / "tokenizer_config.json").exists():
-            tokenizer.save(encoding, out)
-    job = prepare.Preparation(out, source.files, header, locks, rank, world_size, config.skip_broken)
-    try:
-        with encode.Workers(config.workers, job.pieces, job.files, encoder, config.encoding, out) as workers:
-            convert(config, job, workers)
-    except EncoderMismatchError as error:
-        overwrite = " --overwrite" if any((out / UNFINISHED).glob("*_*.json")) else ""
-        raise ValueError(f"--encoder {config.encoder}: fastokens {error}. Use --encoder tiktoken{overwrite}") from None
+        files, header = resolve_settings(config, out, encoding)
+        prepare.check_settings(out, header)
+    if files is None:
+        return print(f"{out} is already finished with the same source and settings. --overwrite writes it again")
+    job = prepare.Preparation(out, files, header, locks, rank, world_size)
+    settings = config.skip_broken, config.encoder, config.encoding, out
+    with encode.Workers(config.workers, job.pieces, job.files, *settings) as workers:
+        convert(job, workers, encoding)
 
 
 def check(config: Config) -> tuple[int, int]:
@@ -108,14 +99,11 @@ def check(config: Config) -> tuple[int, int]:
     numbers = {name: getattr(config, name) for name in ("workers", "shard_tokens", "val_tokens", "max_tokens")}
     cli.check_positive(**{name: value for name, value in numbers.items() if value is not None})
     rank, world_size = find_rank()
-    if world_size > 1 and config.max_tokens is not None:
-        raise ValueError(
-            f"--max-tokens counts tokens through the files in order, not in {world_size} processes. Start one process"
-        )
-    if world_size > 1 and config.overwrite:
-        raise ValueError(
-            f"--overwrite would remove the shards of the other {world_size - 1} processes. Delete {config.out} first"
-        )
+    for option in ("max_tokens", "overwrite"):  # the one counts tokens in order, the other removes shards
+        if getattr(config, option) and world_size > 1:
+            raise ValueError(
+                f"{cli.option_name(option)} needs one process, but {world_size} are started. Start one process"
+            )
     return rank, world_size
 
 
@@ -123,12 +111,7 @@ def find_rank() -> tuple[int, int]:
     """Rank and world size, from torchrun or a Slurm array; 0 and 1 for a single process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        if not 0 <= rank < world_size:
-            raise ValueError(
-                f"RANK {rank} with WORLD_SIZE {world_size}: ranks are 0 to {world_size - 1}. Start with torchrun"
-            )
-        return rank, world_size
+        return int(env["RANK"]), int(env["WORLD_SIZE"])
     if "SLURM_ARRAY_TASK_ID" in env:
         task, low, high, count = (int(env[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
         if (low, high) != (0, count - 1):
@@ -137,44 +120,46 @@ def find_rank() -> tuple[int, int]:
     return 0, 1
 
 
-def resolve_settings(config: Config, out: Path, encoding: Any) -> tuple[sources.Source | None, dict[str, Any]]:
-    """The source, or None if it is finished, and the header of the manifest."""
-    known = prepare.recorded_settings(out).get("source", {})
-    revision = known.get("revision") if known.get("name") == config.source else None
+def resolve_settings(config: Config, out: Path, encoding: Any) -> tuple[Files | None, dict[str, Any]]:
+    """The source files, or None if the folder is finished, and the header of the manifest."""
+    source, files = prepare.recorded_settings(out).get("source", {}), None
+    revision = source.get("revision") if source.get("name") == config.source else None
     finished = (out / MANIFEST).is_file()
-    # A commit never changes, so that a finished folder needs no request to the hub.
-    source = None if revision and finished else sources.find_source(config.source, revision)
-    header = {"source": source.to_json() if source else known, "encoding": encoding.name}
+    if not (revision and finished):  # a commit never changes, so that a finished folder needs no request to the hub
+        files, source = find_source(config.source, revision)
+    header = {"source": source, "encoding": encoding.name}
     header |= {"encoding_sha256": tokenizer.fingerprint(encoding), "vocab_size": encoding.n_vocab}
     header |= {"end_of_text_id": tokenizer.end_of_text_id(encoding)}
     header |= {key: getattr(config, key) for key in ("shard_tokens", "val_tokens", "max_tokens")}
-    return (None if finished else source), header
+    return (None if finished else files), header
 
 
-def convert(config: Config, job: prepare.Preparation, workers: encode.Workers) -> None:
+def convert(job: prepare.Preparation, workers: encode.Workers, encoding: Any) -> None:
     """Write the shards that are left, and the manifest if this process is the last."""
     with job.locks.exclusive():
         if (job.out / MANIFEST).is_file():
             return print(f"another process has finished {job.out}")
+        prepare.check_settings(job.out, job.header)
+        tokenizer.save(encoding, job.out)
         validation = job.write_validation(workers)
     chunks = job.plan(validation)
     remaining = [chunk for chunk in chunks if not job.record(chunk)]
     tokens = min(sum(chunk.tokens for chunk in remaining), job.max_tokens)
-    check_disk(config.out, 2 * tokens)
+    check_disk(job.out, 2 * tokens)
     if 0 < len(remaining) < len(chunks):
         print(f"resuming after {len(chunks) - len(remaining)} of {len(chunks)} shards", flush=True)
     with cli.progress_bar(desc="tokens", unit="tok", unit_scale=True, total=tokens) as bar:
         try:
             job.write_chunks(chunks, workers, validation["tokens"], bar)
         except KeyboardInterrupt:
-            tqdm.write("interrupted; rerun the same command to resume after the last complete shard")
+            bar.write("interrupted; rerun the same command to resume after the last complete shard")
             raise
     with job.locks.exclusive():
         if job.finish(validation):
             audit.summarize(open_dataset(job.out))
 
 
-def check_disk(out: str, needed: int) -> None:
+def check_disk(out: Path, needed: int) -> None:
     """Raise ValueError if `needed` bytes exceed the free space of the disk."""
     free = shutil.disk_usage(out).free
     if needed > free:

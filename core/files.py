@@ -15,17 +15,18 @@ EXCLUSIVE = 2**30  # larger than the number of any shard: the lock of `exclusive
 PRESENCE = EXCLUSIVE + 1  # shared by all processes that work in the folder
 
 
-def machine_error(error: OSError, path: Path) -> OSError:
-    """An error of the machine about `path`, such as too many open files. It means nothing about the content."""
-    return OSError(error.errno, error.strerror or str(error), str(path))
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in an error of the machine, such as too many open files. It means nothing about the content."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise machine_error(error, path) from None
+    with naming(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_pointer(path: Path) -> None:
@@ -101,22 +102,19 @@ class FileLocks:
                 f"another process is writing {self._folder}. Wait until it ends, stop it, or use another {self._option}"
             )
 
-    def release(self, number: int) -> None:
-        import fcntl
-
-        with contextlib.suppress(OSError):
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
-
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """A section that one process at a time enters; the others wait."""
+        import fcntl
+
         if not self.try_acquire(EXCLUSIVE):
             print(f"waiting for another process that prepares {self._folder}", flush=True)
             self.try_acquire(EXCLUSIVE, wait=True)
         try:
             yield
         finally:
-            self.release(EXCLUSIVE)
+            if self.supported:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, EXCLUSIVE)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

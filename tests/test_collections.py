@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ENCODING, ROOT, execute, on_ranks, refused, run
 
-from core.data import pieces, shards
+from core.data import pieces, shards, sources
 from core.data.shards import Windows, open_dataset
 from core.distributed import Ranks
 
@@ -209,10 +209,11 @@ def test_compressed_files_of_any_size_give_the_documents_of_plain_ones(world, tm
 def test_blocks_of_lines_are_the_lines(tmp_path, monkeypatch):
     raw = jsonl(documents(10, 200)) + b"\n\n" + b"x" * 5000 + b"\nlast"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
+    files = sources.find_source(str(tmp_path / "a.jsonl.gz"), None)[0]
     for size in (1, 100, 3000, 10**6):
         monkeypatch.setattr(pieces, "PIECE_BYTES", size)
-        blocks = list(pieces.line_blocks(str(tmp_path / "a.jsonl.gz")))
-        assert b"".join(lines for _, lines in blocks) == raw
+        blocks = [(task.begin, task.lines) for task in pieces.divide(pieces.Piece(0, 1, len(raw), 0, len(raw)), files)]
+        assert b"\n".join(lines for _, lines in blocks) == raw
         for number, lines in blocks:
             assert raw.startswith(lines, sum(map(len, io.BytesIO(raw).readlines()[: number - 1])))
 

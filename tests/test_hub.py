@@ -1,6 +1,7 @@
 """Promise 1 over the network: a hub that drops, stalls and refuses requests gives the same shards, of one commit."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import random
@@ -165,6 +166,20 @@ def test_each_request_for_a_range_can_fail_once(world, hub, local, tmp_path, fau
     hub.fault = fault
     prepare(world, hub, tmp_path / "out", workers=6)
     assert shards(tmp_path / "out") == shards(local)
+
+
+def test_each_range_of_a_large_compressed_file_can_fail_once(world, hub, tmp_path):
+    """The main process decompresses it as one stream, of which it can't repeat a part."""
+    texts = [random.Random(number).randbytes(200).hex() for number in range(300)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (hub.folder / "data/a.jsonl.gz").write_bytes(gzip.compress(lines))
+    prepare(world, hub, tmp_path / "local", hub.folder / "data/*.gz")
+    for fault in ("drop", 425):  # huggingface_hub does not repeat a request after 425
+        hub.fault = fault
+        hub.failed.clear()
+        prepare(world, hub, tmp_path / str(fault), "hf://datasets/owner/name/data/*.gz")
+        assert hub.failed
+        assert shards(tmp_path / str(fault)) == shards(tmp_path / "local")
 
 
 def test_a_finished_folder_needs_no_hub_and_ignores_a_new_commit(world, hub, tmp_path):

@@ -34,7 +34,7 @@ def test_preparation_reads_and_names_any_text(world, here, locale):
     (here / f"{NAME}.jsonl").write_text("".join([*lines[:9], f'{{"{NAME}": 3}}\n']), encoding="utf-8")
     message = refused(run("fineweb.py", *command, "--out", "other", cwd=here, check=False, **LOCALES[locale]))
     shown = NAME.encode("ascii", "backslashreplace").decode()
-    assert message.startswith((f"{here}/{NAME}.jsonl, the line at byte", f"{here}/{shown}.jsonl, the line at byte"))
+    assert message.startswith((f"{here}/{NAME}.jsonl, byte", f"{here}/{shown}.jsonl, byte"))
 
 
 def test_training_and_reports_read_and_name_any_path(here):

@@ -1,6 +1,6 @@
 """Operations on complete data folders: verify them against the manifest, or describe shards of another project."""
 
-import itertools
+import contextlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +10,8 @@ import numpy as np
 
 from core import cli
 from core.data import tokenizer
-from core.data.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard, short_reason
+from core.data.shards import MANIFEST, UNFINISHED, Dataset, open_dataset, open_shard
+from core.data.tokenizer import has_token
 from core.files import sha256, write_json
 
 SAMPLE_DOCUMENTS = 50  # of each split, to decode and encode again
@@ -34,64 +35,52 @@ def summarize(dataset: Dataset) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare each shard with the manifest: sha256, tokens, documents, bytes of text, place in the source.
+    """Compare each shard with the manifest: sha256, tokens, documents, bytes of text, order in the source.
 
     Then decode a sample of documents and encode them again. Raises ValueError that names each shard that differs, and
     OSError for a shard that can't be read.
     """
-    dataset = open_dataset(folder)
+    dataset, encoding, sizes = open_dataset(folder), tokenizer.load(folder), tokenizer.token_bytes(folder)
     shards = dataset.manifest["shards"]
-    sizes = tokenizer.token_bytes(folder)
-    problems = _out_of_order(shards)
+    # A row, byte or line of a file; in older folders a row and a token; in adopted folders nothing.
+    places = [(shard["source_file"], *shard["begin"].values()) for shard in shards if shard.get("begin")]
+    problems = [] if places == sorted(set(places)) else ["the shards are not in the order of the source"]
     with ThreadPoolExecutor(8) as pool:
-        checks = pool.map(lambda shard: _check_shard(dataset, shard, sizes), shards)
+        checks = pool.map(lambda shard: _compare(dataset, shard, sizes), shards)
         checks = cli.progress_bar(checks, "checking shards", len(shards), unit="shards", leave=False, delay=1)
         problems += filter(None, checks)
-    if problems := problems or _check_sample(dataset, tokenizer.load(folder)):
+    if problems := problems or _check_sample(dataset, encoding):
         raise ValueError(f"{folder}: {'; '.join(problems)}. {dataset.remedy}")
     summarize(dataset)
     print(
-        f"  all {len(shards)} shards match the manifest: sha256, tokens, documents, bytes of text and place\n"
+        f"  all {len(shards)} shards match the manifest: sha256, tokens, documents, bytes of text and order\n"
         f"  {SAMPLE_DOCUMENTS} documents of each split (or all, if fewer) decode and encode to the same ids"
     )
 
 
-def _check_shard(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> str:
+def _compare(dataset: Dataset, shard: dict[str, Any], sizes: np.ndarray) -> str:
     """How a shard differs from the manifest; empty if it doesn't."""
     try:
-        found = _counts(dataset.check(shard), dataset.manifest["end_of_text_id"], sizes)
+        found = _describe(dataset.folder / shard["file"], dataset.manifest["end_of_text_id"], sizes)
     except ValueError as error:
         return str(error)
     differing = [f"{key} {found[key]}, not {shard.get(key)}" for key in found if found[key] != shard.get(key)]
     return f"{shard['file']} holds {', '.join(differing)}" if differing else ""
 
 
-def _counts(ids: np.ndarray, end_of_text_id: int, sizes: np.ndarray) -> dict[str, int]:
-    """Tokens, first tokens of documents, and bytes of text in a shard's ids (n,); `sizes` is the bytes per id.
+def _describe(path: Path, end_of_text_id: int, sizes: np.ndarray) -> dict[str, Any]:
+    """A shard's tokens, first tokens of documents, bytes of text, and sha256. `sizes` is the bytes of text per id.
 
-    Raises ValueError for an id outside the vocabulary.
+    Raises ValueError for another content than ids of the vocabulary, OSError for an error of the machine.
     """
-    documents = text_bytes = 0
+    ids, documents, text_bytes = open_shard(path), 0, 0
     for first in range(0, len(ids), 2**24):  # in blocks, to bound memory
         block = ids[first : first + 2**24]
         if (largest := int(block.max())) >= len(sizes):
-            raise ValueError(f"token id {largest} is outside the vocabulary of {len(sizes)}")
+            raise ValueError(f"{path}: token id {largest} is outside the vocabulary of {len(sizes)}")
         documents += int(np.count_nonzero(block == end_of_text_id))
         text_bytes += int(sizes[block].sum())
-    return {"tokens": len(ids), "documents": documents, "bytes": text_bytes}
-
-
-def _out_of_order(shards: list[dict[str, Any]]) -> list[str]:
-    """The shards that don't begin after the previous shard in the source."""
-    # A row, byte or line of a file; in older folders a row and a token; in adopted folders nothing.
-    places = [
-        (shard["file"], (shard["source_file"], *shard["begin"].values())) for shard in shards if shard.get("begin")
-    ]
-    return [
-        f"{file} begins at {place} of the source, before the previous shard does"
-        for (_, before), (file, place) in itertools.pairwise(places)
-        if place <= before
-    ]
+    return {"tokens": len(ids), "documents": documents, "bytes": text_bytes, "sha256": sha256(path)}
 
 
 def _check_sample(dataset: Dataset, encoding: Any) -> list[str]:
@@ -103,11 +92,10 @@ def _check_sample(dataset: Dataset, encoding: Any) -> list[str]:
         starts = np.flatnonzero(ids == dataset.manifest["end_of_text_id"])
         for i in np.unique(np.linspace(0, len(starts) - 2, share).astype(int)) if len(starts) > 1 else ():
             document = ids[starts[i] + 1 : starts[i + 1]].tolist()
-            try:
-                if encoding.encode_ordinary(encoding.decode_bytes(document).decode()) != document:
-                    return [f"{shard['file']}: document {i} encodes to other ids than those it is decoded from"]
-            except (UnicodeDecodeError, KeyError) as error:
-                return [f"{shard['file']}: document {i} is not text ({short_reason(error)})"]
+            with contextlib.suppress(UnicodeDecodeError, KeyError):  # it is not text
+                if encoding.encode_ordinary(encoding.decode_bytes(document).decode()) == document:
+                    continue
+            return [f"{shard['file']}: document {i} is not text that encodes to the same ids"]
     return []
 
 
@@ -129,21 +117,19 @@ def adopt(folder: Path, encoding_name: str, overwrite: bool) -> None:
                 f"--adopt {folder} has no {split} shard (.npy or .bin). Put `val` into the names of validation shards"
             )
     encoding = tokenizer.load(encoding_name)
-    end_of_text_id = tokenizer.end_of_text_id(encoding)
-    sizes = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
+    ids, end_of_text_id = range(encoding.n_vocab), tokenizer.end_of_text_id(encoding)
+    sizes = np.array([len(encoding.decode_single_token_bytes(i)) if has_token(encoding, i) else 0 for i in ids])
     sizes[end_of_text_id] = 0
     shards = []
     paths.sort(key=lambda path: (splits[path] != "val", path.name))
     for path in cli.progress_bar(paths, "reading", unit="shards"):
-        ids = open_shard(path)
         try:
-            counts = _counts(ids, end_of_text_id, sizes)
+            found = _describe(path, end_of_text_id, sizes)
+            if not found["documents"]:
+                raise ValueError(f"{path} has no end-of-text token (id {end_of_text_id})")
         except ValueError as error:
-            raise ValueError(f"{path}: {error}. Use its own --encoding, not {encoding_name}") from None
-        if not counts["documents"]:
-            raise ValueError(f"{path} has no end-of-text token (id {end_of_text_id}). Use its --encoding")
-        entry = {"file": path.name, "split": splits[path]} | counts | {"sha256": sha256(path)}
-        shards.append(entry | {"source_file": None, "begin": None})
+            raise ValueError(f"{error}. Check the file and --encoding {encoding_name}") from None
+        shards.append({"file": path.name, "split": splits[path]} | found | {"source_file": None, "begin": None})
     name = f"adopted from {folder.resolve().name}"
     header: dict[str, Any] = {"source": {"name": name, "revision": None, "files": []}}
     header |= {"encoding": encoding.name, "encoding_sha256": tokenizer.fingerprint(encoding)}

@@ -9,14 +9,14 @@ The processes don't communicate. The plan follows from the metadata of the sourc
 so that it is the same for each of them, and the records are all the state there is.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import operator
 import re
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,95 +26,69 @@ import numpy as np
 from tqdm import tqdm
 
 from core import cli
-from core.data.encode import HEADER_BYTES, Documents, ShardWriter, Workers
+from core.data.encode import HEADER_BYTES, ShardWriter, Workers
 from core.data.pieces import PIECE_BYTES, cut, format_of
-from core.data.shards import (
-    DEFAULT_VAL_TOKENS,
-    MANIFEST,
-    UNFINISHED,
-    open_dataset,
-    short_reason,
-)
-from core.data.sources import SourceFile
-from core.files import PRESENCE, FileLocks, write_json
+from core.data.shards import DEFAULT_VAL_TOKENS, MANIFEST, REMEDY, UNFINISHED, open_dataset
+from core.data.sources import Files
+from core.files import FileLocks, write_json
 
-MAX_INVALID = 1000  # documents that --skip-broken skips for a shard; with more, the file itself counts as damaged
 NO_LIMIT = 2**63
 BYTES_PER_TOKEN = 4.45  # of English text
 PIECES_PER_SHARD, MIN_PIECE_BYTES = 32, 1024  # shards end where pieces end
 SETTINGS = "settings.json"
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """An object; empty if there is none, or where power failed before the disk had its content."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
+
+
 def recorded_settings(out: Path) -> dict[str, Any]:
     """The settings that a finished or unfinished folder was made with; empty for a new folder."""
-    if (out / MANIFEST).is_file():
-        return open_dataset(out).manifest
-    path = out / UNFINISHED / SETTINGS
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({short_reason(error)}). Start again with --overwrite") from None
+    return open_dataset(out).manifest if (out / MANIFEST).is_file() else read_json(out / UNFINISHED / SETTINGS)
 
 
-def check_settings(out: Path, header: dict[str, Any], locks: FileLocks) -> None:
-    """Raise ValueError if the folder was made with other settings. Record the settings of a new folder."""
-    finished = (out / MANIFEST).is_file()
-    if not finished and any(path.is_dir() for path in (out / UNFINISHED).glob("*")):
-        print(f"{out / UNFINISHED} is of an earlier version: its shards are written again", flush=True)
-        clear(out)
-    recorded = recorded_settings(out)
-    if not finished:  # only the names of the source files: each chunk's record identifies its content
+def check_settings(out: Path, header: dict[str, Any]) -> None:
+    """Raise ValueError if the folder was made with other settings. Record the settings of an unfinished folder."""
+    recorded, finished, unfinished = recorded_settings(out), (out / MANIFEST).is_file(), out / UNFINISHED
+    if not finished:  # only the names of the source files: each record identifies their content
         names = [file["name"] for file in header["source"]["files"]]
         header = header | {"source": header["source"] | {"files": names}}
     made_with = {key: recorded.get(key) for key in header}
-    if recorded and made_with != header:
-        # A folder without a train shard is written again, unless another process works in it.
-        if finished or any(out.glob("train_*.npy")) or not locks.try_acquire(PRESENCE):
-            name, old, new = _difference("", made_with, header)
-            raise ValueError(
-                f"{out} was made with{name} {old}, but this command has {new}. Use another --out, or --overwrite"
-            )
-        clear(out)
-    for shard in recorded["shards"] if finished else ():
-        if not (out / shard["file"]).is_file():
-            raise ValueError(
-                f"{out / shard['file']} is missing, but the manifest lists it. Write the folder again with --overwrite"
-            )
+    if made_with != header and (finished or (unfinished / "val_000000.json").exists()):
+        name, old, new = _difference(made_with, header)
+        raise ValueError(
+            f"{out} was made with{name} {old}, but this command has {new}. Use another --out, or --overwrite"
+        )
     if finished:
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        names = [shard["file"] for shard in recorded["shards"]]
+        if missing := [name for name in names if not (out / name).is_file()]:
+            raise ValueError(f"{out / missing[0]} is missing, but the manifest lists it. {REMEDY}")
+        clear(out, keep=[MANIFEST, *names])
     else:
-        (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
-        write_json(out / UNFINISHED / SETTINGS, header)
+        unfinished.mkdir(exist_ok=True)
+        write_json(unfinished / SETTINGS, header)
 
 
-def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The name of the innermost entry in which two values differ, and both values."""
+def _difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]:
+    """The name of an entry in which two settings differ, and both values."""
     if isinstance(old, list) and isinstance(new, list):
-        if len(old) != len(new):
-            return f" a number of{name} of", len(old), len(new)
-        old, new = dict(enumerate(old)), dict(enumerate(new))
+        return name, *next((a, b) for a, b in itertools.zip_longest(old, new) if a != b)
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(key for key in old | new if old.get(key) != new.get(key))
-        label = old[key].get("name", key) if isinstance(key, int) and isinstance(old[key], dict) else key
-        return _difference(f"{name} {label}", old.get(key), new.get(key))
+        return _difference(old.get(key), new.get(key), f"{name} {key}")
     return name, old, new
 
 
-def remove_shards(out: Path, keep: set[str]) -> None:
-    """Remove shards and incomplete files except for the names in `keep`."""
-    own = re.compile(r"(?:val|train)_\d{6}\.npy|\..*\.(?:unfinished|json\.[0-9a-f]+)")
-    for path in out.iterdir():
+def clear(out: Path, keep: Iterable[str] = ()) -> None:
+    """Remove shards, the manifest before them, except for the names in `keep`; incomplete files; and the records."""
+    own = re.compile(r"manifest\.json|(?:val|train)_\d{6}\.npy|\..*\.(?:unfinished|json\.[0-9a-f]+)")
+    for path in sorted(out.iterdir()):
         if own.fullmatch(path.name) and path.name not in keep:
             path.unlink()
-
-
-def clear(out: Path) -> None:
-    """Remove all shards, the manifest first."""
-    (out / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    remove_shards(out, keep=set())
 
 
 @dataclass(frozen=True)
@@ -137,12 +111,11 @@ class Preparation:
     """The conversion of a source into a data folder by this process and others."""
 
     out: Path
-    files: tuple[SourceFile, ...]
+    files: Files
     header: dict[str, Any]  # of the manifest
     locks: FileLocks
     rank: int
     world_size: int
-    skip_broken: bool
 
     def __post_init__(self) -> None:
         limit = int(self.header["shard_tokens"] * BYTES_PER_TOKEN / PIECES_PER_SHARD)
@@ -161,12 +134,9 @@ class Preparation:
 
     def read_record(self, name: str) -> dict[str, Any]:
         """The record of a chunk whose shard is complete; otherwise empty."""
-        try:
-            record = json.loads((self.out / UNFINISHED / f"{name}.json").read_text(encoding="utf-8"))
-            size = (self.out / f"{name}.npy").stat().st_size if record["tokens"] else HEADER_BYTES
-            return record if size == HEADER_BYTES + 2 * record["tokens"] else {}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # power failed before the disk had its content
-            return {}
+        record, path = read_json(self.out / UNFINISHED / f"{name}.json"), self.out / f"{name}.npy"
+        size = path.stat().st_size if record.get("tokens") and path.exists() else HEADER_BYTES
+        return record if size == HEADER_BYTES + 2 * record.get("tokens", -1) else {}
 
     def record(self, chunk: Chunk) -> dict[str, Any]:
         """The record of a chunk, if it was made from the present content of the source; otherwise empty."""
@@ -174,29 +144,18 @@ class Preparation:
         return record if record.get("identity") == chunk.identity else {}
 
     def complete(self, chunk: Chunk, shard: ShardWriter, **facts: Any) -> dict[str, Any]:
-        """Complete a shard, record it with these facts, and unlock it."""
-        digest = shard.finish()
+        """Complete a shard and record it with these facts."""
+        if self.read_record(chunk.name):
+            tqdm.write(f"{chunk.name}.npy is written again: its source files have changed")
+        digest = shard.finish() if shard.tokens else None
         number, place = shard.first
-        kind, compression = format_of(self.files[number].url)
-        begin = {"line" if compression else "row" if kind == "parquet" else "byte": place}
+        begin = {format_of(self.files[number])[2]: place}
         entry = {"file": f"{chunk.name}.npy", "split": chunk.name[:-7], "tokens": shard.tokens}
         entry |= {"documents": shard.documents, "bytes": shard.bytes, "begin": begin, "sha256": digest}
-        invalid = [f"{self.files[file].name}, {reason}" for file, reason in shard.invalid]
         record = {"entry": entry | {"source_file": number}, "tokens": shard.tokens, "empty": shard.empty}
-        record |= {"invalid": invalid, "identity": chunk.identity} | facts
+        record |= {"invalid": shard.invalid, "identity": chunk.identity} | facts
         write_json(self.out / UNFINISHED / f"{chunk.name}.json", record)
-        self.locks.release(chunk.number)
         return record
-
-    def count(self, shard: ShardWriter, documents: Documents) -> None:
-        """Count what was left out. Raises ValueError for invalid documents, unless --skip-broken allows them."""
-        shard.empty += documents.empty
-        shard.invalid += documents.invalid
-        if len(shard.invalid) > (MAX_INVALID if self.skip_broken else 0):
-            file, place = shard.invalid[-1 if self.skip_broken else 0]
-            many = f" is the last of more than {MAX_INVALID} invalid documents. Fix the file"
-            remedy = many if self.skip_broken else ". Fix the document, or skip it with --skip-broken"
-            raise ValueError(f"{self.files[file].url}, {place}{remedy}")
 
     def write(self, chunk: Chunk, results: Any, room: int, bar: Any) -> tuple[ShardWriter, tuple[int, int] | None]:
         """Write a shard of at most `room` tokens from the results of `Workers.encode`.
@@ -205,37 +164,32 @@ class Preparation:
         """
         target, target_bytes = self.val_targets if chunk.number == 0 else (NO_LIMIT, NO_LIMIT)
         shard, current, used, skip = ShardWriter(self.out / f"{chunk.name}.npy", self.rank), -1, 0, chunk.skip
-        try:
-            for _, piece, documents in results:
-                current, used = piece, used if piece == current else 0
-                first = min(skip, len(documents.text_bytes))
-                tokens = shard.tokens + documents.edges[first + 1 :] - documents.edges[first]
-                text_bytes = shard.bytes + np.cumsum(documents.text_bytes[first:])
-                fits = tokens <= room
-                more = (tokens < target) & (text_bytes < target_bytes) & fits
-                last = first + min(int(more.sum()) + 1, int(fits.sum()))
-                bar.update(shard.add(documents, first, last))
-                if chunk.number or more.all():  # the documents after the end of validation count for the next shard
-                    self.count(shard, documents)
-                if not more.all():
-                    return shard, (piece, used + last)
-                used, skip = used + last, skip - first
-            return shard, None
-        except BaseException:
-            shard.discard()
-            raise
+        for _, piece, documents in results:
+            current, used = piece, used if piece == current else 0
+            first = min(skip, len(documents.text_bytes))
+            tokens = shard.tokens + documents.edges[first + 1 :] - documents.edges[first]
+            text_bytes = shard.bytes + np.cumsum(documents.text_bytes[first:])
+            fits = tokens <= room
+            more = (tokens < target) & (text_bytes < target_bytes) & fits
+            last = first + min(int(more.sum()) + 1, int(fits.sum()))
+            bar.update(shard.add(documents, first, last))
+            if chunk.number or more.all():  # the documents after the end of validation count for the next shard
+                shard.empty += documents.empty
+                shard.invalid += documents.invalid
+            if not more.all():
+                return shard, (piece, used + last)
+            used, skip = used + last, skip - first
+        return shard, None
 
     def write_validation(self, workers: Workers) -> dict[str, Any]:
         """The record of the validation shard: the first complete documents of the source. It is written if needed."""
-        if record := self.read_record("val_000000"):
-            if self.record(self.chunk(0, 0, record["piece"] + 1, 0, 0)):
-                return record
-            print("val_000000.npy is written again: its source files have changed", flush=True)
+        last = self.read_record("val_000000").get("piece", 0) + 1
+        if record := self.record(self.chunk(0, 0, last, 0, 0)):
+            return record
         chunk = self.chunk(0, 0, len(self.pieces), 0, 0)
         results = workers.encode((chunk, i) for i in chunk.pieces)
         shard, end = self.write(chunk, results, self.max_tokens, cli.progress_bar(hidden=True))
         if not shard.tokens:
-            shard.discard()
             raise ValueError(self.no_document("val"))
         piece, skip = end or (len(self.pieces), 0)
         facts = {"piece": piece, "skip": skip, "seen_tokens": shard.seen_tokens, "seen_bytes": shard.seen_bytes}
@@ -265,36 +219,27 @@ class Preparation:
         """The chunks that are left and that no other process writes, each locked. Each process begins elsewhere."""
         own = self.rank * len(chunks) // self.world_size
         for chunk in chunks[own:] + chunks[:own] if self.locks.supported else chunks[self.rank :: self.world_size]:
-            if not self.locks.try_acquire(chunk.number):
-                continue
-            if self.record(chunk):
-                self.locks.release(chunk.number)
+            if not self.locks.try_acquire(chunk.number) or self.record(chunk):
                 continue
             if (self.out / MANIFEST).is_file():  # another process has finished, and removed the records
                 return
-            if self.read_record(chunk.name):
-                tqdm.write(f"{chunk.name}.npy is written again: its source files have changed")
             yield chunk
 
     def write_chunks(self, chunks: list[Chunk], workers: Workers, tokens: int, bar: Any) -> None:
         """Write the shards of the chunks that are left. The source has `tokens` tokens before them."""
         written = {chunk.number: record["tokens"] for chunk in chunks if (record := self.record(chunk))}
         wanted = ((chunk, i) for chunk in self.claim(chunks) for i in chunk.pieces)
-        last_log, completed = 0.0, Future[Any]()
-        completed.set_result(None)
         with ThreadPoolExecutor(1) as thread:  # it completes a shard while the next one is written
+            completed: Future[Any] = thread.submit(dict)
             for chunk, results in itertools.groupby(workers.encode(wanted), key=operator.itemgetter(0)):
                 room = self.max_tokens - tokens - sum(written[i] for i in written if i < chunk.number)
                 shard, end = self.write(chunk, results, room, bar)
                 written[chunk.number] = shard.tokens
-                before, completed = completed, thread.submit(self.complete, chunk, shard, limited=end is not None)
-                before.result()
-                if time.monotonic() > last_log + 10:
-                    last_log = time.monotonic()
-                    tqdm.write(f"{chunk.name}.npy: {shard.tokens:,} tokens")
+                completed.result()
+                completed = thread.submit(self.complete, chunk, shard, limited=end is not None)
                 if end:
                     break
-        completed.result()
+            completed.result()
 
     def finish(self, validation: dict[str, Any]) -> bool:
         """Write the manifest if all chunks are complete; else print how many other processes write."""
@@ -310,18 +255,18 @@ class Preparation:
             return False
         shards = [record["entry"] for record in records if record["tokens"]]
         if len(shards) < 2:
+            clear(self.out)  # so that the same folder takes other settings
             raise ValueError(self.no_document("train"))
         counts = {"empty_documents": sum(record["empty"] for record in records)}
         counts |= {"broken_documents": [place for record in records for place in record["invalid"]]}
-        remove_shards(self.out, keep={shard["file"] for shard in shards})
         write_json(self.out / MANIFEST, self.header | counts | {"shards": shards})
-        shutil.rmtree(self.out / UNFINISHED, ignore_errors=True)
+        clear(self.out, keep=[MANIFEST, *(shard["file"] for shard in shards)])
         return True
 
     def no_document(self, split: str) -> str:
         """The error of a source without a document of this split."""
-        given = {f"--{key.replace('_', '-')}": self.header[key] for key in ("max_tokens", "val_tokens")}
-        limits = " and ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        given = {cli.option_name(key): self.header[key] for key in ("max_tokens", "val_tokens") if self.header[key]}
+        limits = " and ".join(f"{name} {value}" for name, value in given.items())
         remedy = "Use more text, a larger --max-tokens or a smaller --val-tokens"
         if split == "train" and not limits and len(self.files) == 1 and self.files[0].name.endswith(".txt"):
             remedy = "A .txt is one document: split it, e.g. split -C 50K --additional-suffix=.txt TEXT part-"

@@ -6,10 +6,8 @@ list is ignored.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from core import cli
-from core.files import machine_error, sha256, write_json
+from core.files import naming, sha256, write_json
 
 if TYPE_CHECKING:  # fineweb.py needs no torch, and starts faster without it
     from torch import Tensor
@@ -70,16 +68,6 @@ class Dataset:
             return open_shard(self.folder / shard["file"], shard["tokens"])
         except ValueError as error:
             raise ValueError(f"{error}. {self.remedy}") from None
-
-    def check(self, shard: dict[str, Any]) -> np.ndarray:
-        """The ids (n,) uint16 of a shard. Raises ValueError if it isn't the one that the manifest lists."""
-        path = self.folder / shard["file"]
-        ids = open_shard(path, shard["tokens"])
-        if sha256(path) != shard["sha256"]:
-            raise ValueError(f"{path} was cut short or altered: its sha256 differs from the manifest")
-        if (largest := int(ids.max())) >= self.vocab_size:
-            raise ValueError(f"{path} holds token id {largest}, outside the vocabulary of {self.vocab_size}")
-        return ids
 
 
 def open_dataset(folder: str | Path) -> Dataset:
@@ -134,14 +122,8 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     with contextlib.suppress(OSError, ValueError, TypeError):  # where it can't be read, all shards are checked again
         verified = dict(json.loads((dataset.folder / VERIFIED).read_text(encoding="utf-8")))
     shards = dataset.manifest["shards"]
-    own = cli.progress_bar(
-        shards[ranks.rank :: ranks.world_size],
-        "checking shards",
-        unit="shards",
-        leave=False,
-        delay=1,
-        hidden=ranks.rank > 0,
-    )
+    own = shards[ranks.rank :: ranks.world_size]
+    own = cli.progress_bar(own, "checking shards", unit="shards", leave=False, delay=1, hidden=ranks.rank > 0)
     checked = {shard["file"]: _check_shard(dataset, shard, verified) for shard in own}
     results = {file: result for of_rank in ranks.all_gather(checked) for file, result in of_rank.items()}
     for shard in shards:
@@ -155,20 +137,22 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
 
 def _check_shard(
     dataset: Dataset, shard: dict[str, Any], verified: dict[str, Any]
-) -> tuple[ValueError | OSError | None, list[Any]]:
+) -> tuple[Exception | None, list[Any]]:
     """The error of a shard, if any, and its stamp. It returns the error because the other ranks wait for a result."""
+    path = dataset.folder / shard["file"]
     try:
-        status = (dataset.folder / shard["file"]).stat()
+        ids, status = dataset.open(shard), path.stat()
         stamp = [status.st_size, status.st_mtime_ns, shard["sha256"]]
-        if verified.get(shard["file"]) != stamp:
-            dataset.check(shard)
+        if verified.get(shard["file"]) == stamp:
+            return None, stamp
+        if sha256(path) != shard["sha256"]:
+            raise ValueError(f"{path} was cut short or altered: its sha256 differs from the manifest. {dataset.remedy}")
+        if (largest := int(ids.max())) >= dataset.vocab_size:
+            outside = f"outside the vocabulary of {dataset.vocab_size}"
+            raise ValueError(f"{path} holds token id {largest}, {outside}. {dataset.remedy}")
         return None, stamp
-    except FileNotFoundError as error:
-        return ValueError(f"{error.filename} is missing. {dataset.remedy}"), []
-    except OSError as error:
+    except (ValueError, OSError, MemoryError) as error:
         return error, []
-    except ValueError as error:
-        return ValueError(f"{error}. {dataset.remedy}"), []
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
@@ -178,13 +162,12 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
     machine.
     """
     try:
-        ids = _map_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
+        with naming(path):
+            ids = _map_bin(path) if path.suffix == ".bin" else np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except OSError as error:
-        raise machine_error(error, path) from None
-    except MemoryError:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # numpy can raise anything for a damaged header
         raise ValueError(f"{path} is not a shard of tokens, or is cut short ({short_reason(error)})") from None
     if ids.dtype != np.uint16 or ids.ndim != 1 or not len(ids) or tokens not in (None, len(ids)):

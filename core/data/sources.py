@@ -4,9 +4,9 @@ import glob
 import hashlib
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -21,6 +21,10 @@ FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryErr
 T = TypeVar("T")
 
 
+class UnreadableError(OSError):
+    """A source file can't be reached."""
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """A file. `fingerprint` identifies its content: the hub's hash, or a hash of samples of a local file."""
@@ -29,18 +33,29 @@ class SourceFile:
     name: str
     bytes: int
     fingerprint: str
+    path: str = field(repr=False)  # in its file system
+    root: str | None = field(repr=False)  # an address in that file system; None for a plain local file
+
+    def open(self, **settings: Any) -> Any:
+        """The file, opened for reading bytes. Each range that is read from a network is retried."""
+        if not self.root:
+            return open(self.path, "rb")
+        file = _file_system(self.root, os.getpid()).open(self.path, **settings)
+        if hasattr(file, "cache"):
+            fetch = file.cache.fetcher
+            file.cache.fetcher = lambda start, end: retry(partial(fetch, start, end), self.url)
+        return file
 
 
-@dataclass(frozen=True)
-class Source:
-    name: str  # the glob; only its last component for local files, which are the same source in any folder
-    revision: str | None  # the hub's commit
-    files: tuple[SourceFile, ...]
+Files = tuple[SourceFile, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """The manifest's entry."""
-        files = [{key: value for key, value in asdict(file).items() if key != "url"} for file in self.files]
-        return {"name": self.name, "revision": self.revision, "files": files}
+
+@lru_cache(maxsize=1)  # fsspec reads an archive's directory at each opening
+def _file_system(address: str, _: int) -> Any:
+    """The file system of an address. A forked process opens its own, as it must not share a position in an archive."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(address)[0]
 
 
 def is_local(url: str) -> bool:
@@ -49,47 +64,31 @@ def is_local(url: str) -> bool:
     return "://" not in last or last.startswith(("file://", "local://"))
 
 
-def retry(read: Callable[[], T], url: str) -> T:
-    """`read()`, repeated after growing pauses if a remote file fails with a temporary error.
+def retry(read: Callable[[], T], url: str, pauses: Iterable[int] | None = None) -> T:
+    """`read()`, repeated after growing pauses (in seconds) if a remote file fails with a temporary error.
 
-    Raises ValueError for damaged content, OSError for a file that can't be reached.
+    Raises ValueError for damaged content, and UnreadableError for a file that can't be reached.
     """
-    pauses = iter(PAUSES)
+    pauses = iter(PAUSES if pauses is None else pauses)
     while True:
         try:
             return read()
-        except (ValueError, ImportError):
+        except (UnreadableError, ImportError, MemoryError):
             raise
-        except Exception as error:  # the library of each protocol has its own errors
+        except Exception as error:  # each library has its own errors
+            of_arrow = type(error).__module__.startswith("pyarrow")
+            if isinstance(error, ValueError) and not of_arrow:
+                raise
+            reason = short_reason(error)
+            if of_arrow or (is_local(url) and not getattr(error, "errno", None)):  # errors of the machine have an errno
+                raise ValueError(f"{url} is damaged or cut short ({reason}). Replace the file") from None
             status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", 500))
             final = isinstance(error, FINAL) or (400 <= status < 500 and status not in RETRYABLE)
-            reason = f"{url} can't be read ({short_reason(error)})"
+            reason = f"{url} can't be read ({reason})"
             if is_local(url) or final or not (pause := next(pauses, 0)):
-                raise OSError(f"{reason}. Fix this and rerun the same command to resume") from error
+                raise UnreadableError(f"{reason}. Fix this and rerun the same command to resume") from error
         tqdm.write(f"{reason}, retrying in {pause} s")
         time.sleep(pause)
-
-
-def open_file(url: str, **settings: Any) -> Any:
-    """A file, local or remote, opened for reading bytes."""
-    import fsspec
-
-    if "://" not in url:
-        return open(url, "rb")
-    first, *rest = url.split("::")
-    if rest and "://" in first:
-        protocol, path = first.split("://", 1)
-        return _open_archive("::".join([f"{protocol}://", *rest]), os.getpid()).open(path, "rb")
-    fs, path = fsspec.core.url_to_fs(url)
-    return fs.open(path, "rb", **settings)
-
-
-@lru_cache(maxsize=1)  # fsspec reads an archive's directory at each opening
-def _open_archive(chain: str, _: int) -> Any:
-    """The file system of an archive. A forked process opens its own, as it must not share a position in the file."""
-    import fsspec
-
-    return fsspec.core.url_to_fs(chain)[0]
 
 
 def pin_revision(pattern: str, revision: str | None) -> tuple[str, str | None]:
@@ -110,53 +109,48 @@ def pin_revision(pattern: str, revision: str | None) -> tuple[str, str | None]:
     return f"hf://{kind}{place.repo_id}@{revision}/{place.path_in_repo}", revision
 
 
-def find_source(pattern: str, revision: str | None) -> Source:
-    """The files that match a glob, sorted; those of the hub at `revision`, or at its newest commit."""
+def find_source(pattern: str, revision: str | None) -> tuple[Files, dict[str, Any]]:
+    """The files that match a glob, sorted, and the manifest's entry; those of the hub at `revision` or the newest."""
     import fsspec
 
     pinned, revision = pin_revision(pattern, revision)
+    plain = is_local(pinned) and "::" not in pinned
+
+    def find() -> tuple[str, dict[str, dict[str, Any]]]:
+        fs, inner = fsspec.core.url_to_fs(pinned)
+        if plain:  # folders and files that exist are taken literally, brackets included
+            parts = inner.split("/")
+            existing = next((n for n in range(len(parts), 0, -1) if os.path.lexists("/".join(parts[:n]))), 0)
+            inner = "/".join([*map(glob.escape, parts[:existing]), *parts[existing:]])
+        return inner, fs.glob(inner, detail=True)
+
     try:
-        fs, path = retry(lambda: fsspec.core.url_to_fs(pinned), pinned)
+        inner, found = retry(find, pinned)
     except ImportError as error:
         raise ValueError(f"--source {pattern} needs a package: {short_reason(error)}") from None
-    plain = is_local(pinned) and "::" not in pinned
-    path = _literal(path) if plain else path
-    found: dict[str, dict[str, Any]] = retry(lambda: fs.glob(path, detail=True), pinned)
     files = []
     for path, details in sorted(found.items()):
-        name = path.rsplit("/", 1)[-1]
+        name, url = path.rsplit("/", 1)[-1], path if plain else pinned.replace(inner, path, 1)
         if details["type"] != "directory" and not name.startswith("."):  # a link to a file is a file
-            url = path if plain else _address(pinned, path)
-            files.append(SourceFile(url, name, details["size"], fingerprint(url, details)))
+            identity = fingerprint(path, details, plain)
+            files.append(SourceFile(url, name, details["size"], identity, path, None if plain else pinned))
     if not files:
         inside = f"{pattern.rstrip('/')}/*.parquet" if found else "folder/*.parquet"  # a folder matches itself
         raise ValueError(f"--source {pattern} matches no file. Use a glob in quotes, such as '{inside}'")
-    return Source(pattern.rsplit("/", 1)[-1] if plain else pattern, revision, tuple(files))
+    # Local files are the same source in any folder.
+    entry = {"name": pattern.rsplit("/", 1)[-1] if plain else pattern, "revision": revision}
+    entries = [{"name": file.name, "bytes": file.bytes, "fingerprint": file.fingerprint} for file in files]
+    return tuple(files), entry | {"files": entries}
 
 
-def _literal(pattern: str) -> str:
-    """A local glob in which the folders and files that exist are taken literally, brackets included."""
-    parts = pattern.split("/")
-    existing = next((n for n in range(len(parts), 0, -1) if os.path.lexists("/".join(parts[:n]))), 0)
-    return "/".join([*map(glob.escape, parts[:existing]), *parts[existing:]])
-
-
-def _address(pattern: str, path: str) -> str:
-    """The address of a file that a glob found, with the glob's protocol and the rest of its chain."""
-    links = pattern.split("::")
-    i = next((i for i, link in enumerate(links) if "://" in link), 0)
-    links[i] = path if "://" in path else f"{links[i].split('://', 1)[0]}://{path}"
-    return "::".join(links)
-
-
-def fingerprint(url: str, details: dict[str, Any]) -> str:
+def fingerprint(path: str, details: dict[str, Any], plain: bool) -> str:
     """The hash that the hub or another store has for a file; the sha256 of evenly spaced samples for a local file."""
     if "blob_id" in details:
         return details["lfs"].sha256 if details.get("lfs") else details["blob_id"]
-    if "://" in url:
+    if not plain:
         return str(details.get("ETag") or details.get("etag") or details.get("CRC") or "")
     digest, step = hashlib.sha256(), max((details["size"] - SAMPLE_BYTES) / (SAMPLES - 1), SAMPLE_BYTES)
-    with open(url, "rb") as file:
+    with open(path, "rb") as file:
         for sample in range(min(SAMPLES, details["size"] // SAMPLE_BYTES + 1)):
             file.seek(round(sample * step))
             digest.update(file.read(SAMPLE_BYTES))
