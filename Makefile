@@ -1,4 +1,4 @@
-# Targets: demo, test, lint, soak, check-published. Each installs the requirements into .venv first.
+# Targets: demo, test, lint, soak, check-published. Each installs what it needs into .venv first.
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -7,14 +7,23 @@ export PATH := $(VENV)/bin:$(PATH)
 .PHONY: demo test lint soak setup check-published
 .DEFAULT_GOAL := demo
 
+INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+
 setup: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt
+# The packages to train, evaluate and report, in the versions of requirements.txt. pip allows no extras in constraints.
+$(VENV)/packages: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	sed 's/\[.*\]//' requirements.txt > $(VENV)/constraints.txt
+	$(INSTALL) --constraint $(VENV)/constraints.txt '.[data,eval,report]'
 	touch $@
 
-demo: setup
+# All packages, with the tools of test and lint.
+$(VENV)/installed: $(VENV)/packages
+	$(INSTALL) -r requirements.txt
+	touch $@
+
+demo: $(VENV)/packages
 	rm -rf logs/demo
 	python -m demo.stories --out data/stories
 	python fineweb.py --source data/stories/stories.jsonl --encoding data/stories --out data/demo --val-tokens 100000 --overwrite

@@ -203,12 +203,14 @@ def test_without_a_terminal_progress_is_a_line_every_30_seconds(monkeypatch, cap
 
 def test_all_long_work_shows_its_progress_without_a_terminal(world, tmp_path):
     """With a line at every update in place of one every 30 seconds."""
-    (tmp_path / "sitecustomize.py").write_text("import core.cli\ncore.cli.LINE_SECONDS = 0\n")
-    python_path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    (tmp_path / "always.py").write_text(
+        "import runpy, sys\nfrom core import cli\n"
+        "cli.LINE_SECONDS = 0\ndel sys.argv[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
 
     def lines(script, *arguments, ranks=1):
         start = partial(on_ranks, ranks) if ranks > 1 else run
-        return start(script, *arguments, cwd=world, PYTHONPATH=python_path).stderr
+        return start(tmp_path / "always.py", ROOT / script, *arguments, cwd=world).stderr
 
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"text": f"Story {i}."}) + "\n" for i in range(50)))
     few = ("--source", tmp_path / "few.jsonl", "--encoding", "data/stories", "--out", tmp_path / "few")

@@ -331,7 +331,8 @@ def test_a_process_waits_while_another_writes_validation(world, large, tmp_path)
     source, uninterrupted = large
     (tmp_path / ".lock").touch()
     locks = FileLocks(tmp_path)
-    with locks.exclusive(), started(world, source, tmp_path) as process:
+    unbuffered = {"PYTHONUNBUFFERED": "1"}  # with a pipe
+    with locks.exclusive(), started(world, source, tmp_path, **unbuffered) as process:
         assert process.stdout.readline() == f"waiting for another process that prepares {tmp_path}\n"
         locks.release(EXCLUSIVE)
         assert ended(process).returncode == 0

@@ -182,7 +182,7 @@ def test_a_full_disk_stops_no_run_and_the_next_save_works_once_there_is_space(wo
     """While it is full, lines of metrics.jsonl don't fit either; at the end none of them is missing."""
     train_here(*COMMAND, "--run", "large-disk", cwd=world)
     folder = world / "logs/full"
-    with started("train.py", *COMMAND, "--run", "full", cwd=world) as process:
+    with started("train.py", *COMMAND, "--run", "full", cwd=world, PYTHONUNBUFFERED="1") as process:  # with a pipe
         suspend_when(process, (folder / "checkpoints/step_000010").exists)
         fill(small_disk / "ballast")
         process.send_signal(signal.SIGCONT)
