@@ -19,11 +19,12 @@ $(VENV)/packages: requirements.txt pyproject.toml
 	touch $@
 
 # All packages, with the tools of test and lint.
-$(VENV)/installed: $(VENV)/packages
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-demo: $(VENV)/packages
+demo: $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/packages)
 	rm -rf logs/demo
 	python -m demo.stories --out data/stories
 	python fineweb.py --source data/stories/stories.jsonl --encoding data/stories --out data/demo --val-tokens 100000 --overwrite
