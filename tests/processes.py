@@ -19,6 +19,7 @@ PRELOADED = (*PRELOADED, "train", "fineweb", "eval_cbt", "eval_hellaswag", "eval
 PRELOADED = (*PRELOADED, "convert", "report")
 INSTALLED = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
 FRESH = ("PYTHON", "TRITON", "LC_", "LANG", "OMP")  # variables that matter when Python starts or imports a package
+OWN_START = {"PYTHONUNBUFFERED": "1"}  # the environment of a program that needs a new interpreter, or pipes
 context = multiprocessing.get_context("forkserver")
 
 
@@ -48,6 +49,7 @@ def run_program(command, cwd, env, outputs, hangup):
     sys.path[:] = ["", *env["PYTHONPATH"].split(os.pathsep), *INSTALLED]
     if option == "-m":
         sys.argv = arguments
+        sys.modules.pop(arguments[0], None)
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     elif option == "-c":
         sys.argv = ["-c", *arguments[1:]]
@@ -91,6 +93,12 @@ class Forked:
 
     def send_signal(self, number):
         os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
 
     def close(self):
         with contextlib.suppress(ProcessLookupError):
