@@ -16,7 +16,7 @@ from pathlib import Path
 
 PRELOADED = ("processes", "torch._dynamo", "torch.distributed.run", "safetensors.torch", "tokenizers", "tiktoken")
 PRELOADED = (*PRELOADED, "train", "fineweb", "eval_cbt", "eval_hellaswag", "eval_lambada", "eval_wikitext", "sample")
-PRELOADED = (*PRELOADED, "convert", "report")
+PRELOADED = (*PRELOADED, "convert", "report", "fastokens", "fsspec", "pyarrow.parquet")
 INSTALLED = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
 FRESH = ("PYTHON", "TRITON", "LC_", "LANG", "OMP")  # variables that matter when Python starts or imports a package
 OWN_START = {"PYTHONUNBUFFERED": "1"}  # the environment of a program that needs a new interpreter, or pipes
@@ -34,6 +34,7 @@ def run_program(command, cwd, env, outputs, hangup):
     `hangup`: what SIGHUP does.
     """
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # the default, for processes that the program starts
     signal.signal(signal.SIGHUP, hangup)
     os.chdir(cwd)
     os.environ.clear()

@@ -101,7 +101,7 @@ def with_a_closed_pipe(script, *arguments, cwd):
         os.close(writer)
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval_lambada.py", "report.py"])
+@pytest.mark.parametrize("script", ["train.py", "report.py"])
 def test_help_to_a_closed_pipe_ends_without_a_message(script, tmp_path):
     result = with_a_closed_pipe(script, "--help", cwd=tmp_path)
     assert (result.stderr, result.returncode) == (b"", 128 + signal.SIGPIPE)

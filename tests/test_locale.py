@@ -49,6 +49,3 @@ def test_training_reports_and_samples_read_and_name_any_path(here):
     sample = ("--ckpt", f"logs/run {NAME}", "--prompt", "na\u00efve", "--tokens", 3, "--device", "cpu")
     assert "na\u00efve" in run("sample.py", *sample, cwd=here, **LOCALES["ASCII"]).stdout
     assert "na\\xefve" in run("sample.py", *sample, cwd=here, **LOCALES["ASCII on the terminal"]).stdout
-    missing = ("--data", f"data/none {NAME}")
-    message = refused(run("train.py", *command, *missing, cwd=here, check=False, **LOCALES["ASCII"]))
-    assert message.startswith("no shards in data/none na")
