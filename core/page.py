@@ -170,6 +170,7 @@ def run_row(run: Curves) -> list[str]:
     """A row of the table: what is known of the run."""
     settings, last = run.settings, (run.train[-1] if run.train else None)
     seconds = last.get("seconds") if last else None  # a log file has no times
+    tokens = max((line["tokens"] for lines in run.lines.values() for line in lines), default=0)
     val = run.val[-1] if run.val and run.val[-1]["loss"] is not None else None
     bits = val.get("bits_per_byte") if val else None
     parameters, steps, versions = (settings.get(key) for key in ("parameters", "steps", "versions"))
@@ -179,7 +180,7 @@ def run_row(run: Curves) -> list[str]:
         cell(run.name),
         f"{settings.get('preset', '')}{size}",
         f"{run.steps:,} of {steps:,}" if isinstance(steps, int) else f"{run.steps:,}",
-        format_tokens(last["tokens"]) if last else "0",
+        format_tokens(tokens) if tokens else "0",
         f"{val['loss']:.4f}" if val else "",
         f"{bits:.4f}" if bits else "",
         f"{run.entropy:.4f} (+{val['loss'] / run.entropy - 1:.1%})" if run.entropy and val else "",

@@ -391,15 +391,15 @@ def test_a_log_file_that_is_none_is_named_and_the_rest_is_reported(world, tmp_pa
 @pytest.mark.parametrize("options", [{"log_files": ("main.log",)}, {"reference": ("llm.c",)}])
 def test_logs_of_other_projects_need_no_run(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "main.log").write_text(LLMC)
-    report.main(report.Config(**options))
+    (tmp_path / "main.log").write_text("250 val 6.5\n" if "log_files" in options else LLMC)
+    report.main(report.Config(log_step_tokens=1000, **options))
     check_plot(tmp_path / "logs/loss.png")
     page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
     assert "![loss curves](loss.png)" in page
     if "log_files" in options:
-        assert cells(page, "main.log") == ["main.log", "", "250", "0k", "6.5000", "", "", "", "", "log file"]
+        assert cells(page, "main.log") == ["main.log", "", "250", "250k", "6.5000", "", "", "", "", "log file"]
     browser_page = (tmp_path / "logs/report.html").read_text(encoding="utf-8")
-    assert browser_page.count("Plotly.newPlot(") == (2 if "log_files" in options else 1)  # loss, and HellaSwag
+    assert browser_page.count("Plotly.newPlot(") == 1  # loss
     assert "location.reload()" not in browser_page
 
 
