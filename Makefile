@@ -1,4 +1,4 @@
-# Targets: demo, test, lint, soak, check-published. Each installs the requirements into .venv first.
+# Targets: demo, test, lint, soak, check-published. Each installs what it needs into .venv first.
 
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -7,18 +7,28 @@ export PATH := $(VENV)/bin:$(PATH)
 .PHONY: demo test lint soak setup check-published
 .DEFAULT_GOAL := demo
 
+INSTALL = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+
 setup: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt
+# The packages to train, evaluate and report, in the versions of requirements.txt. pip allows no extras in constraints.
+$(VENV)/packages: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	sed 's/\[.*\]//' requirements.txt > $(VENV)/constraints.txt
+	$(INSTALL) --constraint $(VENV)/constraints.txt '.[data,eval,report]'
 	touch $@
 
-demo: setup
+# All packages, with the tools of test and lint.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -r requirements.txt
+	touch $@
+
+demo: $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/packages)
 	rm -rf logs/demo
 	python -m demo.stories --out data/stories
 	python fineweb.py --source data/stories/stories.jsonl --encoding data/stories --out data/demo --val-tokens 100000 --overwrite
-	python train.py --data data/demo --run demo --preset demo --device cpu --recipe speedrun --tokens 2_000_000 --val-every 80 --save-every 240 --log-every 40 --eval-lambada data/stories/lambada.txt --eval-every 80
+	python train.py --data data/demo --run demo --preset demo --device cpu --recipe speedrun --tokens 2_000_000 --val-every 200 --save-every 240 --log-every 40 --eval-lambada data/stories/lambada.txt --eval-every 200
 	python eval_lambada.py --ckpt logs/demo --data data/stories/lambada.txt --text other --device cpu
 	python eval_cbt.py --ckpt logs/demo --data data/stories/stories_NE_valid.txt data/stories/stories_CN_valid.txt --device cpu
 	python sample.py --ckpt logs/demo --device cpu

@@ -30,6 +30,7 @@ VAL_TOKENS_HELP = tyro.conf.arg(
     f"Default: {DEFAULT_VAL_TOKENS:,}, or 1 % of a smaller source.",
     help_behavior_hint="",
 )
+WORKERS_HINT = tyro.conf.arg(help_behavior_hint="(default: one per core)")
 
 
 def available_cores() -> int:
@@ -53,7 +54,7 @@ class Config:
     val_tokens: Annotated[int | None, VAL_TOKENS_HELP] = None
     max_tokens: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Maximum number of tokens: stop before the document that would exceed it. Default: the entire source."""
-    workers: int = available_cores()
+    workers: Annotated[int, WORKERS_HINT] = available_cores()
     """Processes that encode. The shards are the same for any number."""
     encoder: Literal["auto", "fastokens", "tiktoken"] = "auto"
     """Encoding library. tiktoken is the reference. fastokens is ten times faster; tiktoken checks one of 256 documents.

@@ -8,7 +8,6 @@ It also works during a run. By default report.md, report.html and the plots are 
 """
 
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable
@@ -36,12 +35,13 @@ from core.curves import (
 from core.data.shards import open_dataset
 from core.eval import results
 from core.eval.results import Result
-from core.files import METRICS, markdown_table, write_text
-from core.page import build_html
+from core.files import write_text
+from core.page import build_html, cell, runs_table, state
 from demo import stories
 
 TASKS = {"lambada": "LAMBADA", "hellaswag": "HellaSwag"}  # scored during training
 # Fonts for letters that matplotlib's own font lacks, as far as they are installed.
+RELOAD_SECONDS = 3600  # after the last metric of an unfinished run, the page in a browser is still reloaded
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Malgun Gothic")
 
 
@@ -77,9 +77,10 @@ def main(config: Config) -> None:
 def write_report(config: Config) -> None:
     references, problems = load_references(config)
     runs = [load_run(name) for name in config.runs or find_runs()]
+    if not (runs or references):
+        raise ValueError("logs/ contains no runs. Start one with train.py, or change to the folder that contains logs/")
     if config.floor:
-        for run in runs:
-            run.entropy = load_entropy(run, Path(config.floor))
+        problems += load_entropies(runs, Path(config.floor))
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     plots = save_figures(runs, references, out, problems)
@@ -87,8 +88,9 @@ def write_report(config: Config) -> None:
     if config.runs:
         found = [result for result in found if result.model.split("/")[0] in config.runs]
     text = build_page(runs, references, found, plots, problems + damaged, out)
-    is_running = any(state(run) != "finished" for run in runs)
-    pages = {out / "report.md": text, out / "report.html": build_html(runs, references, text, refresh=is_running)}
+    running = [run.updated for run in runs if state(run) != "finished"]
+    reload_until = max(running) + max(RELOAD_SECONDS, 2 * config.watch) if running else 0.0
+    pages = {out / "report.md": text, out / "report.html": build_html(runs, references, text, reload_until)}
     for path, content in pages.items():
         write_text(path, content)
     print(text)
@@ -104,6 +106,17 @@ def load_references(config: Config) -> tuple[list[Curves], list[str]]:
         except (OSError, ValueError) as error:
             problems.append(f"--log-files: {error}")
     return curves, problems
+
+
+def load_entropies(runs: list[Curves], stories_file: Path) -> list[str]:
+    """Set the entropy of each run on these stories; return a line if there is none. Raises ValueError for no file."""
+    if not stories_file.is_file():
+        raise ValueError(f"--floor {stories_file} is not a file. Name the demo's stories.jsonl, or omit --floor")
+    for run in runs:
+        run.entropy = load_entropy(run, stories_file)
+    if all(run.entropy is None for run in runs):
+        return [f"--floor {stories_file}: no run was trained on a file of this name"]
+    return []
 
 
 def load_entropy(run: Curves, stories_file: Path) -> float | None:
@@ -124,7 +137,7 @@ def save_figures(runs: list[Curves], references: list[Curves], out: Path, proble
     """A plot of each run in its folder, and one of the newest runs in `out`; `problems` names what can't be written."""
     drawn = [run for run in runs if run.train or run.val]
     figures = [([run], Path("logs") / run.name / "loss.png") for run in drawn]
-    if len(drawn) > 1:
+    if len(drawn) > 1 or (references and not drawn):
         figures.append((newest(drawn), out / "loss.png"))
     plots = []
     for shown, path in figures:
@@ -136,8 +149,8 @@ def save_figures(runs: list[Curves], references: list[Curves], out: Path, proble
 
 
 def newest(runs: list[Curves]) -> list[Curves]:
-    """As many as there are colors, by the time of their last metric; the time of the folder is that of any file."""
-    return sorted(runs, key=lambda run: (Path("logs") / run.name / METRICS).stat().st_mtime)[-len(COLORS) :]
+    """As many as there are colors, by the time of their last metric."""
+    return sorted(runs, key=lambda run: run.updated)[-len(COLORS) :]
 
 
 def save_figure(runs: list[Curves], references: list[Curves], path: Path) -> Path:
@@ -162,10 +175,12 @@ def build_figure(runs: list[Curves], references: list[Curves]) -> Any:
     from matplotlib.ticker import EngFormatter
 
     tasks = [task for task in TASKS if any(run.lines[task] for run in [*runs, *references])]
-    names = ["tokens", "time", *tasks]
+    names = ["tokens", *(["time"] if runs else []), *tasks]
     rows: list[Any] = [[name for name in names for _ in range(12 // len(names))]]
-    rows.append([name for name in ("lr", "speed", "norm") for _ in range(4)])
-    figure, panels = plt.subplot_mosaic(rows, figsize=(15, 8), height_ratios=(3, 2), layout="constrained")
+    if runs:  # log files have none of these
+        rows.append([name for name in ("lr", "speed", "norm") for _ in range(4)])
+    heights = (3, 2)[: len(rows)]
+    figure, panels = plt.subplot_mosaic(rows, figsize=(15, 8), height_ratios=heights, layout="constrained")
     unit, seconds = time_unit(runs)
     for curves, color in zip(references, GRAYS * len(references), strict=False):
         plot_losses(panels["tokens"], curves, color, lambda line: line["tokens"])
@@ -238,16 +253,17 @@ def label_panels(panels: dict[str, Any], runs: list[Curves]) -> None:
     from matplotlib.ticker import FormatStrFormatter
 
     losses = [line["loss"] for run in runs for line in [*run.train, *run.val] if line["loss"] is not None]
-    for name in ("tokens", "time"):
+    for name in [name for name in ("tokens", "time") if name in panels]:
         panels[name].set(ylabel="loss (nats per token), validation dotted")
         if losses and max(losses) > 3 * min(losses):
             panels[name].set_yscale("log")
             panels[name].yaxis.set_major_formatter(FormatStrFormatter("%g"))
             panels[name].yaxis.set_minor_formatter(FormatStrFormatter("%g"))
-    panels["lr"].set(ylabel="learning rate", ylim=(0, None))
-    panels["speed"].set(ylabel="thousand tokens per second", ylim=(0, None))
-    panels["norm"].set(ylabel="gradient norm")
-    if any(line["grad_norm"] > 0 for run in runs for line in with_numbers(run.train, "grad_norm")):
+    if "lr" in panels:
+        panels["lr"].set(ylabel="learning rate", ylim=(0, None))
+        panels["speed"].set(ylabel="thousand tokens per second", ylim=(0, None))
+        panels["norm"].set(ylabel="gradient norm")
+    if "norm" in panels and any(line["grad_norm"] > 0 for run in runs for line in with_numbers(run.train, "grad_norm")):
         panels["norm"].set_yscale("log")
     for task, title in TASKS.items():
         if task in panels:
@@ -264,7 +280,8 @@ def build_page(
     out: Path,
 ) -> str:
     """The Markdown page, whose links are relative to the folder `out`."""
-    sections = ["# Runs", runs_table(runs), *(curves.note for curves in references if curves.note)]
+    log_files = [curves for curves in references if curves.is_log_file]
+    sections = ["# Runs", runs_table([*runs, *log_files]), *(curves.note for curves in references if curves.note)]
     sections += [f"not shown: {problem}" for problem in problems]
     sections += [f"![loss curves]({link(path, out)})" for path in plots]
     if found:
@@ -279,59 +296,6 @@ def build_page(
 def link(path: Path, out: Path) -> str:
     """The relative address of a file, in which no character has a meaning in Markdown."""
     return quote(os.path.relpath(path, out))
-
-
-def cell(text: str) -> str:
-    """A name as a cell of a Markdown table, which shows it as it is."""
-    if re.fullmatch(r"[\w./ -]+", text) and not re.search(r"(?<![^\W_])_|_(?![^\W_])", text):  # a_b has no emphasis
-        return text
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{space}{text}{space}{fence}"
-
-
-def runs_table(runs: list[Curves]) -> str:
-    header = ["run", "model", "steps", "tokens", "validation loss", "bits per byte"]
-    header += ["entropy of the data (loss above it)", "ktok/s", "minutes of training", "device", "state"]
-    return markdown_table(header, [run_row(run) for run in runs])
-
-
-def run_row(run: Curves) -> list[str]:
-    """A row of the table: what is known of the run."""
-    settings, last = run.settings, (run.train[-1] if run.train else None)
-    val = run.val[-1] if run.val and run.val[-1]["loss"] is not None else None
-    bits = val.get("bits_per_byte") if val else None
-    parameters, steps, versions = (settings.get(key) for key in ("parameters", "steps", "versions"))
-    size = f" ({parameters / 1e6:.1f}M)" if isinstance(parameters, int | float) else ""
-    device = versions.get("device", "") if isinstance(versions, dict) else ""
-    return [
-        cell(run.name),
-        f"{settings.get('preset', '')}{size}",
-        f"{run.steps:,} of {steps:,}" if isinstance(steps, int) else f"{run.steps:,}",
-        format_tokens(last["tokens"]) if last else "0",
-        f"{val['loss']:.4f}" if val else "",
-        f"{bits:.4f}" if bits else "",
-        f"{run.entropy:.4f} (+{val['loss'] / run.entropy - 1:.1%})" if run.entropy and val else "",
-        f"{last['tokens'] / last['seconds'] / 1e3:,.1f}" if last and last["seconds"] else "",
-        f"{last['seconds'] / 60:,.1f}" if last and last["seconds"] is not None else "",
-        f"{settings.get('world_size', '')} x {device}" if device else "",
-        "; ".join([*run.problems, state(run)]),
-    ]
-
-
-def state(run: Curves) -> str:
-    steps = run.settings.get("steps")
-    if isinstance(steps, int) and run.steps >= steps:
-        return "finished"
-    return "not finished" if run.steps else "no step yet"
-
-
-def format_tokens(tokens: float) -> str:
-    """With a unit: 30k, 1.5M, 10.0B."""
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if tokens >= unit:
-            return f"{tokens / unit:,.1f}{name}"
-    return f"{tokens / 1e3:,.0f}k"
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is truncated or altered: its sha256 differs from {CHECKSUMS}"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return f"{CHECKSUMS} is truncated or altered"
     return None
 
@@ -200,7 +200,7 @@ def check_preset(run: Path, options: dict[str, str]) -> None:
     try:
         recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))
         differing = {name: str(recorded[name]) for name, value in options.items() if recorded[name] != value}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # the checkpoint is authoritative
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # the checkpoint is authoritative
         return
     if "preset" in differing and list_checkpoints(run):
         before = " ".join(f"--{name} {value}" for name, value in differing.items())

@@ -9,11 +9,14 @@ import io
 import math
 import os
 import select
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from types import NoneType, UnionType
 from typing import IO, Any, Self, TypeVar, Union, get_args
 
@@ -23,6 +26,8 @@ from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
     PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructTypeInfo,
     UnsupportedTypeAnnotationError,
 )
 
@@ -140,7 +145,21 @@ def use_utf8() -> None:
 
 def parse(config_type: type[Options], description: str | None = None, args: list[str] | None = None) -> Options:
     """The command line, or `args`, as a `config_type`. Exits with status 2 on an unknown option or value."""
-    return tyro.cli(config_type, description=description, args=args, config=STYLE, registry=REGISTRY)
+    return tyro.cli(config_type, description=wrap(description or ""), args=args, config=STYLE, registry=REGISTRY)
+
+
+def wrap(description: str) -> str:
+    """A description in the width of the terminal; blocks of examples as they are.
+
+    tyro would join lines that start with a letter, and double blank lines: lines start with a space, and blank lines
+    contain a character of width 0.
+    """
+    width = min(shutil.get_terminal_size().columns, 120)
+    blocks = [
+        block if block.startswith(" ") else textwrap.fill(block, width, initial_indent=" ", subsequent_indent=" ")
+        for block in description.strip().split("\n\n")
+    ]
+    return "\n\u200b\n".join(blocks)
 
 
 REGISTRY = ConstructorRegistry()
@@ -160,6 +179,34 @@ def optional_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | U
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
     )
+
+
+class HelpRule:
+    """The help of each option without the line breaks of its docstring, some of which tyro would keep."""
+
+    def __init__(self) -> None:
+        self._is_active = False
+
+    def __call__(self, info: StructTypeInfo) -> StructConstructorSpec | None:
+        if self._is_active:  # tyro's own rules follow
+            return None
+        self._is_active = True
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            self._is_active = False
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        fields = [replace(field, helptext=partial(join_lines, field.helptext)) for field in spec.fields]
+        return replace(spec, fields=tuple(fields))
+
+
+def join_lines(text: str | Callable[[], str | None] | None) -> str | None:
+    text = text() if callable(text) else text
+    return None if text is None else " ".join(text.split())
+
+
+REGISTRY.struct_rule(HelpRule())
 
 
 def message(error: Exception) -> str:

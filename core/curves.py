@@ -36,6 +36,8 @@ class Curves:
     problems: list[str] = field(default_factory=list)
     entropy: float | None = None  # of the validation data, in nats per token
     note: str = ""  # what differs from a run of this project
+    is_log_file: bool = False
+    updated: float = 0.0  # when its last metric was written, in seconds since 1970
 
     @property
     def train(self) -> list[dict[str, Any]]:
@@ -52,25 +54,23 @@ class Curves:
 
 
 def find_runs() -> list[str]:
-    """The names of all runs in logs/. Raises ValueError if there are none."""
-    names = {path.parent.name for name in (METRICS, SETTINGS) for path in Path("logs").glob(f"*/{name}")}
-    if not names:
-        raise ValueError("logs/ contains no runs. Start one with train.py, or change to the folder that contains logs/")
-    return sorted(names)
+    """The names of all runs in logs/."""
+    return sorted({path.parent.name for name in (METRICS, SETTINGS) for path in Path("logs").glob(f"*/{name}")})
 
 
 def load_run(name: str) -> Curves:
     """A run, as far as its files can be read; `problems` names what can't. Raises ValueError for an unknown name."""
     folder = Path("logs") / name
     if not any((folder / file).exists() for file in (METRICS, SETTINGS)):
-        raise ValueError(f"--runs {name}: {folder} contains no run. Choose from {', '.join(find_runs())}")
+        raise ValueError(f"--runs {name}: {folder} contains no run. Choose from {', '.join(find_runs()) or 'none'}")
     problems: list[str] = []
     settings = _read(folder / SETTINGS, problems, _parse_settings) or {}
     rows, damaged = _read(folder / METRICS, problems, _parse_metrics) or ([], 0)
     if damaged:
         problems.append(f"{damaged} damaged line{'s' if damaged > 1 else ''} in {METRICS}")
     lines = {split: [row for row in rows if row["split"] == split] for split in VALUES}
-    return Curves(name, lines, settings, problems)
+    updated = (folder / METRICS).stat().st_mtime if (folder / METRICS).exists() else 0.0
+    return Curves(name, lines, settings, problems, updated=updated)
 
 
 def _read(path: Path, problems: list[str], parse: Callable[[str], Any]) -> Any:
@@ -174,7 +174,8 @@ def load_log(path: Path, step_tokens: int = STEP_TOKENS) -> Curves:
         lines[split].append(row if split != "hellaswag" else row | {"accuracy": value, "protocol": "completion-norm"})
     if not any(lines.values()):
         raise ValueError(f"{path} has no loss. Use main.log of llm.c or log.txt of build-nanogpt")
-    return Curves(f"{path.parent.name}/{path.name}" if path.parent.name else path.name, lines)
+    name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
+    return Curves(name, lines, is_log_file=True)
 
 
 def reference_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""report.html: the curves and tables of report.py in one file without other files, for a browser."""
+"""The table of runs, and report.html: curves and tables in one file without other files, for a browser."""
 
 import html
 import re
@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.curves import COLORS, GRAYS, Curves, longest, medians, time_unit, with_numbers
+from core.files import markdown_table
 
 POINTS = 1000  # per curve, at most
-REFRESH = '<meta http-equiv="refresh" content="60">'
+# A page that report.py doesn't write again is not reloaded for ever.
+RELOAD = "<script>if (Date.now() < {until:.0f} * 1000) setTimeout(() => location.reload(), 60000)</script>"
+ENTROPY = "entropy of the data (loss above it)"
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem; padding: 0 1rem; }
@@ -42,8 +45,11 @@ PANELS = (
 )
 
 
-def build_html(runs: list[Curves], references: list[Curves], markdown: str, refresh: bool) -> str:
-    """The page: the panels, and the text and tables of the Markdown page. `refresh`: reload it every minute."""
+def build_html(runs: list[Curves], references: list[Curves], markdown: str, reload_until: float) -> str:
+    """The page: the panels, and the text and tables of the Markdown page.
+
+    A browser reloads it every minute until the time `reload_until`, in seconds since 1970.
+    """
     from plotly.offline import get_plotlyjs
 
     curves = [(curve, GRAYS[i % len(GRAYS)]) for i, curve in enumerate(references)]  # below the runs
@@ -51,7 +57,8 @@ def build_html(runs: list[Curves], references: list[Curves], markdown: str, refr
     # The references of long runs would compress the curves of a short run.
     end = 1.05 * longest(runs) if references else None
     panels = [shown for panel in PANELS if (shown := build_panel(panel, curves, time_unit(runs), end))]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width">{REFRESH if refresh else ""}'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += RELOAD.format(until=reload_until) if reload_until else ""
     return (
         f"<!doctype html><html lang=en><head>{head}<title>Runs</title><style>{STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body><div class=panels>{''.join(panels)}</div>"
@@ -135,6 +142,67 @@ def to_html(markdown: str) -> str:
 
 
 def to_text(cell: str) -> str:
-    """A cell of a Markdown table as HTML: `report.cell` and `markdown_table` undone."""
+    """A cell of a Markdown table as HTML: `cell` and `markdown_table` undone."""
     text = re.sub(r"(?<!`)(`+)(?!`) ?(.+?) ?(?<!`)\1(?!`)", r"\2", cell.strip())
     return html.escape(text.replace("\\|", "|"))
+
+
+def cell(text: str) -> str:
+    """A name as a cell of a Markdown table, which shows it as it is."""
+    if re.fullmatch(r"[\w./ -]+", text) and not re.search(r"(?<![^\W_])_|_(?![^\W_])", text):  # a_b has no emphasis
+        return text
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def runs_table(runs: list[Curves]) -> str:
+    """A row for each run or log file; without the column of the entropy where no run has one."""
+    header = ["run", "model", "steps", "tokens", "validation loss", "bits per byte", ENTROPY]
+    header += ["ktok/s", "minutes of training", "device", "state"]
+    rows = [header, *map(run_row, runs)]
+    if all(run.entropy is None for run in runs):
+        rows = [row[:6] + row[7:] for row in rows]
+    return markdown_table(rows[0], rows[1:])
+
+
+def run_row(run: Curves) -> list[str]:
+    """A row of the table: what is known of the run."""
+    settings, last = run.settings, (run.train[-1] if run.train else None)
+    seconds = last.get("seconds") if last else None  # a log file has no times
+    tokens = max((line["tokens"] for lines in run.lines.values() for line in lines), default=0)
+    val = run.val[-1] if run.val and run.val[-1]["loss"] is not None else None
+    bits = val.get("bits_per_byte") if val else None
+    parameters, steps, versions = (settings.get(key) for key in ("parameters", "steps", "versions"))
+    size = f" ({parameters / 1e6:.1f}M)" if isinstance(parameters, int | float) else ""
+    device = versions.get("device", "") if isinstance(versions, dict) else ""
+    return [
+        cell(run.name),
+        f"{settings.get('preset', '')}{size}",
+        f"{run.steps:,} of {steps:,}" if isinstance(steps, int) else f"{run.steps:,}",
+        format_tokens(tokens) if tokens else "0",
+        f"{val['loss']:.4f}" if val else "",
+        f"{bits:.4f}" if bits else "",
+        f"{run.entropy:.4f} (+{val['loss'] / run.entropy - 1:.1%})" if run.entropy and val else "",
+        f"{last['tokens'] / seconds / 1e3:,.1f}" if last and seconds else "",
+        f"{seconds / 60:,.1f}" if seconds is not None else "",
+        f"{settings.get('world_size', '')} x {device}" if device else "",
+        "; ".join([*run.problems, state(run)]),
+    ]
+
+
+def state(run: Curves) -> str:
+    if run.is_log_file:
+        return "log file"
+    steps = run.settings.get("steps")
+    if isinstance(steps, int) and run.steps >= steps:
+        return "finished"
+    return "not finished" if run.steps else "no step yet"
+
+
+def format_tokens(tokens: float) -> str:
+    """With a unit: 30k, 1.5M, 10.0B."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if tokens >= unit:
+            return f"{tokens / unit:,.1f}{name}"
+    return f"{tokens / 1e3:,.0f}k"

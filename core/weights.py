@@ -120,7 +120,7 @@ def read_indexed(index: Path) -> dict[str, Tensor]:
         names = sorted(set(places.values()))
         if not all(Path(name).name == name for name in names):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index} is not an index of weight files. Download it again") from None
     tensors: dict[str, Tensor] = {}
     for name in names:

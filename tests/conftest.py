@@ -13,6 +13,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from processes import Forked, needs_own_start
 
 import train
 from core import cli
@@ -70,20 +71,30 @@ def train_here(*args, cwd):
 
 
 def on_ranks(ranks, script, *args, cwd, check=True, **env):
-    """The same on several ranks, without torchrun, which would be one more process that imports torch."""
+    """The same on several ranks."""
+    with started_ranks(ranks, script, *args, cwd=cwd, **env) as processes:
+        return ended_ranks(processes, check)
+
+
+@contextlib.contextmanager
+def started_ranks(ranks, script, *args, cwd, **env):
+    """A script on several ranks in the background, without torchrun, whose workers import torch again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         addresses = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     with contextlib.ExitStack() as stack:
-        processes = [
+        yield [
             stack.enter_context(started(script, *args, cwd=cwd, **env, **addresses, RANK=str(i), LOCAL_RANK=str(i)))
             for i in range(ranks)
         ]
-        results = [ended(process) for process in processes]
+
+
+def ended_ranks(processes, check=True):
+    results = [ended(process) for process in processes]
     stdout, stderr = "".join(each.stdout for each in results), "".join(each.stderr for each in results)
     status = max((each.returncode for each in results), key=abs)
     if check and status:
-        raise AssertionError(f"{ranks} ranks of {script} {args} ended with {status}:\n{stdout}\n{stderr}")
+        raise AssertionError(f"{len(results)} ranks of {processes[0].args} ended with {status}:\n{stdout}\n{stderr}")
     return subprocess.CompletedProcess(processes[0].args, status, stdout, stderr)
 
 
@@ -103,8 +114,13 @@ def environment(env):
 
 
 def execute(command, cwd, check, env):
-    streams = {"capture_output": True, "text": True, "timeout": 300}
-    result = subprocess.run(command, check=False, cwd=cwd, env=environment(env), **streams)
+    """Run a Python program; see processes.py for how it starts."""
+    if command[0] != sys.executable or needs_own_start(env):
+        streams = {"capture_output": True, "text": True, "timeout": 300}
+        result = subprocess.run(command, check=False, cwd=cwd, env=environment(env), **streams)
+    else:
+        with contextlib.closing(Forked(command, cwd, environment(env))) as process:
+            result = ended(process, timeout=300)
     if check and result.returncode:
         raise AssertionError(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
     return result
@@ -114,20 +130,23 @@ def execute(command, cwd, check, env):
 def started(script, *args, cwd, ranks=0, launch=("--standalone",), **env):
     """A script that runs in the background; its processes are killed at the end of the context."""
     command = command_of(script, args, ranks, launch)
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=cwd, env=environment(env), start_new_session=True, **streams)
+    if needs_own_start(env):
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=cwd, env=environment(env), start_new_session=True, **streams)
+    else:
+        process = Forked(command, cwd, environment(env))
     try:
         yield process
     finally:
         for pid in (*children(process.pid), process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        process.communicate()
+        process.close() if isinstance(process, Forked) else process.communicate()
 
 
-def ended(process):
+def ended(process, timeout=120):
     """Wait for a started script; returns what `run` returns."""
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 

@@ -221,7 +221,10 @@ def test_ckpt_refuses_anything_else_and_names_the_runs(here, ckpt, message):
         checkpoint.resolve(ckpt)
 
 
-@pytest.mark.parametrize("altered", [lambda text: text[:-1], lambda text: "{}\n", lambda text: text.replace("\n", "")])
+@pytest.mark.parametrize(
+    "altered",
+    [lambda text: text[:-1], lambda text: "{}\n", lambda text: text.replace("\n", ""), lambda text: "[" * 100_000],
+)
 def test_checksums_that_lost_a_line_or_their_last_byte_are_damaged(here, altered):
     """The rest is still valid JSON, and all files that it lists exist."""
     path = Path("logs/short/checkpoints/step_000006/checksums.json")

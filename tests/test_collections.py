@@ -21,7 +21,6 @@ from core.data.shards import Windows, open_dataset
 from core.distributed import Ranks
 
 WORDS = ("Ana", "took", "the", "lamp", "na\u00efve", "\u65e5\u672c", "\u2028", "\r", "1907")
-OTHER_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
 SMALL_BLOCKS = """
 import runpy, sys
 from core.data import pieces
@@ -225,22 +224,6 @@ def test_a_damaged_compressed_file_is_named(world, tmp_path, damage):
         message = refused(prepare(world, tmp_path / "*.gz", tmp_path / "out", *settings, check=False))
         assert "a.jsonl.gz is damaged" in message
         shutil.rmtree(tmp_path / "out")
-
-
-def test_every_script_runs_in_a_locale_without_utf8(world, tmp_path):
-    folder = tmp_path / "w\u00f6rld \u65e5"
-    folder.mkdir()
-    (folder / "t\u00e9xt.jsonl").write_bytes((world / "data/stories/stories.jsonl").read_bytes())
-    source = ("--source", folder / "*.jsonl", "--encoding", world / "data/stories", "--val-tokens", 5000)
-    assert "w\u00f6rld" in run("fineweb.py", *source, "--out", folder / "d\u00e4ta", cwd=folder, **OTHER_LOCALE).stdout
-    run("fineweb.py", *source, "--out", folder / "same", cwd=folder)
-    assert (folder / "same/manifest.json").read_bytes() == (folder / "d\u00e4ta/manifest.json").read_bytes()
-    train = ("--preset", "tiny", "--seq-len", 64, "--batch-tokens", 2048, "--micro-batch", 16, "--device", "cpu")
-    run("train.py", *train, "--data", "d\u00e4ta", "--steps", 2, "--run", "r\u00fcn", cwd=folder, **OTHER_LOCALE)
-    assert "r\u00fcn" in run("report.py", cwd=folder, **OTHER_LOCALE).stdout
-    sample = ("--ckpt", "logs/r\u00fcn", "--prompt", "na\u00efve", "--tokens", 3, "--device", "cpu")
-    run("sample.py", *sample, cwd=folder, **OTHER_LOCALE)
-    assert "na\\xefve" in run("sample.py", *sample, cwd=folder, PYTHONIOENCODING="ascii").stdout
 
 
 def test_ranks_share_a_collection_of_small_files_and_write_the_same_bytes(world, tmp_path):

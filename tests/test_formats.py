@@ -363,6 +363,7 @@ MATRIX = {
         "is missing, but model.safetensors.index.json lists it",
     ),
     "a tensor that no shard has": (lambda hf, path: unlisted(sharded(hf, path)), "lacks transformer.h.9.ln_1.weight"),
+    "a damaged index": (lambda hf, path: nested(sharded(hf, path)), "is not an index of weight files"),
 }
 
 
@@ -380,6 +381,11 @@ def pointer(folder):
 def without(folder, pattern):
     for path in list(folder.glob(pattern)):
         path.unlink()
+    return folder
+
+
+def nested(folder):
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
     return folder
 
 

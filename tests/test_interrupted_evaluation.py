@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from conftest import ROOT, ended, refused, run, save_model, started, wait_until
+from conftest import ended, refused, run, save_model, started, wait_until
 
 DATA = ("data/stories/stories_NE_valid.txt", "data/stories/stories_CN_valid.txt")
 PROTOCOLS = ("sentence", "paper")
@@ -69,8 +69,8 @@ def stop(world, options, numbers, *, at, ranks=0):
     for name in ("reached", "saving", "some.json", "some.jsonl"):
         (world / name).unlink(missing_ok=True)
     places = ("--out", "some.json", "--items", "some.jsonl")
-    with started(world / "stopped.py", "--ckpt", "interrupted", *options, *places, cwd=world, ranks=ranks, AT=str(at),
-                 PYTHONPATH=str(ROOT)) as process:  # fmt: skip
+    command = (world / "stopped.py", "--ckpt", "interrupted", *options, *places)
+    with started(*command, cwd=world, ranks=ranks, AT=str(at)) as process:
         for number, file in zip(numbers, ("reached", "saving"), strict=False):
             assert wait_until((world / file).exists, process)
             os.kill(process.pid, number)

@@ -37,7 +37,7 @@ def test_preparation_reads_and_names_any_text(world, here, locale):
     assert message.startswith((f"{here}/{NAME}.jsonl, byte", f"{here}/{shown}.jsonl, byte"))
 
 
-def test_training_and_reports_read_and_name_any_path(here):
+def test_training_reports_and_samples_read_and_name_any_path(here):
     command = (*TRAIN, "--data", f"data/{NAME}", "--run-name", f"run {NAME}", "--steps", 2)
     run("train.py", *command, cwd=here, **LOCALES["ASCII"])
     folder = here / f"logs/run {NAME}"
@@ -46,6 +46,6 @@ def test_training_and_reports_read_and_name_any_path(here):
     page = (here / f"report {NAME}/report.md").read_text(encoding="utf-8")
     assert f"run {NAME}" in page
     assert page.splitlines()[0] in report.stdout
-    missing = ("--data", f"data/none {NAME}")
-    message = refused(run("train.py", *command, *missing, cwd=here, check=False, **LOCALES["ASCII"]))
-    assert message.startswith("no shards in data/none na")
+    sample = ("--ckpt", f"logs/run {NAME}", "--prompt", "na\u00efve", "--tokens", 3, "--device", "cpu")
+    assert "na\u00efve" in run("sample.py", *sample, cwd=here, **LOCALES["ASCII"]).stdout
+    assert "na\\xefve" in run("sample.py", *sample, cwd=here, **LOCALES["ASCII on the terminal"]).stdout

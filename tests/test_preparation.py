@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ENCODING, ROOT, children, ended, execute, fill, lives, on_ranks, refused, run, wait_until
+from processes import OWN_START
 
 from core.data.encode import Documents
 from core.data.prepare import ShardWriter
@@ -337,7 +338,7 @@ def test_a_process_waits_while_another_writes_validation(world, large, tmp_path)
     locks = FileLocks(tmp_path)
     held = contextlib.ExitStack()
     held.enter_context(locks.exclusive())
-    with started(world, source, tmp_path) as process:
+    with started(world, source, tmp_path, **OWN_START) as process:
         assert process.stdout.readline() == f"waiting for another process that prepares {tmp_path}\n"
         held.close()
         assert ended(process).returncode == 0
@@ -582,7 +583,7 @@ def test_a_disk_that_is_full_at_start_is_an_error_in_one_line(world, small, disk
 def test_any_start_method_of_processes_writes_the_same_bytes(world, small, tmp_path, method):
     source, uninterrupted = small
     arguments = ["-c", LAUNCH, method, ROOT / "fineweb.py", *command(source, tmp_path, 2)]
-    execute([sys.executable, *map(str, arguments)], world, True, {})
+    execute([sys.executable, *map(str, arguments)], world, True, OWN_START)
     assert same(tmp_path, uninterrupted)
 
 

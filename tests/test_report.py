@@ -87,7 +87,8 @@ def test_one_run_by_name_without_entropy_into_another_folder(world, tmp_path, mo
     assert "![loss curves](../../second/loss.png)" in page
     check_plot(tmp_path / "logs/second/loss.png")
     assert not (tmp_path / "logs/first/loss.png").exists()
-    assert cells(page, "second")[6] == ""
+    assert "entropy" not in page
+    assert cells(page, "second")[-1] == "not finished"
 
 
 def test_results_are_compared_with_published_figures_of_the_same_questions(world, tmp_path, monkeypatch):
@@ -169,6 +170,17 @@ def test_a_floor_file_that_is_not_the_runs_data_is_refused_by_name(world, tmp_pa
     (tmp_path / "stories.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=r"stories\.jsonl"):
         report.main(report.Config(floor="stories.jsonl"))
+
+
+def test_a_floor_that_is_no_file_or_of_no_run_is_named(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, "first", world / "data/small")
+    with pytest.raises(ValueError, match=r"--floor none is not a file\. Name the demo's stories\.jsonl"):
+        report.main(report.Config(floor="none"))
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    report.main(report.Config(floor="other.jsonl"))
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert "not shown: --floor other.jsonl: no run was trained on a file of this name" in page
 
 
 WRONG = [{"correct": "x"}, {"total": 0}, {"model": None}, {"task": "none"}, {"perplexity": "x"}, {"data": 5}]
@@ -376,12 +388,29 @@ def test_a_log_file_that_is_none_is_named_and_the_rest_is_reported(world, tmp_pa
     assert cells(page, "first")[2] == "30 of 40"
 
 
+@pytest.mark.parametrize("options", [{"log_files": ("main.log",)}, {"reference": ("llm.c",)}])
+def test_logs_of_other_projects_need_no_run(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "main.log").write_text("250 val 6.5\n" if "log_files" in options else LLMC)
+    report.main(report.Config(log_step_tokens=1000, **options))
+    check_plot(tmp_path / "logs/loss.png")
+    page = (tmp_path / "logs/report.md").read_text(encoding="utf-8")
+    assert "![loss curves](loss.png)" in page
+    if "log_files" in options:
+        assert cells(page, "main.log") == ["main.log", "", "250", "250k", "6.5000", "", "", "", "", "log file"]
+    browser_page = (tmp_path / "logs/report.html").read_text(encoding="utf-8")
+    assert browser_page.count("Plotly.newPlot(") == 1  # loss
+    assert "location.reload()" not in browser_page
+
+
 def test_the_page_for_a_browser_is_one_file_and_reloads_while_a_run_is_not_finished(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "a<b>|c", world / "data/small")
     report.main(report.Config(reference=("build-nanogpt",)))
     page = (tmp_path / "logs/report.html").read_text(encoding="utf-8")
-    assert '<meta http-equiv="refresh"' in page
+    (until,) = re.findall(r"if \(Date\.now\(\) < (\d+) \* 1000\) setTimeout\(\(\) => location\.reload\(\)", page)
+    metrics = tmp_path / "logs/a<b>|c/metrics.jsonl"
+    assert int(until) == pytest.approx(metrics.stat().st_mtime + 3600, abs=1)  # a killed run's page stops
     assert not re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=", page)  # no other file
     assert "<td>a&lt;b&gt;|c</td>" in page
     assert page.count("Plotly.newPlot(") == 6  # no panel for LAMBADA
@@ -391,7 +420,7 @@ def test_the_page_for_a_browser_is_one_file_and_reloads_while_a_run_is_not_finis
     settings = json.loads((tmp_path / "logs/a<b>|c/run.json").read_text(encoding="utf-8"))
     (tmp_path / "logs/a<b>|c/run.json").write_text(json.dumps(settings | {"steps": 30}), encoding="utf-8")
     report.main(report.Config())
-    assert '<meta http-equiv="refresh"' not in (tmp_path / "logs/report.html").read_text(encoding="utf-8")
+    assert "location.reload()" not in (tmp_path / "logs/report.html").read_text(encoding="utf-8")
 
 
 def test_a_watched_report_is_written_again(world, tmp_path):

@@ -177,9 +177,10 @@ def test_a_resume_without_its_preset_is_told_so_before_the_data(copied):
         train.main(config_of(run="whole", device="cpu"))
     with pytest.raises(ValueError, match="no shards in data/none"):
         train.main(settings(data="data/none"))
-    (copied / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="no shards in data/fineweb-edu"):
-        train.main(config_of(run="whole", device="cpu"))
+    for damaged in (b"{", bytes(range(256)), b"[" * 100_000):
+        (copied / "run.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="no shards in data/fineweb-edu"):
+            train.main(config_of(run="whole", device="cpu"))
     with pytest.raises(ValueError, match=r"run whole was started with --preset tiny, now it is --preset demo\."):
         train.main(settings(preset="demo"))
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN, command_of, environment, run, train_here
+from conftest import TRAIN, command_of, environment, on_ranks, run, train_here
 from test_resume import assert_like
 
 import train
@@ -62,9 +62,13 @@ def mirrored(folder):
 
 
 def test_wandb_mirrors_the_metrics_offline_without_a_login(world, plain):
-    result = run("train.py", *COMMAND, *WANDB, "--run", "mirrored", cwd=world, **LOGGED_OUT)
-    folder = world / "logs/mirrored"
+    """wandb refuses the characters :;,#?/' in an id, of which a name can have all but the slash."""
+    name = "c:d;e,f#g?h'i"
+    result = run("train.py", *COMMAND, *WANDB, "--run", name, cwd=world, **LOGGED_OUT)
+    folder = world / "logs" / name
     assert "wandb sync" in result.stderr
+    assert "disabled" not in result.stdout + result.stderr
+    assert json.loads((folder / "run.json").read_text())["tracker"] == "wandb"
     assert_like(folder, plain, STEPS)
     history = mirrored(folder)
     assert sorted(history) == list(range(STEPS + 1))
@@ -73,15 +77,6 @@ def test_wandb_mirrors_the_metrics_offline_without_a_login(world, plain):
         for name in ("loss", "grad_norm", "bits_per_byte", "seconds"):
             assert history[line["step"]].get(f"{split}/{name}") == line.get(name), (line["step"], name)
         assert history[line["step"]]["tokens"] == line["tokens"]
-
-
-def test_a_run_with_any_legal_name_is_mirrored(world, plain):
-    """wandb refuses the characters :;,#?/' in an id, of which a name has all but the slash."""
-    name = "c:d;e,f#g?h'i"
-    result = run("train.py", *COMMAND, "--tracker", "wandb", "--run", name, cwd=world, **LOGGED_OUT)
-    assert "disabled" not in result.stdout + result.stderr
-    assert sorted(mirrored(world / "logs" / name)) == list(range(STEPS + 1))
-    assert json.loads((world / "logs" / name / "run.json").read_text())["tracker"] == "wandb"
 
 
 def test_the_id_of_a_mirror_differs_where_the_name_or_the_data_do():
@@ -242,15 +237,45 @@ def test_the_first_line_summarizes_the_run():
     )
 
 
-@pytest.mark.parametrize("end", ["", '{"step": 3, "spl', '{"step": 3}\n{"st', "\x00\x00\x00"])
+@pytest.mark.parametrize("end", ["", '{"step": 3, "spl', "\x00\x00\x00"])
 def test_an_incomplete_end_of_the_metrics_is_removed(tmp_path, end):
     lines = [{"step": step, "split": "train", "loss": 0.1 + step / 3} for step in range(5)]
     path = tmp_path / METRICS
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end, encoding="utf-8")
-    kept = truncate_metrics(path, 3)
-    assert kept[:4] == lines[:4] == read_metrics(tmp_path)[:4]
-    assert kept == read_metrics(tmp_path)
-    assert all(line["step"] <= 3 for line in kept)
+    assert truncate_metrics(path, 3) == (lines[:4], 0)
+    assert read_metrics(tmp_path) == lines[:4]
+
+
+DAMAGED = [b"\xff\xfe\x00", b"\x00", b'{"step": 2, "sp', b"[1]", b"7", b'{"step": 3}', b'{"step": "x", "split": "val"}']
+
+
+@pytest.mark.parametrize("line", [*DAMAGED, b'{"step": 3, "split": []}', b"[" * 100_000])
+def test_damaged_lines_of_the_metrics_are_removed_and_counted(tmp_path, line):
+    lines = [{"step": step, "split": "train", "loss": 0.5} for step in range(5)]
+    first, *rest = [json.dumps(each).encode() + b"\n" for each in lines]
+    (tmp_path / METRICS).write_bytes(b"".join([first, line + b"\n", *rest, line + b"\n"]))
+    assert truncate_metrics(tmp_path / METRICS, 3) == (lines[:4], 2)
+    assert read_metrics(tmp_path) == lines[:4]
+
+
+def test_a_run_with_damaged_logs_resumes_with_a_warning(world, plain, capsys):
+    folder = world / "logs/damaged-log"
+    shutil.copytree(plain, folder)
+    shutil.rmtree(folder / "checkpoints/step_000010")
+    (folder / "run.json").write_bytes(bytes(range(256)))
+    with open(folder / METRICS, "ab") as file:
+        file.write(bytes(range(256)) + b"\n")
+    train_here(*COMMAND, "--run", "damaged-log", cwd=world)
+    assert f"warning: 2 damaged lines of logs/damaged-log/{METRICS} removed" in capsys.readouterr().out
+    assert_like(folder, plain, STEPS)
+
+
+def test_a_log_that_cannot_be_written_ends_all_ranks_with_the_same_line(world):
+    folder = world / "logs/no-log"
+    (folder / METRICS).mkdir(parents=True)
+    result = on_ranks(2, "train.py", *COMMAND, "--run-name", "no-log", cwd=world, check=False)
+    assert result.stderr.count(f"error: logs/no-log/{METRICS}: Is a directory.") == 2
+    assert "Traceback" not in result.stderr and result.returncode == 2
 
 
 def test_a_closed_standard_output_does_not_stop_the_run(world, plain):

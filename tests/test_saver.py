@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TRAIN, ended, fill, refused, started, tiny_config, train_here, wait_until
+from processes import OWN_START
 from test_resume import assert_like, reached
 
 import train
@@ -182,7 +183,7 @@ def test_a_full_disk_stops_no_run_and_the_next_save_works_once_there_is_space(wo
     """While it is full, lines of metrics.jsonl don't fit either; at the end none of them is missing."""
     train_here(*COMMAND, "--run", "large-disk", cwd=world)
     folder = world / "logs/full"
-    with started("train.py", *COMMAND, "--run", "full", cwd=world) as process:
+    with started("train.py", *COMMAND, "--run", "full", cwd=world, **OWN_START) as process:
         suspend_when(process, (folder / "checkpoints/step_000010").exists)
         fill(small_disk / "ballast")
         process.send_signal(signal.SIGCONT)

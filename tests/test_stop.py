@@ -14,12 +14,14 @@ from conftest import (
     TRAIN,
     children,
     ended,
+    ended_ranks,
     faulty,
     lives,
     on_ranks,
     refused,
     run,
     started,
+    started_ranks,
     tiny_config,
     train_here,
     wait_until,
@@ -168,17 +170,17 @@ def stop(process, pick, number, folder, step=6):
     return result
 
 
-@pytest.mark.parametrize("ranks", [0, 2], ids=["one-process", "two-ranks"])
+@pytest.mark.parametrize("ranks", [1, 2], ids=["one-process", "two-ranks"])
 def test_a_huge_step_ends_within_seconds_of_a_signal(world, ranks):
     """The signal comes in step 1: nothing is saved, and a rerun starts with step 1."""
     folder = world / f"logs/huge-{ranks}"
     command = ("train.py", *COMMAND, *HUGE_STEP, "--steps", 100, "--run-name", folder.name)
-    with started(*command, cwd=world, ranks=ranks) as process:
-        assert wait_until(lambda: folder.joinpath(METRICS).is_file() and lines_of(folder, "val") == [0], process)
+    with started_ranks(ranks, *command, cwd=world) as processes:
+        assert wait_until(lambda: folder.joinpath(METRICS).is_file() and lines_of(folder, "val") == [0], processes[0])
         time.sleep(0.5)
         start = time.monotonic()
-        os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
-        result = ended(process)
+        processes[-1].send_signal(signal.SIGTERM)
+        result = ended_ranks(processes)
     assert time.monotonic() - start < 20  # the step would take minutes
     assert result.returncode == 0, result.stderr
     assert "stopped after step 0/100. Rerun the same command to resume" in result.stdout
@@ -186,16 +188,16 @@ def test_a_huge_step_ends_within_seconds_of_a_signal(world, ranks):
     assert not lines_of(folder, "train")
 
 
-def stop_in_slow_step(world, tmp_path, name, command, micro_batches, ranks=0):
-    """Run a training whose micro-batches take 1 s from the second one of step 6 on, and stop one of its ranks there."""
+def stop_in_slow_step(world, tmp_path, name, command, micro_batches, ranks=1):
+    """Run a training whose micro-batches take 1 s from the second one of step 6 on, and stop its last rank there."""
     marker = tmp_path / "in_step_6"
     fault = f"open({str(marker)!r}, 'w').close(); time.sleep(1)"
     script = faulty(tmp_path / "slow.py", f"call > {5 * micro_batches + 1}", fault)
-    with started(script, *command, "--run-name", name, cwd=world, ranks=ranks) as process:
-        assert wait_until(marker.is_file, process)
+    with started_ranks(ranks, script, *command, "--run-name", name, cwd=world) as processes:
+        assert wait_until(marker.is_file, processes[0])
         start = time.monotonic()
-        os.kill(children(process.pid)[1] if ranks else process.pid, signal.SIGTERM)
-        result = ended(process)
+        processes[-1].send_signal(signal.SIGTERM)
+        result = ended_ranks(processes)
     assert time.monotonic() - start < 20  # the step would take minutes
     assert result.returncode == 0, result.stderr
     assert f"stopped after step 5/{STEPS}." in result.stdout
@@ -257,9 +259,10 @@ def test_several_gpus_complete_their_step():
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(world):
     folder, command = world / "logs/stopped-rank", ("train.py", *COMMAND, "--steps", 1000, "--run-name", "stopped-rank")
-    with started(*command, cwd=world, ranks=2) as process:
-        result = stop(process, lambda launcher, ranks: ranks[1:], signal.SIGUSR1, folder)
-    assert result.returncode == 0, result.stderr
+    with started_ranks(2, *command, cwd=world) as processes:
+        assert wait_until(lambda: reached(folder, 6), processes[0])
+        processes[1].send_signal(signal.SIGUSR1)
+        result = ended_ranks(processes)
     step = int(re.search(r"stopped after step (\d+)/1000\.", result.stdout)[1])
     assert saved_steps(folder) == [step]
     assert reached(folder, step)
@@ -330,12 +333,13 @@ def test_a_rank_that_fails_reports_its_error_before_it_waits_for_others(world, t
     assert time.monotonic() - start < 20
 
 
-def test_a_slow_run_is_not_hung(world):
+def test_a_slow_run_is_not_hung(world, tmp_path):
     """The run takes longer than the timeout, which applies to one micro-batch."""
-    command = ("--steps", 2, "--batch-tokens", 131_072, "--micro-batch", 16, "--hang-timeout", 1)
-    run("train.py", *COMMAND, *command, "--run", "slow", cwd=world)
+    script = faulty(tmp_path / "slow.py", "True", "time.sleep(0.5)")
+    command = ("--steps", 2, "--batch-tokens", 4096, "--micro-batch", 16, "--hang-timeout", 1.5)
+    run(script, *COMMAND, *command, "--run", "slow", cwd=world)
     seconds = [line["seconds"] for line in read_metrics(world / "logs/slow") if line["split"] == "train"]
-    assert seconds[-1] > 1
+    assert seconds[-1] > 2  # in eight micro-batches
 
 
 def test_a_second_process_on_the_run_is_refused(world):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TRAIN, execute, option_names, run, tiny_config
+from processes import OWN_START
 from safetensors.torch import load_file
 
 import train
@@ -172,7 +173,7 @@ def test_run_json_has_all_settings_and_what_determines_the_numbers(finished):
 def heavy_imports(world, code):
     """The packages that are slow to import and that a new process has imported after `code`."""
     code = f"import sys\n{code}\nprint('imported:', *sorted(set({HEAVY}) & set(sys.modules)))"
-    return execute([sys.executable, "-c", code], world, True, {}).stdout.splitlines()[-1]
+    return execute([sys.executable, "-c", code], world, True, OWN_START).stdout.splitlines()[-1]
 
 
 def test_importing_the_scripts_imports_nothing_heavy(world):
@@ -183,7 +184,7 @@ def test_importing_the_scripts_imports_nothing_heavy(world):
 
 def test_scripts_without_a_model_start_without_torch(world):
     code = "import fineweb, report\nprint('torch' in sys.modules)"
-    assert execute([sys.executable, "-c", f"import sys\n{code}"], world, True, {}).stdout == "False\n"
+    assert execute([sys.executable, "-c", f"import sys\n{code}"], world, True, OWN_START).stdout == "False\n"
 
 
 def test_a_plain_run_imports_nothing_heavy(world):

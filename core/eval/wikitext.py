@@ -31,7 +31,7 @@ class WikiTextConfig:
 
     data: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of raw WikiText, such as wiki.test.raw: one paragraph or ` = Title = ` per line. Any other UTF-8 text is one
-    page. Default: the hub's test split."""
+    page. Default: the test split of Salesforce/wikitext, wikitext-2-raw-v1, on the Hugging Face hub."""
     protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("harness",)  # type: ignore[valid-type]
     """Scoring protocols: harness like lm-evaluation-harness, per word; strided like Hugging Face's guide, per token;
     `all`: both."""

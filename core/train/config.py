@@ -194,7 +194,8 @@ class EvalConfig:
     val_tokens: int = DEFAULT_VAL_TOKENS
     """Maximum validation tokens; always the first ones of the split."""
     eval_lambada: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
-    """File of LAMBADA passages to score during training. Default: no LAMBADA."""
+    """File of LAMBADA passages to score during training by protocol openai, or standard for the standard (tokenized)
+    text. Default: no LAMBADA."""
     eval_hellaswag: Annotated[str | None, cli.DEFAULT_IN_HELP] = None
     """File of HellaSwag questions to score during training by completion-norm, as llm.c does. Default: no HellaSwag."""
     eval_every: int = 250

@@ -30,7 +30,7 @@ class RunLog:
         """`step` steps are complete: metrics of later steps, which the checkpoint lacks, are removed."""
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "run.json", settings)
-        kept = truncate_metrics(run / METRICS, step if step else -1)  # a run that restarts logs step 0 again
+        kept, damaged = truncate_metrics(run / METRICS, step if step else -1)  # a run that restarts logs step 0 again
         self.already_logged = frozenset(line["split"] for line in kept if line["step"] == step)
         self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
@@ -38,6 +38,8 @@ class RunLog:
             total=settings["steps"], initial=step, unit="step", lines=False, dynamic_ncols=True
         )
         self._mirror = Mirror(tracker, run, settings, project, self.log) if tracker != "none" else None
+        if damaged:
+            self.log(f"warning: {damaged} damaged line{'s' if damaged > 1 else ''} of {run / METRICS} removed")
         if not cli.terminal.quiet:
             self.log(summary(run, settings))
 
@@ -242,19 +244,27 @@ def git_revision() -> str | None:
         return None
 
 
-def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove lines of metrics.jsonl of steps after `step`, and an incomplete last line; return the rest."""
+def truncate_metrics(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
+    """Remove lines of metrics.jsonl of steps after `step`, damaged lines, and an incomplete last line.
+
+    Returns the rest, and the number of damaged lines.
+    """
     kept: list[dict[str, Any]] = []
-    if not path.is_file():
-        return kept
-    for line in path.read_text(encoding="utf-8").splitlines():
+    damaged = 0
+    if not path.exists():
+        return kept, damaged
+    *lines, _ = path.read_bytes().split(b"\n")
+    for line in lines:
         try:
             metrics = json.loads(line)
-        except ValueError:
-            break
-        if metrics["step"] <= step:
+            is_usable = isinstance(metrics["step"], int) and isinstance(metrics["split"], str)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            is_usable = False
+        if not is_usable:
+            damaged += 1
+        elif metrics["step"] <= step:
             kept.append(metrics)
     temporary = path.with_name(f".{path.name}.unfinished")
     temporary.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
     os.replace(temporary, path)
-    return kept
+    return kept, damaged

@@ -50,7 +50,14 @@ class Session:
 def open_session(run: Run) -> Iterator[Session]:
     config, recipe, ranks = run.config, run.recipe, run.ranks
     with ExitStack() as stack:
-        run_log = stack.enter_context(open_log(run)) if ranks.is_main else None
+        logs: list[RunLog] = []
+
+        def start_log() -> frozenset[str]:
+            logs.append(open_log(run))
+            return logs[0].already_logged
+
+        already_logged = ranks.on_main(start_log)
+        run_log = stack.enter_context(logs[0]) if logs else None
         log = run_log.log if run_log is not None else ranks.log
         saver = Saver(
             run.folder,
@@ -83,7 +90,6 @@ def open_session(run: Run) -> Iterator[Session]:
             bad_steps=run.bad_steps,
             max_bad_steps=config.checkpoints.max_bad_steps,
         )
-        already_logged = ranks.broadcast(run_log.already_logged if run_log is not None else None)
         yield Session(run, run_log, logger, saver, interrupts, batches, profile_step, already_logged)
 
 
