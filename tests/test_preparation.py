@@ -24,6 +24,7 @@ from core.data.prepare import ShardWriter
 from core.files import FileLocks
 
 KILLS = int(os.environ.get("SOAK_KILLS", "4"))
+DOCUMENTS = 90 * max(KILLS, 4)  # in each file of `large`: a run must last longer than the kills
 SHARD_TOKENS = 2000
 WORDS = ("Ana", "took", "the", "na\u00efve", "\u65e5\u672c\u8a9e", "\U0001f642\U0001f643", "don't", "\r\n", "1907")
 SETTINGS = ("--encoding", "data/stories", "--shard-tokens", SHARD_TOKENS, "--val-tokens", 5000)
@@ -178,10 +179,10 @@ def texts_in(out):
 
 @pytest.fixture(scope="module")
 def large(world):
-    """Three parquet files for about a hundred shards, and the output of an uninterrupted run."""
+    """Three parquet files for about a hundred shards, more for many kills, and the output of an uninterrupted run."""
     folder = world / "preparation/large"
     for number in range(3):
-        write_parquet(folder / f"part_{number}.parquet", documents(number, 360))
+        write_parquet(folder / f"part_{number}.parquet", documents(number, DOCUMENTS))
     prepare(world, folder / "*.parquet", folder / "out")
     return folder / "*.parquet", folder / "out"
 
@@ -230,7 +231,7 @@ def test_a_run_killed_again_and_again_writes_the_same_bytes(world, large, tmp_pa
     assert kept > 0
     prepare(world, source, out)
     assert same(out, uninterrupted)
-    assert texts_in(out) == [text for number in range(3) for text in documents(number, 360)]
+    assert texts_in(out) == [text for number in range(3) for text in documents(number, DOCUMENTS)]
 
 
 @pytest.mark.parametrize("moment", ["write_json", "clear"])
