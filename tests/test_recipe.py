@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN, config_of, on_ranks, resolved, train_here
+from conftest import TRAIN, config_of, on_ranks, resolved, tiny_config, train_here
 
 from core.checkpoint import TRAINING_STATE
 from core.data.shards import TokenOrder, Windows, open_dataset
@@ -19,7 +19,7 @@ from core.train.init import align_keys
 from core.train.loader import micro_batches
 from core.train.optim import OPTIMIZERS
 from core.train.recipe import LEARNING_RATES, RECIPES, SETTINGS, Schedule, resolve_recipe
-from core.train.setup import load_model
+from core.train.setup import load_model, resolve
 from model import GPT, PRESETS
 
 GPT2 = {"shape": PRESETS["gpt2"], "seq_len": 1024}
@@ -161,6 +161,15 @@ def test_speedrun_regularizes_in_proportion_to_repeated_tokens_and_weights_per_u
     assert once < values(2, 119_000_000) < values(4, 119_000_000) < medium < values(4, 19_000_000)
     assert values(8, 19_000_000, weight_decay=0.05, token_dropout=0.0) == (0.05, 0.0)
     assert values(8, 19_000_000, recipe="original") == (0.1, 0.0)
+
+
+def test_the_repetition_is_that_of_the_data_folder(world):
+    dataset = open_dataset(world / "data/small")
+    for epochs, repeats in ((0.5, False), (20, True)):
+        tokens = round(epochs * dataset.tokens("train"))
+        config = tiny_config(recipe="speedrun", steps=None, tokens=tokens, first_batch_tokens=2048)
+        recipe, _ = resolve(config, dataset, Ranks(0, 1, torch.device("cpu")))
+        assert (recipe.weight_decay > 0.02, recipe.token_dropout > 0) == (repeats, repeats)
 
 
 def test_embed_lr_scales_with_width_and_lr_of_muon_does_not():
