@@ -20,6 +20,8 @@ from core.files import METRICS, json_text, sha256, write_json
 from core.weights import WEIGHT_FILES
 from model import GPT, PRESETS
 
+# Settings that earlier versions didn't have, with the values that they trained with.
+EARLIER_SETTINGS = {"token_dropout": 0.0, "windows": "fixed"}
 CHECKSUMS = "checksums.json"
 TRAINING_STATE = "training_state.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -156,7 +158,7 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
         raise ValueError(
             f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
-    state["settings"].setdefault("token_dropout", 0.0)  # versions before had none
+    state["settings"] = EARLIER_SETTINGS | state["settings"]
     check_settings(run, state, fixed_settings)
     return state
 

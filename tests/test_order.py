@@ -23,6 +23,7 @@ from core.train.recipe import Schedule
 SEQ_LEN = 16
 # Three epochs of ten windows, computed once. If they changed, every resumed run would train on other tokens.
 FROZEN = [7, 3, 2, 1, 9, 8, 6, 0, 4, 5, 8, 6, 1, 5, 4, 2, 0, 3, 7, 9, 1, 4, 8, 2, 6, 7, 5, 0, 3, 9]
+FIRST_SHIFTS = [271, 486, 901, 768, 789]  # of the epochs 1 to 5
 FIRST_KEPT = [0, 2, 3, 5, 6, 8, 9, 10, 12, 13, 14, 15]
 
 
@@ -105,6 +106,36 @@ def test_order_is_that_of_earlier_versions():
     assert order[range(30)].tolist() == FROZEN
 
 
+def test_shift_of_an_epoch_is_a_pure_function_of_the_key_and_spares_the_first_epoch():
+    key = ("0123abcd", 1337, 1024)
+    shifts = TokenOrder(*key, windows=10, shifted=True).shifts(range(500))
+    assert shifts.dtype == np.int64
+    epochs = shifts.reshape(50, 10)
+    assert (epochs == epochs[:, :1]).all()
+    assert len(set(epochs[:, 0])) >= 48
+    assert shifts.max() < 1024
+    assert shifts[::10][:6].tolist() == [0, *FIRST_SHIFTS]  # a resumed run must compute the same
+    assert TokenOrder(*key, windows=10, shifted=True).shifts(range(395, 402)).tolist() == shifts[395:402].tolist()
+    assert not TokenOrder(*key, windows=10).shifts(range(500)).any()
+    others = [("0123abce", 1337, 1024), ("0123abcd", 1338, 1024)]
+    assert all(TokenOrder(*other, 10, shifted=True).shifts(range(10, 11)) != FIRST_SHIFTS[0] for other in others)
+    order, fixed = (TokenOrder(*key, windows=10, shifted=shifted)[range(500)] for shifted in (True, False))
+    assert np.array_equal(order, fixed)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 7, SEQ_LEN - 1])
+def test_shifted_windows_begin_later_and_end_within_their_shard(tmp_path, shift):
+    sizes = [SEQ_LEN + 1, 3 * SEQ_LEN + 5, 2 * SEQ_LEN]
+    dataset = write_dataset(tmp_path, sizes)
+    windows = Windows(dataset, "train", SEQ_LEN)
+    inputs, targets = windows.batch(range(len(windows)), np.full(len(windows), shift))
+    first, end = [0, *np.cumsum(sizes)[:-1]], np.cumsum(sizes)
+    starts = [(shard, first[shard] + i * SEQ_LEN) for shard in range(3) for i in range((sizes[shard] - 1) // SEQ_LEN)]
+    expected = [min(start + shift, end[shard] - SEQ_LEN - 1) for shard, start in starts]
+    assert inputs[:, 0].tolist() == expected  # the text counts 0, 1, 2, ...
+    assert torch.equal(targets, inputs + 1)
+
+
 @pytest.fixture(scope="module")
 def dataset(world):
     return open_dataset(world / "data/small")
@@ -179,6 +210,25 @@ def test_loader_drops_inputs_after_the_first_epoch_and_never_targets(dataset):
     changed = inputs != plain
     assert changed[first_epoch:].float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert (inputs[changed] == dataset.manifest["end_of_text_id"]).all()
+
+
+def test_loader_shifts_windows_after_the_first_epoch(dataset):
+    windows = Windows(dataset, "train", 64)
+    steps = range(len(windows) // 16 - 1, len(windows) // 16 + 3)  # the second one contains the end of the epoch
+    sequences = range(16 * steps.start, 16 * steps.stop)
+    loaded = {}
+    for name in ("fixed", "shifted"):
+        recipe = resolved(batch_tokens=16 * 64, steps=steps.stop, windows=name)
+        loader = open_loader(
+            dataset, recipe, seed=5, micro_batch=16, ranks=Ranks(0, 1, torch.device("cpu")), steps=steps
+        )
+        order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows), shifted=name == "shifted")
+        loaded[name] = [torch.cat(tensors) for tensors in zip(*loader, strict=True)]
+        assert all(map(torch.equal, loaded[name], windows.batch(order[sequences], order.shifts(sequences))))
+    first_epoch = len(windows) - sequences.start
+    same = (loaded["fixed"][0] == loaded["shifted"][0]).all(1)
+    assert same[:first_epoch].all()
+    assert not same[first_epoch:].any()
 
 
 @hypothesis.settings(max_examples=60, deadline=None)

@@ -144,19 +144,19 @@ def test_short_sequences_contain_the_tokens_and_targets_of_long_ones(world):
         assert all(torch.equal(a.view(4, 64), b) for a, b in zip(short, long, strict=True))
 
 
-def test_speedrun_regularizes_in_proportion_to_repeated_tokens_and_weights_per_unique_token():
+def test_speedrun_regularizes_by_repeated_tokens_and_weights_per_unique_token():
     def values(epochs, unique_tokens, **options):
         options |= {"tokens": round(epochs * unique_tokens), "unique_tokens": unique_tokens}
         recipe = speedrun(**options)
         return recipe.weight_decay, recipe.token_dropout
 
-    once = (0.02, 0.0)
+    once = (0.1, 0.0)
     assert values(1, 19_000_000) == values(0.5, 119_000_000) == once
     assert values(8, 19_000_000) == pytest.approx((0.3, 0.1), rel=0.01)  # the point where it was measured
     assert values(16, 19_000_000) == pytest.approx((0.3, 0.1))  # no more than that
     weight_decay, token_dropout = values(4, 119_000_000)
-    assert weight_decay == pytest.approx(0.02 + 0.28 * token_dropout / 0.1)
-    assert token_dropout == pytest.approx(0.1 * 3 * 123.5e6 / 119e6 / 45.5, rel=0.01)
+    assert weight_decay == pytest.approx(0.1 + 0.2 * token_dropout / 0.1)
+    assert token_dropout == pytest.approx(0.1 * math.sqrt(3 * 123.5e6 / 119e6 / 45.5), rel=0.01)
     medium = values(4, 119_000_000, shape=PRESETS["gpt2-medium"])
     assert once < values(2, 119_000_000) < values(4, 119_000_000) < medium < values(4, 19_000_000)
     assert values(8, 19_000_000, weight_decay=0.05, token_dropout=0.0) == (0.05, 0.0)
@@ -169,7 +169,7 @@ def test_the_repetition_is_that_of_the_data_folder(world):
         tokens = round(epochs * dataset.tokens("train"))
         config = tiny_config(recipe="speedrun", steps=None, tokens=tokens, first_batch_tokens=2048)
         recipe, _ = resolve(config, dataset, Ranks(0, 1, torch.device("cpu")))
-        assert (recipe.weight_decay > 0.02, recipe.token_dropout > 0) == (repeats, repeats)
+        assert (recipe.weight_decay > 0.1, recipe.token_dropout > 0) == (repeats, repeats)
 
 
 def test_embed_lr_scales_with_width_and_lr_of_muon_does_not():
@@ -212,7 +212,7 @@ def test_every_value_can_be_set_and_is_recorded_in_run_json(world):
     }
     given |= {"weight_decay": 0.3, "grad_clip": 0.5, "lr_schedule": "cosine", "warmup_steps": 1, "decay_fraction": 0.2}
     given |= {"final_lr_fraction": 0.3, "batch_tokens": 1024, "first_batch_tokens": 512, "short_seq_len": 32}
-    given |= {"short_tokens": 600, "init": "gpt2", "steps": 3, "token_dropout": 0.2}
+    given |= {"short_tokens": 600, "init": "gpt2", "steps": 3, "token_dropout": 0.2, "windows": "fixed"}
     assert given.keys() == set(SETTINGS)
     command = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     base = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--device", "cpu", "--val-tokens", 640)

@@ -213,41 +213,58 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def batch(self, indices: np.ndarray | range) -> "tuple[Tensor, Tensor]":
-        """Inputs and targets, each (B, T) int64, of the windows with these indices (B,)."""
+    def batch(self, indices: np.ndarray | range, shifts: np.ndarray | None = None) -> "tuple[Tensor, Tensor]":
+        """Inputs and targets, each (B, T) int64, of the windows with these indices (B,).
+
+        Each begins `shifts` (B,) tokens later, as far as its shard has tokens.
+        """
         import torch
 
-        rows = np.stack([self._window(int(i)) for i in indices])
+        shifts = np.zeros(len(indices), dtype=np.int64) if shifts is None else shifts
+        rows = np.stack([self._window(int(i), int(shift)) for i, shift in zip(indices, shifts, strict=True)])
         ids = torch.from_numpy(rows)  # (B, T + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def _window(self, index: int) -> np.ndarray:
+    def _window(self, index: int, shift: int) -> np.ndarray:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
-        start = (index - first) * self.seq_len
-        window = self._open(shard)[start : start + self.seq_len + 1]
+        tokens = self._open(shard)
+        start = min((index - first) * self.seq_len + shift, len(tokens) - self.seq_len - 1)
+        window = tokens[start : start + self.seq_len + 1]
         return window.astype(np.int64)  # a copy, so that the file can close
 
 
 class TokenOrder:
     """Maps sequence i of training to a window: a pure function of (manifest hash, seed, sequence length, i).
 
-    Each epoch is a permutation of all windows with a random key of its own.
+    Each epoch is a permutation of all windows with a random key of its own. `shifted`: in every epoch but the first,
+    all windows begin a random number of tokens later, so that the text is cut at other places.
     """
 
-    def __init__(self, manifest_hash: str, seed: int, seq_len: int, windows: int) -> None:
+    def __init__(self, manifest_hash: str, seed: int, seq_len: int, windows: int, *, shifted: bool = False) -> None:
         self._key = f"{manifest_hash} {seed} {seq_len}"
-        self._windows = windows
+        self._seq_len, self._windows, self._shifted = seq_len, windows, shifted
         self._epoch = lru_cache(maxsize=2)(self._permutation)
+        self._shift = lru_cache(maxsize=2)(self._random_shift)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        digest = hashlib.sha256(f"{self._key} {epoch}".encode()).digest()
+        return self._random(f"{epoch}").permutation(self._windows)
+
+    def _random_shift(self, epoch: int) -> int:
+        return int(self._random(f"{epoch} shift").randint(self._seq_len)) if self._shifted and epoch else 0
+
+    def _random(self, name: str) -> np.random.RandomState:
+        digest = hashlib.sha256(f"{self._key} {name}".encode()).digest()
         # RandomState: numpy guarantees that its stream never changes (NEP 19), unlike that of Generator.
-        return np.random.RandomState(np.frombuffer(digest, dtype="<u4")).permutation(self._windows)
+        return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
     def __getitem__(self, sequences: range) -> np.ndarray:
         """The window indices (n,) int64 of a range of n sequences."""
         return np.array([self._epoch(i // self._windows)[i % self._windows] for i in sequences], dtype=np.int64)
+
+    def shifts(self, sequences: range) -> np.ndarray:
+        """The tokens (n,) int64 by which the windows of these sequences begin later."""
+        return np.array([self._shift(i // self._windows) for i in sequences], dtype=np.int64)
 
 
 def prefetched(items: Iterator[Item], ahead: int, begin: Callable[[], None]) -> Generator[Item, None, None]:

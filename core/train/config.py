@@ -16,6 +16,7 @@ from core.train.recipe import (
     RECIPES,
     SMALL_BATCH_TOKENS,
     SMALL_FIRST_BATCH_TOKENS,
+    WINDOWS,
     Recipe,
     RecipeValues,
 )
@@ -157,6 +158,10 @@ class RecipeConfig:
         ),
     ] = None
     short_seq_len: Annotated[int | None, recipe_option("short_seq_len", "Tokens per short sequence.")] = None
+    windows: Annotated[
+        Literal[WINDOWS] | None,  # type: ignore[valid-type]
+        recipe_option("windows", "shifted: from the second epoch on, sequences are cut at other places of the text."),
+    ] = None
     init: Annotated[
         Literal[tuple(INITIALIZERS)] | None,  # type: ignore[valid-type]
         recipe_option("init", "Initial weights. aligned: the keys of each head start equal to its queries."),

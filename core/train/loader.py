@@ -49,7 +49,7 @@ def micro_batches(
     size = micro_batch_size(len(sequences), micro_batch, ranks)
     for first in range(sequences.start + ranks.rank * size, sequences.stop, size * ranks.world_size):
         own = range(first, first + size)
-        inputs, targets = windows.batch(order[own])
+        inputs, targets = windows.batch(order[own], order.shifts(own))
         if dropout is not None:
             dropout(inputs, own)
         yield ranks.pinned(*(tokens.view(-1, seq_len) for tokens in (inputs, targets)))
@@ -60,7 +60,8 @@ def open_loader(
 ) -> Generator[list[Tensor], None, None]:
     """This rank's micro-batches of those steps, prefetched by a thread."""
     schedule, windows = Schedule(recipe), Windows(dataset, "train", recipe.seq_len)
-    order = TokenOrder(dataset.manifest_hash, seed, recipe.seq_len, len(windows))
+    shifted = recipe.windows == "shifted"
+    order = TokenOrder(dataset.manifest_hash, seed, recipe.seq_len, len(windows), shifted=shifted)
     end_of_text_id = dataset.manifest["end_of_text_id"]
     dropout = TokenDropout(recipe.token_dropout, seed=seed, end_of_text_id=end_of_text_id, epoch_sequences=len(windows))
     batches = (

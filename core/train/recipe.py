@@ -19,9 +19,10 @@ REFERENCE_WIDTH = 768  # n_embd of GPT-2 124M, where the learning rates were tun
 FIRST_PHASE_STEPS = 160  # steps with the first batch size
 SMALL_WIDTH = 256  # models with a smaller n_embd train on a CPU: their steps take fewer tokens by default
 SMALL_BATCH_TOKENS, SMALL_FIRST_BATCH_TOKENS = 8192, 2048
-# Where tokens repeat, speedrun regularizes in proportion to repeated tokens / unique tokens x weights / unique tokens,
-# up to this point: GPT-2 124M, eight epochs of 19M tokens. The loss was 3.976; with the values for one epoch, 5.305.
+# Where tokens repeat, speedrun regularizes with the square root of repeated tokens / unique tokens x weights / unique
+# tokens, up to this point: GPT-2 124M, eight epochs of 19M tokens (docs/recipes.md has the trials).
 REPETITION, REPETITION_WEIGHT_DECAY, REPETITION_TOKEN_DROPOUT = 45.5, 0.3, 0.1
+WINDOWS = ("fixed", "shifted")  # where epochs after the first cut the text into sequences
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class RecipeValues:
     first_batch_tokens: int
     short_seq_len: int
     short_tokens: int
+    windows: str
     init: str
 
 
@@ -80,6 +82,7 @@ RECIPES = {
         first_batch_tokens=524_288,
         short_seq_len=256,
         short_tokens=0,
+        windows="fixed",
         init="gpt2",
     ),
     "speedrun": RecipeValues(
@@ -89,7 +92,7 @@ RECIPES = {
         beta1=0.8,
         beta2=0.99,
         momentum=0.9,
-        weight_decay=0.02,
+        weight_decay=0.1,
         token_dropout=0.0,
         grad_clip=1.0,
         lr_schedule="wsd",
@@ -100,6 +103,7 @@ RECIPES = {
         first_batch_tokens=16_384,
         short_seq_len=256,
         short_tokens=22_000_000,
+        windows="shifted",
         init="aligned",
     ),
 }
@@ -186,7 +190,7 @@ def scaled_to_length(
     if name == "original":
         return {"warmup_steps": round(steps * values.warmup_steps / REFERENCE_STEPS)}
     repetition = max(0, tokens / unique_tokens - 1) * shape.matrix_weights / unique_tokens
-    strength = min(1, repetition / REPETITION)
+    strength = min(1, math.sqrt(repetition / REPETITION))
     return {
         "warmup_steps": min(values.warmup_steps, steps // 10),
         "short_tokens": min(values.short_tokens, 4 * tokens // 10),
@@ -204,7 +208,7 @@ def check_values(values: RecipeValues) -> None:
     for name in ("beta1", "beta2", "momentum"):
         if getattr(values, name) == 1:
             raise ValueError(f"--{name} 1.0 must be below 1, or the moving average never changes. Use --{name} 0.9")
-    for name, table in (("lr_schedule", LR_SCHEDULES), ("init", INITIALIZERS)):
+    for name, table in (("lr_schedule", LR_SCHEDULES), ("windows", WINDOWS), ("init", INITIALIZERS)):
         if getattr(values, name) not in table:
             raise ValueError(f"{cli.option_name(name)} {getattr(values, name)}: choose from {', '.join(table)}")
 
