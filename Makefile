@@ -28,14 +28,14 @@ demo: $(if $(wildcard $(VENV)/installed),$(VENV)/installed,$(VENV)/packages)
 	rm -rf logs/demo
 	python -m demo.stories --out data/stories
 	python fineweb.py --source data/stories/stories.jsonl --encoding data/stories --out data/demo --val-tokens 100000 --overwrite
-	python train.py --data data/demo --run demo --preset demo --device cpu --recipe speedrun --tokens 2_000_000 --val-every 200 --save-every 240 --log-every 40 --eval-lambada data/stories/lambada.txt --eval-every 200
+	python train.py --data data/demo --run demo --preset demo --device cpu --recipe speedrun --tokens 1_700_000 --val-every 200 --save-every 240 --log-every 40 --eval-lambada data/stories/lambada.txt --eval-every 200
 	python eval_lambada.py --ckpt logs/demo --data data/stories/lambada.txt --text other --device cpu
 	python eval_cbt.py --ckpt logs/demo --data data/stories/stories_NE_valid.txt data/stories/stories_CN_valid.txt --device cpu
 	python sample.py --ckpt logs/demo --device cpu
 	python report.py --runs demo --out logs/demo --floor data/stories/stories.jsonl
 
 test: setup
-	python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 # Models to check against published figures: make check-published SIZES="gpt2 gpt2-xl"
 SIZES ?= gpt2
