@@ -358,7 +358,7 @@ def test_a_shard_verified_once_is_not_read_again(here):
         verify(open_dataset("data/small"), ONE_PROCESS)
 
 
-@pytest.mark.parametrize("cache", ["", "{", "[]", "null", '{"val_000000.npy": 3}'])
+@pytest.mark.parametrize("cache", ["", "{", "[" * 100_000, "[]", "null", '{"val_000000.npy": 3}'], ids=range(6))
 def test_a_damaged_cache_only_repeats_the_hashing(here, cache):
     path = Path("data/small", VERIFIED)
     intact = path.read_text(encoding="utf-8")

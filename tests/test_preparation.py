@@ -671,7 +671,7 @@ def test_an_unfinished_folder_of_the_version_before_is_written_again(world, larg
 def test_a_shard_whose_record_was_cut_short_is_written_again(world, large, tmp_path, name):
     """As after a power failure."""
     source, uninterrupted = large
-    for number, content in enumerate((b"", b"\xff", b'{"entry": ', b"null", b"[]", b'{"tokens": 3}')):
+    for number, content in enumerate((b"", b"\xff", b"null", b"[]", b"[" * 100_000, b'{"tokens": 3}')):
         out = tmp_path / str(number)
         interrupt(world, source, out)
         (out / f"unfinished/{name}.json").write_bytes(content)

@@ -40,7 +40,7 @@ SETTINGS = "settings.json"
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object; empty if there is none, or where power failed before the disk had its content."""
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, RecursionError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     return {}
 

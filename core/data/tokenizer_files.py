@@ -127,7 +127,7 @@ def _read_json(path: Path) -> Any:
     refuse_pointer(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise ValueError(f"{path} is not a Hugging Face tokenizer file ({short_reason(error)})") from None
 
 
