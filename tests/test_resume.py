@@ -15,6 +15,7 @@ from conftest import ROOT, TRAIN, config_of, resolved, run, tiny_config, train_h
 
 import train
 from core import checkpoint, cli
+from core.data.shards import open_dataset
 from core.distributed import Ranks
 from core.files import METRICS, read_metrics, sha256, write_json
 from core.train.optim import build_optimizer
@@ -110,6 +111,32 @@ def test_a_run_killed_at_three_moments_ends_like_an_undisturbed_one(world, undis
     assert writing()
     assert "resuming from " in run("train.py", *command, "--save-every", 1, cwd=world).stdout
     assert_like(folder, undisturbed)
+
+
+def test_speedrun_resumes_in_any_epoch_like_an_undisturbed_run(copied, capsys):
+    """In the third epoch, and in the first: sequences grow, windows are shifted, input tokens are dropped."""
+    unique_tokens = open_dataset("data/small").tokens("train")
+    options = {"run": "fast", "recipe": "speedrun", "steps": None, "tokens": 5 * unique_tokens // 2, "save_every": 2}
+    options |= {
+        "batch_tokens": 8192,
+        "first_batch_tokens": 8192,
+        "short_seq_len": 16,
+        "warmup_steps": None,
+        "val_every": 20,
+        "token_dropout": 0.1,
+    }
+    train.main(settings(**options))
+    folder = copied.with_name("fast")
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert (facts["optimizer"], facts["windows"], facts["short_tokens"] > 0) == ("muon", "shifted", True)
+    shutil.copytree(folder, folder.with_name("expected"))
+    epoch = unique_tokens // 8192
+    for step in (2 * epoch, 2):
+        delete_after(folder, step)
+        capsys.readouterr()
+        train.main(settings(**options))
+        assert f"resuming from logs/fast/checkpoints/step_{step:06d}" in capsys.readouterr().out
+        assert_like(folder, folder.with_name("expected"), facts["steps"])
 
 
 def test_a_finished_run_is_not_changed(world, undisturbed):
