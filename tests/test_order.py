@@ -150,7 +150,7 @@ def step_sequences(dataset, step, world_size, micro_batch):
     """The sequences of all micro-batches of a step, for each rank."""
     recipe = resolved(batch_tokens=16 * 64, micro_batch=micro_batch, steps=step + 1)
     windows = Windows(dataset, "train", 64)
-    order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
+    order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows), shifted=True)
     shares = []
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
@@ -164,11 +164,12 @@ def step_sequences(dataset, step, world_size, micro_batch):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_step_has_the_same_sequences_for_any_number_of_ranks_and_any_micro_batch(dataset, world_size, micro_batch):
     windows = Windows(dataset, "train", 64)
-    order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
+    order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows), shifted=True)
     for step in (0, 1, len(windows) // 16):  # the last one contains the end of an epoch
         shares = step_sequences(dataset, step, world_size, micro_batch)
         assert [len(share) for share in shares] == [16 // world_size] * world_size
-        inputs, targets = windows.batch(order[range(16 * step, 16 * step + 16)])
+        sequences = range(16 * step, 16 * step + 16)
+        inputs, targets = windows.batch(order[sequences], order.shifts(sequences))
         assert Counter(sequence for share in shares for sequence in share) == Counter(as_tuples(inputs, targets))
 
 

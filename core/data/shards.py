@@ -119,9 +119,8 @@ def verify(dataset: Dataset, ranks: "Ranks") -> None:
     only the others.
     """
     verified: dict[str, Any] = {}
-    with contextlib.suppress(
-        OSError, ValueError, TypeError, RecursionError
-    ):  # unreadable: all shards are checked again
+    # Where it can't be read, all shards are checked again.
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         verified = dict(json.loads((dataset.folder / VERIFIED).read_text(encoding="utf-8")))
     shards = dataset.manifest["shards"]
     own = shards[ranks.rank :: ranks.world_size]
