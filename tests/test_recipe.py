@@ -44,7 +44,7 @@ def test_default_recipe_is_that_of_the_original_project():
     assert lr[-1] == pytest.approx(6e-5, rel=1e-6)
     assert lr[715 + 9179] == pytest.approx((6e-4 + 6e-5) / 2)  # half of the steps after the warm-up
     named = {"optimizer": "adamw", "lr": 6e-4, "embed_lr": 6e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
-    named |= {"grad_clip": 1.0, "init": "gpt2", "short_tokens": 0}
+    named |= {"grad_clip": 1.0, "init": "gpt2", "short_tokens": 0, "long_every": 0}
     assert {name: getattr(recipe, name) for name in named} == named
 
 
@@ -117,17 +117,24 @@ def test_number_of_steps_is_the_largest_that_the_tokens_allow(tokens):
     assert recipe.tokens == schedule.tokens(recipe.steps) <= tokens < recipe.tokens + next_step
 
 
-def test_sequences_are_short_for_the_first_tokens():
+def test_sequences_are_short_for_the_first_tokens_but_for_each_nth_step():
     recipe = speedrun(tokens=100_000_000)
     schedule = Schedule(recipe)
     lengths = [schedule.seq_len(step) for step in range(recipe.steps)]
-    assert set(lengths) == {256, 1024}
+    short_steps = next(step for step in range(recipe.steps) if schedule.tokens(step) >= recipe.short_tokens)
+    assert lengths == [1024 if step % 16 == 15 or step >= short_steps else 256 for step in range(recipe.steps)]
+    assert speedrun(tokens=10_000_000).short_tokens == pytest.approx(4_000_000, rel=0.01)  # at most 0.4 of all
+    assert set(schedule.shapes(0)) == {(16, 256), (16, 1024), (32, 256), (32, 1024), (64, 256), (64, 1024), (128, 1024)}
+    assert schedule.shapes(recipe.steps - 1) == [(128, 1024)]
+
+
+def test_all_sequences_of_the_first_tokens_can_be_short():
+    recipe = speedrun(tokens=100_000_000, long_every=0)
+    schedule = Schedule(recipe)
+    lengths = [schedule.seq_len(step) for step in range(recipe.steps)]
     first_long = lengths.index(1024)
     assert schedule.tokens(first_long - 1) < recipe.short_tokens <= schedule.tokens(first_long)
     assert set(lengths[first_long:]) == {1024}
-    assert speedrun(tokens=10_000_000).short_tokens == pytest.approx(4_000_000, rel=0.01)  # at most 0.4 of all
-    assert schedule.shapes(0) == [(16, 256), (32, 256), (64, 256), (64, 1024), (128, 1024)]
-    assert schedule.shapes(recipe.steps - 1) == [(128, 1024)]
 
 
 def test_short_sequences_contain_the_tokens_and_targets_of_long_ones(world):
@@ -213,6 +220,7 @@ def test_every_value_can_be_set_and_is_recorded_in_run_json(world):
     given |= {"weight_decay": 0.3, "grad_clip": 0.5, "lr_schedule": "cosine", "warmup_steps": 1, "decay_fraction": 0.2}
     given |= {"final_lr_fraction": 0.3, "batch_tokens": 1024, "first_batch_tokens": 512, "short_seq_len": 32}
     given |= {"short_tokens": 600, "init": "gpt2", "steps": 3, "token_dropout": 0.2, "windows": "fixed"}
+    given |= {"long_every": 2}
     assert given.keys() == set(SETTINGS)
     command = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     base = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--device", "cpu", "--val-tokens", 640)
@@ -359,6 +367,7 @@ def test_two_ranks_have_the_losses_of_one(world):
         ({"beta1": 1.5}, "--beta1 1.5 must be between 0 and 1"),
         ({"embed_lr": 0.0}, "--embed-lr 0.0 must be above 0"),
         ({"short_tokens": -1}, "--short-tokens -1 must be 0 or more"),
+        ({"long_every": -1}, "--long-every -1 must be 0 or more"),
     ],
 )
 def test_invalid_values_are_refused_by_name(options, message):

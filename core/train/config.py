@@ -158,6 +158,12 @@ class RecipeConfig:
         ),
     ] = None
     short_seq_len: Annotated[int | None, recipe_option("short_seq_len", "Tokens per short sequence.")] = None
+    long_every: Annotated[
+        int | None,
+        recipe_option(
+            "long_every", "While sequences are short, each Nth step has long ones, which train all positions; 0: none."
+        ),
+    ] = None
     windows: Annotated[
         Literal[WINDOWS] | None,  # type: ignore[valid-type]
         recipe_option("windows", "shifted: from the second epoch on, sequences are cut at other places of the text."),

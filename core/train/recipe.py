@@ -46,6 +46,7 @@ class RecipeValues:
     first_batch_tokens: int
     short_seq_len: int
     short_tokens: int
+    long_every: int
     windows: str
     init: str
 
@@ -82,6 +83,7 @@ RECIPES = {
         first_batch_tokens=524_288,
         short_seq_len=256,
         short_tokens=0,
+        long_every=0,
         windows="fixed",
         init="gpt2",
     ),
@@ -103,6 +105,7 @@ RECIPES = {
         first_batch_tokens=16_384,
         short_seq_len=256,
         short_tokens=22_000_000,
+        long_every=16,
         windows="shifted",
         init="aligned",
     ),
@@ -155,7 +158,7 @@ def resolve_recipe(
     scaled = scaled_to_length(name, values, steps, tokens, shape, unique_tokens or tokens)
     values = replace(values, **{key: value for key, value in scaled.items() if key not in overrides})
     cli.check_between(0, steps, warmup_steps=values.warmup_steps)
-    cli.check_between(0, 2**63 - 1, short_tokens=values.short_tokens)
+    cli.check_between(0, 2**63 - 1, short_tokens=values.short_tokens, long_every=values.long_every)
     if values.short_tokens >= tokens and values.short_seq_len < seq_len:
         raise ValueError(
             f"--short-tokens {values.short_tokens} must be less than the {tokens} training tokens, or no step has "
@@ -318,9 +321,13 @@ class Schedule:
         return self._batches.sequences_before(step) * self._recipe.seq_len
 
     def seq_len(self, step: int) -> int:
-        """Tokens per sequence; sequences of the first `short_tokens` tokens are split into short ones."""
+        """Tokens per sequence; sequences of the first `short_tokens` tokens are split, but for each Nth step.
+
+        The long ones train the positions that short ones lack, so that the loss doesn't rise where all become long.
+        """
         recipe = self._recipe
-        is_short = self.tokens(step) < recipe.short_tokens
+        is_long = recipe.long_every > 0 and (step + 1) % recipe.long_every == 0
+        is_short = self.tokens(step) < recipe.short_tokens and not is_long
         return min(recipe.short_seq_len, recipe.seq_len) if is_short else recipe.seq_len
 
     def lr_scale(self, step: int) -> float:
