@@ -22,6 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from benchmarks.common import ROOT, run_command, torchrun_command
 from core import cli
 from core.data.shards import DEFAULT_VAL_TOKENS
@@ -32,6 +34,7 @@ from model import PRESETS
 RUNS = "time-to-loss"  # the names of the runs start with it
 OURS = "ours"  # this project's kind, in the names of its runs and in NAME.json
 SMOOTHED_POINTS = 60  # of a plotted curve
+RISE_STEPS = 32  # steps whose mean loss must not rise; a multiple of the recipe's `long_every`
 
 
 @dataclass
@@ -109,7 +112,7 @@ def main(config: Config) -> None:
 
 def build_page(rows: list[list[str]], ratios: list[dict[str, Any]], versions: dict[str, Any]) -> str:
     header = ["run", "tokens", "seconds", "ktok/s", "validation loss", "vs. baseline"]
-    header += ["times faster than baseline", "LAMBADA"]
+    header += ["times faster than baseline", f"largest rise of the mean of {RISE_STEPS} steps", "LAMBADA"]
     lines = [
         f"Seed {r['seed']}, {r['tokens']:,} baseline tokens: {describe_ratio(r['times_faster'], r['at_least'])}.\n"
         for r in ratios
@@ -206,6 +209,13 @@ def describe_ratio(ratio: float | None, is_bound: bool) -> str:
     return f"{'at least ' if is_bound else ''}{ratio:.2f} times faster to the same loss"
 
 
+def largest_rise(losses: list[float]) -> float:
+    """The largest rise of the mean of RISE_STEPS losses above its lowest value before; 0 for shorter runs."""
+    totals = np.cumsum([0.0, *losses])
+    means = (totals[RISE_STEPS:] - totals[:-RISE_STEPS]) / RISE_STEPS
+    return float(np.max(means - np.minimum.accumulate(means), initial=0.0))
+
+
 def table_row(run: Outcome, baseline: Outcome) -> list[str]:
     ratio = f"{baseline.seconds / run.seconds:.2f}" if run.loss <= baseline.loss else ""
     speed, difference = f"{run.tokens / run.seconds / 1000:,.1f}", f"{run.loss - baseline.loss:+.4f}"
@@ -217,6 +227,7 @@ def table_row(run: Outcome, baseline: Outcome) -> list[str]:
         f"{run.loss:.4f}",
         difference,
         ratio,
+        f"{largest_rise([loss for _, _, loss in run.curve]):.3f}",
         run.lambada,
     ]
 

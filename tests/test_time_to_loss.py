@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from conftest import run
 
-from benchmarks.time_to_loss import Config, Outcome, load, main, run_name, times_faster
+from benchmarks.time_to_loss import RISE_STEPS, Config, Outcome, largest_rise, load, main, run_name, times_faster
 from core import cli
 
 
@@ -28,6 +28,20 @@ def outcome(seconds, loss):
 def test_seconds_at_the_loss_are_interpolated_between_two_runs(runs, expected):
     ratio, is_bound = times_faster(outcome(100, 4.0), [outcome(*run) for run in runs])
     assert (ratio, is_bound) == (expected[0] and pytest.approx(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize(
+    "losses, rise",
+    [
+        ([9 - i / 100 for i in range(200)], 0.0),  # falls everywhere
+        ([4.0] * 100 + [5.0] * RISE_STEPS + [3.0] * 50, 1.0),
+        ([4.0] * 100 + [5.0] * (RISE_STEPS // 4) + [3.0] * 50, 0.25),  # a quarter of the steps
+        ([5.0] * 50 + [4.0] * 50 + [4.5] * 50 + [3.0] * 50 + [3.25] * 50, 0.5),  # the larger one of two
+        ([1.0, 2.0], 0.0),
+    ],
+)
+def test_largest_rise_is_that_of_the_mean_loss(losses, rise):
+    assert largest_rise(losses) == pytest.approx(rise)
 
 
 def test_both_recipes_from_scratch(world, monkeypatch, capsys):
