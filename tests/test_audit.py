@@ -76,7 +76,7 @@ def test_shards_in_another_order_than_the_source_are_detected(world, data):
         shards[3]["begin"], shards[4]["begin"] = shards[4]["begin"], shards[3]["begin"]
 
     change(data, swap)
-    assert "the shards are not in the order of the source" in refused(verify(world, data, check=False))
+    assert "train_000004.npy is not after train_000003.npy in the source" in refused(verify(world, data, check=False))
 
 
 def test_a_folder_of_the_version_before_passes_and_trains(world, data):
@@ -90,7 +90,7 @@ def test_a_folder_of_the_version_before_passes_and_trains(world, data):
     verify(world, data)
     train_here(*TRAIN, "--data", data, "--run", "before", "--steps", 2, cwd=world)
     change(data, lambda shards: shards[3]["begin"].update(token=0))
-    assert "the shards are not in the order of the source" in refused(verify(world, data, check=False))
+    assert "train_000003.npy is not after train_000002.npy in the source" in refused(verify(world, data, check=False))
 
 
 def test_the_tokenizer_of_another_encoding_is_detected(world, data):

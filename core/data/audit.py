@@ -3,6 +3,7 @@
 import contextlib
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def verify(folder: Path) -> None:
     dataset, encoding, sizes = open_dataset(folder), tokenizer.load(folder), tokenizer.token_bytes(folder)
     shards = dataset.manifest["shards"]
     # A row, byte or line of a file; in older folders a row and a token; in adopted folders nothing.
-    places = [(shard["source_file"], *shard["begin"].values()) for shard in shards if shard.get("begin")]
-    problems = [] if places == sorted(set(places)) else ["the shards are not in the order of the source"]
+    places = [(shard["source_file"], *shard["begin"].values(), shard["file"]) for shard in shards if shard.get("begin")]
+    problems = [f"{b[-1]} is not after {a[-1]} in the source" for a, b in pairwise(places) if a[:-1] >= b[:-1]]
     with ThreadPoolExecutor(8) as pool:
         checks = pool.map(lambda shard: _compare(dataset, shard, sizes), shards)
         checks = cli.progress_bar(checks, "checking shards", len(shards), unit="shards", leave=False, delay=1)
