@@ -114,13 +114,10 @@ def files_of(config: Config, task: str, folder: Path) -> tuple[Path, Path]:
         content = [{"page": page} for page in wikitext.split_pages(wikitext.read(source))]
     elif task == "lambada":
         content = [{"text": passage} for passage in lambada.read(source)[: config.passages]]
-        source = folder / "passages.txt"
-        source.write_text("".join(row["text"] + "\n" for row in content), encoding="utf-8")
     else:
         content = [*repeated([json.loads(line) for line in source.open(encoding="utf-8")], config.questions)]
-        source = rows
     rows.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    return source, rows
+    return source if task == "wikitext" else rows, rows  # some of LAMBADA's passages contain a line break
 
 
 def repeated(questions: list[dict[str, Any]], count: int) -> Iterator[dict[str, Any]]:

@@ -128,14 +128,16 @@ def test_a_model_of_transformers_has_equal_scores_on_lambadas_own_passages(answe
 
 def test_whole_commands_are_timed_and_their_scores_equal(world, tmp_path):
     save_model(tmp_path / "model", seed=5)
-    passages = (world / "data/stories/lambada.txt").read_text().splitlines()
-    (tmp_path / "passages.txt").write_text("".join(" ".join(line.split()[-12:]) + "\n" for line in passages[:20]))
+    passages = [line.split()[-12:] for line in (world / "data/stories/lambada.txt").read_text().splitlines()[:20]]
+    passages[7][-1] += '\n"'  # as in seven of LAMBADA's passages
+    rows = [json.dumps({"text": " ".join(words)}) + "\n" for words in passages]
+    (tmp_path / "passages.jsonl").write_text("".join(rows))
     options = ("--device", "cpu", "--dtypes", "float32", "--batch-sizes", 4, "--out", "speed.json")
-    run("benchmarks.commands", "--ckpt", "model", "--lambada", "passages.txt", *options, cwd=tmp_path)
+    run("benchmarks.commands", "--ckpt", "model", "--lambada", "passages.jsonl", *options, cwd=tmp_path)
     own, harness = json.loads((tmp_path / "speed.json").read_text())["measurements"]
     assert (own["batch_size"], harness["batch_size"]) == (0, 4)
     assert own["score"] == pytest.approx(harness["score"])
-    assert own["questions"] == harness["questions"]
+    assert own["questions"] == harness["questions"] == 20
     assert f"{harness['seconds'] / own['seconds']:.2f}" in (tmp_path / "speed.md").read_text()
 
 
