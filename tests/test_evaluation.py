@@ -316,6 +316,13 @@ def test_saved_results_are_loaded_unchanged(tmp_path, monkeypatch):
     assert row["interval"][0] < row["accuracy"] < row["interval"][1]
 
 
+def test_results_of_models_with_long_paths_are_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [make_result(model="/".join(["ä" * 120, "experiments" * 20, name])) for name in ("a", "b")]
+    results.save(found, None)
+    assert sorted(results.load_all()[0], key=repr) == sorted(found, key=repr)
+
+
 OUTCOMES = ("1111110000", "1100011111")
 ONLY_A, ONLY_B = 3, 4
 

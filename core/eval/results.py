@@ -15,6 +15,7 @@ from core.files import markdown_table, write_json, write_text
 RESULTS = Path("logs/results")  # where report.py reads them
 PUBLISHED = Path(__file__).parent / "published.json"
 ITEM = {"task": str, "protocol": str, "model": str, "subset": str, "index": int, "question": str, "correct": bool}
+NAME_BYTES = 200  # a file's name has at most 255, and a temporary name is longer
 JSON_NAMES = {"warnings": "remarks"}  # fields with another name in results.json and items files
 
 
@@ -82,6 +83,7 @@ def save(results: list[Result], out: str | None) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for r, row in zip(results, rows, strict=True):
         name = re.sub(r"[^\w.-]+", "-", f"{r.task}-{r.protocol_and_dtype}-{r.model}-{r.data}")
+        name = name.encode()[:NAME_BYTES].decode(errors="ignore")  # a model can be a long path
         key = "\0".join([r.task, r.protocol_and_dtype, r.model, r.data, str(r.sha256)])  # a/b and a-b share a name
         write_json(RESULTS / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json", [row])
     return RESULTS
