@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from core import checkpoint, cli, formats
-from core.convert import save_pretrained
+from core.convert import computes_gpt2, save_pretrained
 from core.data import tokenizer
 from model import GPT
 
@@ -42,6 +42,8 @@ def main(config: Config) -> None:
         raise ValueError(f"--dtype {config.dtype} needs --format llmc. Omit it")
     source = checkpoint.resolve(config.ckpt)
     model = checkpoint.load_model(source)
+    if config.format != "hf" and not computes_gpt2(model):
+        raise ValueError(f"--format {config.format} is for a GPT-2, which model.py doesn't compute. Use --format hf")
     if config.format == "llmc":
         formats.write_llmc(model, out / "model.bin", config.dtype)
     elif config.format == "nanogpt":

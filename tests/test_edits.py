@@ -141,6 +141,17 @@ def test_only_gpt2_opens_in_transformers(compared):
                 reader.from_pretrained(folder / "saved")
 
 
+def test_only_gpt2_is_converted_for_programs_that_compute_gpt2(compared):
+    edit, folder, _ = compared
+    form = "nanogpt" if edit == "relu" else "llmc"
+    script = [sys.executable, str(folder / "convert.py"), "--ckpt", "saved", "--out", form, "--format", form]
+    result = execute(script, folder, False, {"PYTHONPATH": str(folder)})
+    assert result.returncode == (0 if edit is None else 2), result.stderr
+    assert (folder / form).exists() == (edit is None)
+    if edit is not None:
+        assert f"error: --format {form} is for a GPT-2, which model.py doesn't compute. Use --format hf" in result.stderr
+
+
 def test_a_run_of_the_edited_network_evaluates_and_resumes_as_itself(world, tmp_path):
     folder = edited_copy(tmp_path, "half_residual")
     shutil.copytree(world / "data/small", folder / "data/small")
