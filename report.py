@@ -40,8 +40,8 @@ from core.page import build_html, cell, runs_table, state
 from demo import stories
 
 TASKS = {"lambada": "LAMBADA", "hellaswag": "HellaSwag"}  # scored during training
-# Fonts for letters that matplotlib's own font lacks, as far as they are installed.
 RELOAD_SECONDS = 3600  # after the last metric of an unfinished run, the page in a browser is still reloaded
+# Fonts for letters that matplotlib's own font lacks, as far as they are installed.
 FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "Malgun Gothic")
 
 
@@ -78,7 +78,8 @@ def write_report(config: Config) -> None:
     references, problems = load_references(config)
     runs = [load_run(name) for name in config.runs or find_runs()]
     if not (runs or references):
-        raise ValueError("logs/ contains no runs. Start one with train.py, or change to the folder that contains logs/")
+        nothing = "logs/ contains no runs. Start one with train.py, or change to the folder that contains logs/"
+        raise ValueError(problems[0] if problems else nothing)
     if config.floor:
         problems += load_entropies(runs, Path(config.floor))
     out = Path(config.out)
@@ -104,7 +105,7 @@ def load_references(config: Config) -> tuple[list[Curves], list[str]]:
         try:
             curves.append(load_log(Path(file), config.log_step_tokens))
         except (OSError, ValueError) as error:
-            problems.append(f"--log-files: {error}")
+            problems.append(f"--log-files: {cli.message(error)}")
     return curves, problems
 
 
