@@ -128,6 +128,7 @@ def train(config: Config, kind: str, options: str, tokens: int, seed: int) -> Ou
         print(f"{name}: train.py {shlex.join(arguments)}", flush=True)
         launcher = torchrun_command(config.gpus) if config.gpus > 1 else [sys.executable]
         run_command([*launcher, str(ROOT / "train.py"), *arguments, f"--run-name={name}"])
+        check_complete(folder)
         (folder / "finished").touch()
     scores = None
     if config.lambada:
@@ -137,6 +138,14 @@ def train(config: Config, kind: str, options: str, tokens: int, seed: int) -> Ou
             command += ["--text", "standard", "--protocol", "standard", "--device", config.device]
             run_command([*command, "--out", str(scores)])
     return load_outcome(folder, scores, kind, f"{display_name(kind)}, {tokens / 1e6:g}M tokens, seed {seed}")
+
+
+def check_complete(run: Path) -> None:
+    """Raise ValueError where a signal stopped train.py, which then ends with status 0 too."""
+    steps = json.loads((run / "run.json").read_text(encoding="utf-8"))["steps"]
+    done = max((line["step"] for line in read_metrics(run)), default=0)
+    if done < steps:
+        raise ValueError(f"{run} was stopped after step {done} of {steps}. Rerun the same command to resume it")
 
 
 def display_name(kind: str) -> str:

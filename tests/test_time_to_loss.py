@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
-from conftest import run
+from conftest import children, ended, run, started, wait_until
 
 from benchmarks.time_to_loss import RISE_STEPS, Config, Outcome, largest_rise, load, main, run_name, times_faster
 from core import cli
+from core.files import METRICS, read_metrics
 
 
 def outcome(seconds, loss):
@@ -66,6 +69,22 @@ def test_both_recipes_from_scratch(world, monkeypatch, capsys):
     assert [(each.name, each.kind) for each in joined] == [(baseline["name"], "original"), (own["name"], "ours")]
     with pytest.raises(ValueError, match=r"time-to-loss\.md was not written by this script"):
         load(world / "logs/time-to-loss.md")
+
+
+def test_a_run_that_a_signal_stopped_is_not_finished(world, tmp_path):
+    command = ("--data", world / "data/small", "--preset", "tiny", "--seq-len", 64, "--device", "cpu")
+    command += ("--val-tokens", 640, "--tokens", 20_000, "--ours-tokens", 10_000_000, "--ours=--batch-tokens 512")
+    with started("benchmarks.time_to_loss", *command, cwd=tmp_path) as process:
+
+        def logged():
+            return [len(read_metrics(path.parent)) for path in tmp_path.glob(f"logs/*/{METRICS}")]
+
+        assert wait_until(lambda: logged() > [1], process)
+        os.kill(children(process.pid)[0], signal.SIGTERM)
+        result = ended(process)
+    assert result.returncode == 2
+    assert "Rerun the same command to resume it" in result.stderr
+    assert not [*tmp_path.glob("logs/*/finished")]
 
 
 def test_another_option_is_another_run():
