@@ -149,7 +149,7 @@ def test_only_gpt2_is_converted_for_programs_that_compute_gpt2(compared):
     assert result.returncode == (0 if edit is None else 2), result.stderr
     assert (folder / form).exists() == (edit is None)
     if edit is not None:
-        assert f"error: --format {form} is for a GPT-2, which model.py doesn't compute. Use --format hf" in result.stderr
+        assert f"--format {form} is for a GPT-2, which model.py doesn't compute. Use --format hf" in result.stderr
 
 
 def test_a_run_of_the_edited_network_evaluates_and_resumes_as_itself(world, tmp_path):
