@@ -323,6 +323,13 @@ def test_results_of_models_with_long_paths_are_saved(tmp_path, monkeypatch):
     assert sorted(results.load_all()[0], key=repr) == sorted(found, key=repr)
 
 
+@pytest.mark.parametrize("bits, perplexity", [(3.0, 8.0), (2000.0, None), (None, None)])
+def test_a_perplexity_per_byte_too_large_for_a_float_is_null(tmp_path, bits, perplexity):
+    results.save([make_result(bits_per_byte=bits)], str(tmp_path / "r.json"))
+    (row,) = json.loads((tmp_path / "r.json").read_text())
+    assert row["byte_perplexity"] == (perplexity and pytest.approx(perplexity))
+
+
 OUTCOMES = ("1111110000", "1100011111")
 ONLY_A, ONLY_B = 3, 4
 

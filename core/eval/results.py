@@ -9,7 +9,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from core.eval.task import LARGEST_EXPONENT, Page, Verdict, format_perplexity, read_json_lines
+from core.eval.task import LARGEST_EXPONENT, Page, Verdict, exp_mean, format_perplexity, read_json_lines
 from core.files import markdown_table, write_json, write_text
 
 RESULTS = Path("logs/results")  # where report.py reads them
@@ -73,7 +73,7 @@ def save(results: list[Result], out: str | None) -> Path:
     rows = [
         to_json(r)
         | {"accuracy": r.accuracy, "interval": r.interval}
-        | {"byte_perplexity": None if r.bits_per_byte is None else 2**r.bits_per_byte}
+        | {"byte_perplexity": None if r.bits_per_byte is None else exp_mean([-math.log(2) * r.bits_per_byte], 1)}
         for r in results
     ]
     if out is not None:
