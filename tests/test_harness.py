@@ -51,6 +51,7 @@ def with_predicted_endings(model, encoding, passages):
 def write_passages(folder, model, encoding, passages):
     """Write the passages, and those with endings that the model predicts, next to the model."""
     passages = passages + with_predicted_endings(model, encoding, passages)
+    passages += [space.join(passages[0].rsplit(" ", 1)) for space in ("  ", "\t ")]
     (folder / "passages.txt").write_text("".join(passage + "\n" for passage in passages), encoding="utf-8")
 
 

@@ -152,7 +152,9 @@ def requests(protocol: str, passage: str, encode: Encode) -> list[Request]:
         context, _, target = passage.rpartition(" ")
         if not target.strip():
             raise UnscorableError("ends with a space, so that its last word is empty")
-        request = Request(encode(context), encode(" " + target))
+        # The harness predicts all whitespace before the last word with it.
+        end = len(context) if protocol == "stop-filter" else len(context.rstrip())
+        request = Request(encode(context[:end]), encode(f"{context[end:]} {target}"))
     if not request.context:
         raise UnscorableError("no context before the last word")
     return [request]
