@@ -76,7 +76,9 @@ class Config:
 
 
 def main(config: Config) -> None:
-    cli.check_positive(questions=config.questions, limit_minutes=config.limit_minutes)
+    passages = 1 if config.passages is None else config.passages
+    cli.check_positive(passages=passages, questions=config.questions, limit_minutes=config.limit_minutes)
+    cli.check_positive(batch_sizes=min(config.batch_sizes, default=0))
     deadline = time.monotonic() + 60 * config.limit_minutes
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,7 @@ class Config:
 def main(config: Config) -> None:
     if config.plain_loop:
         return plain_loop(config, Path(config.plain_loop))
+    cli.check_positive(rounds=config.rounds, workers=config.workers)
     files, _ = sources.find_source(config.source, None)
     text_bytes = sum(piece.bytes for piece in pieces.cut(files, pieces.PIECE_BYTES))
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)

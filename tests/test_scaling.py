@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import children, lives, run, started, wait_until
 
-from benchmarks import common, scaling
+from benchmarks import commands, common, evaluate, prepare, scaling
 from benchmarks.common import TimingConfig
 
 TINY = ("--device", "cpu", "--preset", "tiny", "--seq-len", 64)
@@ -94,3 +94,18 @@ def test_commands_import_the_project_from_any_folder_and_fail_by_name(tmp_path, 
     assert "--plain-loop" in common.run_command([*command, "--help"], capture=True)
     with pytest.raises(ValueError, match=r"-m benchmarks\.prepare --rounds none ended with status 2; its output is"):
         common.run_command([*command, "--rounds", "none"])
+
+
+@pytest.mark.parametrize(
+    ("module", "required", "option", "value"),
+    [
+        *((evaluate, "ckpt", name, 0) for name in ("rounds", "plain_questions", "batch_sizes")),
+        *((commands, "ckpt", name, 0) for name in ("questions", "batch_sizes")),
+        *((module, "ckpt", "passages", -1) for module in (evaluate, commands)),
+        *((prepare, "source", name, 0) for name in ("rounds", "workers")),
+    ],
+)
+def test_a_count_below_one_is_refused_before_anything_is_timed(module, required, option, value):
+    config = module.Config(**{required: "none", option: (value,) if option == "batch_sizes" else value})
+    with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} {value} must be above 0"):
+        module.main(config)
