@@ -49,10 +49,11 @@ FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang 
 class Config:
     runs: Annotated[tuple[str, ...], cli.DEFAULT_IN_HELP] = ()
     """Names of the runs. Default: every run in logs/."""
-    reference: tuple[Literal[tuple(reference_names())], ...] = ()  # type: ignore[valid-type]
-    """Published 124M runs of other projects, drawn in gray: build-nanogpt (FineWeb-Edu), llm.c (FineWeb)."""
-    log_files: tuple[str, ...] = ()
-    """Log files of other projects, drawn in gray: main.log of llm.c, log.txt of build-nanogpt."""
+    reference: Annotated[tuple[Literal[tuple(reference_names())], ...], cli.DEFAULT_IN_HELP] = ()  # type: ignore[valid-type]
+    """Published 124M runs of other projects, drawn in gray: build-nanogpt (FineWeb-Edu), llm.c (FineWeb).
+    Default: none."""
+    log_files: Annotated[tuple[str, ...], cli.DEFAULT_IN_HELP] = ()
+    """Log files of other projects, drawn in gray: main.log of llm.c, log.txt of build-nanogpt. Default: none."""
     log_step_tokens: int = STEP_TOKENS
     """Tokens per step in --log-files."""
     out: str = "logs"

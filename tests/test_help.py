@@ -47,7 +47,7 @@ def test_every_option_is_explained(script, capsys, monkeypatch):
     for name in names:
         words = re.findall(r"\b[A-Za-z][a-z]+\b", re.sub(r"{[^}]*}|--[\w-]+", "", descriptions[name]))
         assert len(words) >= 3, f"{name} is not explained: {descriptions[name]}"
-    assert "None" not in text
+    assert "None" not in text and "(default: )" not in text
 
 
 @pytest.mark.parametrize("width", [80, 120])
