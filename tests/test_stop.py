@@ -126,6 +126,22 @@ def test_a_signal_saves_the_last_complete_step_and_the_same_command_resumes(
     assert [signal.getsignal(name) for name in SIGNALS] == handlers
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_a_checkpoint_where_standard_error_is_closed(here, monkeypatch, number):
+    """Ctrl-C also ends the `tee` that reads the output; SIGHUP means that the terminal is closed."""
+    folder, stderr, (reader, writer) = Path(f"logs/closed-{number.name}"), os.dup(2), os.pipe()
+    os.close(reader)
+    os.dup2(writer, 2)
+    try:
+        send_in_forward(monkeypatch, train, number, MICRO_BATCHES * 4)
+        train.main(settings(run=folder.name))
+    finally:
+        os.dup2(stderr, 2)
+        os.close(writer)
+        os.close(stderr)
+    assert saved_steps(folder) == [4]
+
+
 @pytest.mark.parametrize("step", [0, 8])
 def test_a_signal_ends_a_validation_and_the_resume_repeats_it(here, undisturbed, monkeypatch, step):
     folder = Path(f"logs/stopped-validation-{step}")

@@ -1,5 +1,6 @@
 """What ends a run before its last step: a signal, after which it saves a checkpoint, or a step that hangs."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -52,10 +53,12 @@ class Interrupts:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C quits at once
-        if not self.stop_requested and self._is_main:  # os.write: the signal may have interrupted print
+        is_first, self.stop_requested = not self.stop_requested, True
+        if is_first and self._is_main:
             hint = "; press Ctrl-C again to quit without saving" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: stopping, then saving a checkpoint{hint}\n".encode())
-        self.stop_requested = True
+            line = f"\n{signal.Signals(number).name}: stopping, then saving a checkpoint{hint}\n"
+            with contextlib.suppress(OSError):  # a closed terminal, or `| tee`, which the same Ctrl-C ended
+                os.write(2, line.encode())  # not print, which the signal may have interrupted
 
     def __enter__(self) -> "Interrupts":
         for name in SIGNALS:
