@@ -143,9 +143,13 @@ def test_a_signal_saves_a_checkpoint_where_standard_error_is_closed(here, monkey
 
 
 @pytest.mark.parametrize("step", [0, 8])
-def test_a_signal_ends_a_validation_and_the_resume_repeats_it(here, undisturbed, monkeypatch, step):
-    folder = Path(f"logs/stopped-validation-{step}")
+@pytest.mark.parametrize("like_gpus", [False, True], ids=["one-process", "as-several-gpus"])
+def test_a_signal_ends_a_validation_and_the_resume_repeats_it(here, undisturbed, monkeypatch, step, like_gpus):
+    """Several GPUs would complete the step that follows."""
+    folder = Path(f"logs/stopped-validation-{step}-{like_gpus}")
     with monkeypatch.context() as patch:
+        if like_gpus:
+            patch.setattr(Interrupts, "stop_step", lambda self, ranks: False)
         send_in_forward(patch, validation, signal.SIGTERM, VAL_BATCHES * step // 4 + 3)
         train.main(settings(run=folder.name))
     assert saved_steps(folder) == ([step] if step else [])
