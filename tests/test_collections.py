@@ -205,6 +205,24 @@ def test_compressed_files_of_any_size_give_the_documents_of_plain_ones(world, tm
     run("fineweb.py", "--verify", tmp_path / "out", cwd=world)
 
 
+@pytest.mark.parametrize("val_tokens", [1, 900, 3000])
+def test_the_skipped_documents_of_a_divided_file_count_once(world, tmp_path, val_tokens):
+    """Validation and the first training shard both read the blocks from the start of the file."""
+    lines = jsonl(documents(12, 500)).splitlines(keepends=True)
+    lines[0:0] = [b'{"text": ""}\n', b"broken\n"]
+    lines[100:100] = [b'{"text": ""}\n', b"broken\n"]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    arguments = ("--source", tmp_path / "a.jsonl.gz", "--out", tmp_path / "out", "--encoding", "data/stories")
+    arguments += ("--val-tokens", val_tokens, "--shard-tokens", 3000, "--workers", 1, "--skip-broken")
+    execute([sys.executable, "-c", SMALL_BLOCKS, str(ROOT / "fineweb.py"), *map(str, arguments)], world, True, {})
+    manifest = open_dataset(tmp_path / "out").manifest
+    assert manifest["empty_documents"] == 2
+    assert [place.partition(":")[0] for place in manifest["broken_documents"]] == [
+        "a.jsonl.gz, line 2",
+        "a.jsonl.gz, line 102",
+    ]
+
+
 def test_blocks_of_lines_are_the_lines(tmp_path, monkeypatch):
     raw = jsonl(documents(10, 200)) + b"\n\n" + b"x" * 5000 + b"\nlast"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))

@@ -173,7 +173,8 @@ class Preparation:
             more = (tokens < target) & (text_bytes < target_bytes) & fits
             last = first + min(int(more.sum()) + 1, int(fits.sum()))
             bar.update(shard.add(documents, first, last))
-            if chunk.number or more.all():  # the documents after the end of validation count for the next shard
+            # Tasks before the end of validation count there, all later documents for the next shard.
+            if skip <= len(documents.text_bytes) and (chunk.number or more.all()):
                 shard.empty += documents.empty
                 shard.invalid += documents.invalid
             if not more.all():
