@@ -166,6 +166,12 @@ def test_dictionaries_and_columns_without_values_are_read(world, tmp_path):
     assert open_dataset(tmp_path / "out").manifest["empty_documents"] == 30
 
 
+def test_a_column_of_lists_of_strings_is_no_text(world, tmp_path):
+    pq.write_table(pa.table({"text": [["Ana", "took"]] * 30}), tmp_path / "a.parquet")
+    message = refused(prepare(world, tmp_path / "a.parquet", tmp_path / "out", check=False))
+    assert "a.parquet has no `text` column of strings: its columns are text (list<" in message
+
+
 def test_a_deeply_nested_line_is_named_and_can_be_skipped(world, tmp_path):
     texts = documents(8, 3000)
     nested = b'{"text": "a", "other": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n"

@@ -98,11 +98,13 @@ def _cut_file(number: int, file: SourceFile, limit: int) -> list[Piece]:
 @lru_cache(maxsize=1)  # the pieces of a file are read in order, and each opening reads the footer
 def open_parquet(file: SourceFile) -> Any:
     """A parquet file with a `text` column."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     # No read-ahead: a column chunk is one request, and other workers read the pieces that follow.
     parquet = pq.ParquetFile(file.open(cache_type="none"), pre_buffer=False)
-    kinds = {field.name: str(getattr(field.type, "value_type", field.type)) for field in parquet.schema_arrow}
+    types = {field.name: field.type for field in parquet.schema_arrow}
+    kinds = {name: str(t.value_type if isinstance(t, pa.DictionaryType) else t) for name, t in types.items()}
     if kinds.get("text") not in ("string", "large_string", "string_view", "null"):
         columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())[:200]
         raise ValueError(f"{file.url} has no `text` column of strings: its columns are {columns}. Convert it")
