@@ -103,6 +103,25 @@ def test_a_snapshot_copies_tensors_in_all_containers():
     assert snapshot["values"] == nested_state()["values"]
 
 
+def test_an_old_checkpoint_that_can_not_be_deleted_is_no_failure_of_the_new_one(here):
+    ranks, lines, folder = Ranks(0, 1, torch.device("cpu")), [], Path("logs/undeletable")
+    folder.mkdir(parents=True)
+    (folder / METRICS).touch()
+    model, dataset = GPT(PRESETS["tiny"], seed=1), open_dataset("data/small")
+    with saver.Saver(folder, dataset, ranks, keep=1, keep_multiple=0, step=0, log=lines.append) as writer:
+        (folder / "checkpoints/.step_000001.old/in-use").mkdir(parents=True)
+        for step in (1, 2, 3):
+            writer.save(model, {"step": step})
+        writer.finish()
+    assert steps_saved("undeletable") == [1, 3]
+    assert [line.split(" | ")[0] for line in lines if "saved" in line] == [
+        f"saved {folder}/checkpoints/step_00000{step}" for step in (1, 2, 3)
+    ]
+    warning = next(line for line in lines if "deleted" in line)
+    assert warning.startswith(f"warning: old checkpoint {folder}/checkpoints/step_000001 can't be deleted completely (")
+    assert "Directory not empty" in warning
+
+
 def test_the_saver_records_and_logs_how_long_each_checkpoint_took(here, monkeypatch):
     ranks, lines, folder = Ranks(0, 1, torch.device("cpu")), [], Path("logs/timed")
     folder.mkdir(parents=True)

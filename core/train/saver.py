@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import checkpoint
+from core import checkpoint, cli
 from core.convert import computes_gpt2
 from core.data.shards import Dataset
 from core.distributed import DeviceClock, Ranks, SynchronizedError
@@ -138,8 +138,11 @@ class Saver:
             if self._keep_multiple and checkpoint.step_of(folder) % self._keep_multiple == 0:
                 continue
             to_delete = folder.with_name(f".{folder.name}.old")  # renamed first: a partly deleted one never shows
-            os.replace(folder, to_delete)
-            shutil.rmtree(to_delete)
+            try:
+                os.replace(folder, to_delete)
+                shutil.rmtree(to_delete)
+            except OSError as error:  # such as a file on NFS that another process reads; the new checkpoint is complete
+                self._log(f"warning: old checkpoint {folder} can't be deleted completely ({cli.message(error)})")
 
     def wait(self) -> None:
         """Wait until the checkpoint in progress is written, or has failed."""
