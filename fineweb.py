@@ -123,7 +123,8 @@ def find_rank() -> tuple[int, int]:
 
 def resolve_settings(config: Config, out: Path, encoding: Any) -> tuple[Files | None, dict[str, Any]]:
     """The source files, or None if the folder is finished, and the header of the manifest."""
-    source, files = prepare.recorded_settings(out).get("source", {}), None
+    source, files = prepare.recorded_settings(out).get("source"), None
+    source = source if isinstance(source, dict) else {}  # another program can write another manifest
     revision = source.get("revision") if source.get("name") == config.source else None
     finished = (out / MANIFEST).is_file()
     if not (revision and finished):  # a commit never changes, so that a finished folder needs no request to the hub

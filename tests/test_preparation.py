@@ -679,6 +679,16 @@ def test_a_shard_whose_record_was_cut_short_is_written_again(world, large, tmp_p
         assert same(out, uninterrupted)
 
 
+@pytest.mark.parametrize("source", [None, "stories", []])
+def test_a_manifest_of_another_program_is_not_overwritten(world, small, tmp_path, source):
+    """Training needs no source in it."""
+    shutil.copytree(small[1], tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest | {"source": source}))
+    message = refused(prepare(world, small[0], tmp_path / "out", *SETTINGS, check=False))
+    assert message.startswith(f"{tmp_path}/out was made with source {source}, but this command has ")
+
+
 def test_a_shard_that_was_cut_short_is_written_again(world, large, tmp_path):
     source, uninterrupted = large
     interrupt(world, source, tmp_path)
