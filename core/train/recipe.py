@@ -161,8 +161,8 @@ def resolve_recipe(
     cli.check_between(0, 2**63 - 1, short_tokens=values.short_tokens, long_every=values.long_every)
     if values.short_tokens >= tokens and values.short_seq_len < seq_len:
         raise ValueError(
-            f"--short-tokens {values.short_tokens} must be less than the {tokens} training tokens, or no step has "
-            f"sequences of {seq_len}. Use --short-tokens 0"
+            f"--short-tokens {values.short_tokens} must be less than the {tokens} training tokens, or the last steps "
+            f"lack sequences of {seq_len}. Use --short-tokens 0"
         )
     return Recipe(**vars(values), name=name, tokens=tokens, seq_len=seq_len, steps=steps)
 
