@@ -46,13 +46,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write by rename: a reader finds the old file or the complete new one. Raises OSError with a remedy."""
+    """Write by rename: a reader finds the old file or the complete new one, also after a power failure.
+
+    Raises OSError with a remedy.
+    """
     if path.exists() and not path.is_file():  # such as /dev/stdout
         path.write_text(text, encoding="utf-8")
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
