@@ -29,6 +29,7 @@ from core import cli
 from core.data.shards import DEFAULT_VAL_TOKENS
 from core.eval.task import format_perplexity
 from core.files import markdown_table, read_metrics
+from core.train.recipe import RECIPES
 from model import PRESETS
 
 RUNS = "time-to-loss"  # the names of the runs start with it
@@ -153,12 +154,12 @@ def display_name(kind: str) -> str:
 
 
 def run_name(config: Config, kind: str, options: str, tokens: int, seed: int) -> tuple[str, list[str]]:
-    """A name that is different for different options, and train.py's arguments."""
+    """A name that is different for different options and values of the recipes, and train.py's arguments."""
     names = ("data", "preset", "seq_len", "val_tokens", "device")
     arguments = [f"{cli.option_name(name)}={getattr(config, name)}" for name in names]
     arguments += [f"--tokens={tokens}", f"--seed={seed}", "--val-every=1000000000", "--save-every=1000000000"]
     arguments += ["--log-every=100", *shlex.split(options)]
-    digest = hashlib.sha256(shlex.join([*arguments, str(config.gpus)]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(shlex.join([*arguments, str(config.gpus), str(RECIPES)]).encode()).hexdigest()[:8]
     return f"{RUNS}-{kind}-{tokens}-{seed}-{digest}", arguments
 
 

@@ -12,6 +12,7 @@ from conftest import children, ended, run, started, wait_until
 from benchmarks.time_to_loss import RISE_STEPS, Config, Outcome, largest_rise, load, main, run_name, times_faster
 from core import cli
 from core.files import METRICS, read_metrics
+from core.train.recipe import RECIPES
 
 
 def outcome(seconds, loss):
@@ -87,7 +88,7 @@ def test_a_run_that_a_signal_stopped_is_not_finished(world, tmp_path):
     assert not [*tmp_path.glob("logs/*/finished")]
 
 
-def test_another_option_is_another_run():
+def test_another_option_or_recipe_is_another_run(monkeypatch):
     config = Config(data="d")
     changes = [{"gpus": 2}, {"data": "e"}, {"preset": "tiny"}, {"seq_len": 64}, {"val_tokens": 5}, {"device": "cpu"}]
     names = [run_name(replace(config, **change), "ours", "--lr 1", 9, 1)[0] for change in ({}, *changes)]
@@ -95,3 +96,5 @@ def test_another_option_is_another_run():
     names += [run_name(config, *given)[0] for given in (("ours", "--lr 1", 8, 1), ("ours", "--lr 1", 9, 2))]
     assert len(set(names)) == len(names)
     assert run_name(replace(config, name="other", lambada="file"), "ours", "--lr 1", 9, 1)[0] == names[0]
+    monkeypatch.setitem(RECIPES, "speedrun", replace(RECIPES["speedrun"], weight_decay=0.02))
+    assert run_name(config, "ours", "--lr 1", 9, 1)[0] not in names
