@@ -173,7 +173,7 @@ class Preparation:
             more = (tokens < target) & (text_bytes < target_bytes) & fits
             last = first + min(int(more.sum()) + 1, int(fits.sum()))
             bar.update(shard.add(documents, first, last))
-            # Tasks before the end of validation count there, all later documents for the next shard.
+            # What validation uses completely is counted there; the block where it ends counts for the next shard.
             if skip <= len(documents.text_bytes) and (chunk.number or more.all()):
                 shard.empty += documents.empty
                 shard.invalid += documents.invalid
