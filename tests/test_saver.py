@@ -1,5 +1,6 @@
 """Checkpoints are written asynchronously, old ones are deleted, and a full disk stops no run."""
 
+import os
 import re
 import signal
 import threading
@@ -17,6 +18,7 @@ from core.data.shards import open_dataset
 from core.distributed import Ranks
 from core.files import METRICS
 from core.train import saver
+from core.train.recipe import Schedule
 from model import GPT, PRESETS
 
 STEPS = 60
@@ -158,6 +160,29 @@ def test_the_newest_and_every_nth_checkpoint_are_kept(here, keep, keep_every, re
     train.main(tiny_config(run=name, steps=21, save_every=2, keep=keep, keep_every=keep_every))
     assert steps_saved(name) == remaining
     assert not list(Path("logs", name, "checkpoints").glob(".*"))
+
+
+def test_permanent_checkpoints_stay_when_a_resume_has_other_intervals(here, monkeypatch):
+    intervals = [
+        {"save_every": 2, "keep_every": 2, "keep": 2},  # permanent: 4, 8, 12
+        {"save_every": 5, "keep_every": 3, "keep": 1},  # 15
+        {"save_every": 7, "keep_every": 0, "keep": 1},
+    ]
+    lr_scale = Schedule.lr_scale
+    for options, last in zip(intervals, (13, 16, 22), strict=True):
+
+        def stopping(self, step, last=last):
+            if step == last:  # not done any more
+                os.kill(os.getpid(), signal.SIGTERM)
+            return lr_scale(self, step)
+
+        monkeypatch.setattr(Schedule, "lr_scale", stopping)
+        train.main(tiny_config(run="changed", steps=30, **options))
+    assert steps_saved("changed") == [4, 8, 12, 15, 22]
+    folder = Path("logs/changed")
+    assert {checkpoint.step_of(path) for path in saver.permanent_checkpoints(folder)} == {4, 8, 12, 15}
+    (folder / "run.json").write_text("{")  # unknown intervals: nothing that exists is deleted
+    assert len(saver.permanent_checkpoints(folder)) == 5
 
 
 def test_a_failed_write_deletes_no_older_checkpoint(here, monkeypatch):

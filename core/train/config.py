@@ -230,7 +230,7 @@ class CheckpointConfig:
     keep: int = 3
     """Number of newest checkpoints on disk (124M: 1.5 GB each, 12 bytes per parameter)."""
     keep_every: int = 5
-    """Keep every Nth checkpoint permanently; 0: none. A resume with other intervals keeps those of the new ones."""
+    """Keep every Nth checkpoint permanently; 0: none."""
     resume: Literal["auto", "never"] = "auto"
     """Start of a run that exists. auto: resume from the newest valid checkpoint. never: end with an error; a restart by
     torchrun --max-restarts still resumes."""

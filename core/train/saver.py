@@ -1,5 +1,6 @@
 """Asynchronous checkpoints: a snapshot in host memory, written by a thread while training continues."""
 
+import json
 import os
 import shutil
 import threading
@@ -19,6 +20,20 @@ from core.train.model_card import model_card
 from model import GPT
 
 
+def permanent_checkpoints(run: Path) -> frozenset[Path]:
+    """The checkpoints that earlier processes kept permanently, perhaps with other intervals than this one.
+
+    run.json has the settings of the last process. Where it can't be read, all that exist.
+    """
+    folders = checkpoint.list_checkpoints(run)
+    try:
+        last = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        keep, multiple = int(last["keep"]), last["keep_every"] * last["save_every"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return frozenset(folders)
+    return frozenset([*folders[:-keep], *(f for f in folders if multiple and checkpoint.step_of(f) % multiple == 0)])
+
+
 class Saver:
     """Writes the checkpoints of a run and deletes old ones. Every rank has one; rank 0 does the work."""
 
@@ -32,13 +47,14 @@ class Saver:
         keep_multiple: int,
         step: int,
         log: Callable[[str], None],
+        permanent: frozenset[Path] = frozenset(),
     ) -> None:
         """Keep the `keep` newest checkpoints, and permanently those whose step is a multiple of `keep_multiple`.
 
-        `keep_multiple` 0: no others. `step`: the run starts there, and needs no checkpoint of it.
+        `keep_multiple` 0: no others but `permanent`. `step`: the run starts there, and needs no checkpoint of it.
         """
         self._run, self._dataset, self._ranks, self._log = run, dataset, ranks, log
-        self._keep, self._keep_multiple = keep, keep_multiple
+        self._keep, self._keep_multiple, self._permanent = keep, keep_multiple, permanent
         self.saved_step = step  # of the newest checkpoint
         self.blocked_seconds: list[float] = []  # training waited this long for each snapshot
         self.write_seconds: list[float] = []
@@ -135,7 +151,8 @@ class Saver:
         """Delete all but those to keep. Checkpoints after `step` are damaged ones, to be overwritten later."""
         folders = [f for f in checkpoint.list_checkpoints(self._run) if checkpoint.step_of(f) <= step]
         for folder in folders[: -self._keep]:
-            if self._keep_multiple and checkpoint.step_of(folder) % self._keep_multiple == 0:
+            is_multiple = self._keep_multiple and checkpoint.step_of(folder) % self._keep_multiple == 0
+            if is_multiple or folder in self._permanent:
                 continue
             to_delete = folder.with_name(f".{folder.name}.old")  # renamed first: a partly deleted one never shows
             try:

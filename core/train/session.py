@@ -12,7 +12,7 @@ from core.train.interrupts import Interrupts
 from core.train.loader import open_loader
 from core.train.logging import RunLog, StepLogger, versions
 from core.train.profiling import PROFILED_STEPS, profiled
-from core.train.saver import Saver
+from core.train.saver import Saver, permanent_checkpoints
 from core.train.setup import Run
 
 
@@ -51,6 +51,7 @@ def open_session(run: Run) -> Iterator[Session]:
     config, recipe, ranks = run.config, run.recipe, run.ranks
     with ExitStack() as stack:
         logs: list[RunLog] = []
+        permanent = permanent_checkpoints(run.folder) if ranks.is_main else frozenset()  # before run.json changes
 
         def start_log() -> frozenset[str]:
             logs.append(open_log(run))
@@ -67,6 +68,7 @@ def open_session(run: Run) -> Iterator[Session]:
             keep_multiple=config.checkpoints.keep_every * config.checkpoints.save_every,
             step=run.step,
             log=log,
+            permanent=permanent,
         )
         stack.enter_context(saver)
         profile_step = open_profiler(run, log, stack)
