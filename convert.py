@@ -43,7 +43,9 @@ def main(config: Config) -> None:
     source = checkpoint.resolve(config.ckpt)
     model = checkpoint.load_model(source)
     if config.format != "hf" and not computes_gpt2(model):
-        raise ValueError(f"--format {config.format} is for a GPT-2, which model.py doesn't compute. Use --format hf")
+        raise ValueError(
+            f"--format {config.format} needs the network of GPT-2, and model.py computes another one. Use --format hf"
+        )
     if config.format == "llmc":
         formats.write_llmc(model, out / "model.bin", config.dtype)
     elif config.format == "nanogpt":

@@ -40,7 +40,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    cli.check_positive(tokens=1 if config.tokens is None else config.tokens, samples=config.samples)
+    cli.check_positive(tokens=config.tokens, samples=config.samples)
     source = checkpoint.resolve(config.ckpt)
     model = checkpoint.load_model(source).to(pick_device(config.device))
     encoding = checkpoint.load_encoding(source, model.config.vocab_size)

@@ -197,7 +197,7 @@ def evaluate(
         if run.is_due(evaluation.every) and evaluation.split not in already_logged:
             result = evaluation.run(run.model, stop=stop)
             if result is None:
-                session.logger.stop = True  # here: after another step, a resume would leave out the evaluation
+                session.logger.stop = True  # before another step, or a resume would leave out this evaluation
                 return
             run.val_loss = result.get("loss", run.val_loss)
             session.log(f"step {run.step}/{run.recipe.steps} | {evaluation.describe(result)}")

@@ -76,8 +76,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    passages = 1 if config.passages is None else config.passages
-    cli.check_positive(passages=passages, questions=config.questions, limit_minutes=config.limit_minutes)
+    cli.check_positive(passages=config.passages, questions=config.questions, limit_minutes=config.limit_minutes)
     cli.check_positive(batch_sizes=min(config.batch_sizes, default=0))
     deadline = time.monotonic() + 60 * config.limit_minutes
     out = Path(config.out)

@@ -55,8 +55,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    passages = 1 if config.passages is None else config.passages
-    cli.check_positive(passages=passages, plain_questions=config.plain_questions, rounds=config.rounds)
+    cli.check_positive(passages=config.passages, plain_questions=config.plain_questions, rounds=config.rounds)
     cli.check_positive(batch_sizes=min(config.batch_sizes, default=0))
     device = pick_device(config.device)
     source = checkpoint.resolve(config.ckpt)

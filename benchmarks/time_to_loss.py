@@ -35,7 +35,7 @@ from model import PRESETS
 RUNS = "time-to-loss"  # the names of the runs start with it
 OURS = "ours"  # this project's kind, in the names of its runs and in NAME.json
 SMOOTHED_POINTS = 60  # of a plotted curve
-RISE_STEPS = 32  # steps whose mean loss must not rise; a multiple of the recipe's `long_every`
+RISE_STEPS = 32  # steps whose mean loss is compared; a multiple of speedrun's long_every
 
 
 @dataclass

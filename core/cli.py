@@ -306,10 +306,10 @@ def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-def check_positive(**values: float) -> None:
-    """Raise ValueError for a value that isn't positive and finite, by the name of its option."""
+def check_positive(**values: float | None) -> None:
+    """Raise ValueError for a value that isn't positive and finite, by the name of its option. None: not given."""
     for name, value in values.items():
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{option_name(name)} {value} must be above 0")
 
 

@@ -152,7 +152,7 @@ def test_only_gpt2_is_converted_for_programs_that_compute_gpt2(compared):
     edit, folder, found = compared
     for form in ("llmc", "nanogpt"):
         assert (folder / form).exists() == (edit is None)
-        message = f"--format {form} is for a GPT-2, which model.py doesn't compute. Use --format hf"
+        message = f"--format {form} needs the network of GPT-2, and model.py computes another one. Use --format hf"
         assert found["refused"].get(form) == (None if edit is None else message)
 
 

@@ -46,6 +46,7 @@ def test_seconds_at_the_loss_are_interpolated_between_two_runs(runs, expected):
 )
 def test_largest_rise_is_that_of_the_mean_loss(losses, rise):
     assert largest_rise(losses) == pytest.approx(rise)
+    assert RISE_STEPS % RECIPES["speedrun"].long_every == 0  # each mean has equally many steps with long sequences
 
 
 def test_both_recipes_from_scratch(world, monkeypatch, capsys):

@@ -161,7 +161,7 @@ class RecipeConfig:
     long_every: Annotated[
         int | None,
         recipe_option(
-            "long_every", "While sequences are short, each Nth step has long ones, which train all positions; 0: none."
+            "long_every", "While sequences are short, every Nth step has long ones, which train all positions; 0: none."
         ),
     ] = None
     windows: Annotated[

@@ -137,7 +137,7 @@ def resolve_recipe(
         raise ValueError(f"--recipe {name} is unknown. Choose from {', '.join(RECIPES)}")
     overrides = overrides or {}
     seq_len = shape.n_positions if seq_len is None else seq_len
-    cli.check_positive(tokens=tokens, seq_len=seq_len, steps=1 if steps is None else steps)
+    cli.check_positive(tokens=tokens, seq_len=seq_len, steps=steps)
     if seq_len > shape.n_positions:
         raise ValueError(
             f"--seq-len {seq_len} exceeds the context of {describe(shape)}. Use --seq-len {shape.n_positions} or less"
@@ -321,9 +321,9 @@ class Schedule:
         return self._batches.sequences_before(step) * self._recipe.seq_len
 
     def seq_len(self, step: int) -> int:
-        """Tokens per sequence; sequences of the first `short_tokens` tokens are split, but for each Nth step.
+        """Tokens per sequence. In the first `short_tokens` tokens they are short, except in every `long_every`-th step.
 
-        The long ones train the positions that short ones lack, so that the loss doesn't rise where all become long.
+        Long sequences train the positions that short ones lack, so that the loss doesn't rise where all become long.
         """
         recipe = self._recipe
         is_long = recipe.long_every > 0 and (step + 1) % recipe.long_every == 0

@@ -28,7 +28,7 @@ def permanent_checkpoints(run: Path) -> frozenset[Path]:
     folders = checkpoint.list_checkpoints(run)
     try:
         last = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        keep, multiple = int(last["keep"]), last["keep_every"] * last["save_every"]
+        keep, multiple = int(last["keep"]), int(last["keep_every"]) * int(last["save_every"])
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset(folders)
     return frozenset([*folders[:-keep], *(f for f in folders if multiple and checkpoint.step_of(f) % multiple == 0)])
