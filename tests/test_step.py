@@ -47,18 +47,18 @@ def test_loader_yields_the_micro_batches_of_all_steps_in_order(world):
 def test_no_step_compiles_what_compile_shapes_has_compiled(monkeypatch):
     """All shapes are within the compiler's limit of graphs, beyond which it leaves a function uncompiled."""
     monkeypatch.setattr("core.train.recipe.FIRST_PHASE_STEPS", 2)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     grown = {"recipe": "speedrun", "first_batch_tokens": 64, "batch_tokens": 512, "short_seq_len": 16, "steps": 40}
     recipe = resolved(**grown, micro_batch=8)
     shapes = Schedule(recipe).shapes(0)
     torch._dynamo.reset()
     compiled = torch.compile(GPT(PRESETS["tiny"]), dynamic=False, backend="eager")
     graphs = torch._dynamo.utils.counters["stats"]
-    compile_shapes(compiled, recipe, replace(PLAIN, compile=True), 8, CPU, 0)
-    count = graphs["unique_graphs"]
-    for sequences, seq_len in shapes:
-        tokens = torch.zeros(2, sequences * 64 // seq_len, seq_len, dtype=torch.long)
-        compiled(*tokens).backward()
+    with torch._dynamo.config.patch(recompile_limit=1):  # monkeypatch would remove the option at the end
+        compile_shapes(compiled, recipe, replace(PLAIN, compile=True), 8, CPU, 0)
+        count = graphs["unique_graphs"]
+        for sequences, seq_len in shapes:
+            tokens = torch.zeros(2, sequences * 64 // seq_len, seq_len, dtype=torch.long)
+            compiled(*tokens).backward()
     assert graphs["unique_graphs"] == count
     assert count >= len(shapes) >= 5
 
