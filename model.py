@@ -57,12 +57,14 @@ class GPTConfig:
         """Weights of the matrices, head included and positions excluded: 123.5 million for gpt2."""
         return 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int, candidates: int = 0) -> float:
         """Training FLOPs per token: 6 per matrix weight (head included), plus the causal half of attention.
 
         Chowdhery et al. 2022 (PaLM), appendix B, with half of its attention term: the masked half isn't computed.
+        `candidates`: rows of the head that a sampled softmax takes; 0: all.
         """
-        return 6 * self.matrix_weights + 6 * self.n_layer * seq_len * self.n_embd
+        unused = (self.vocab_size - candidates) * self.n_embd if candidates else 0
+        return 6 * (self.matrix_weights - unused) + 6 * self.n_layer * seq_len * self.n_embd
 
 
 PRESETS = {
@@ -274,14 +276,20 @@ class GPT(nn.Module):
         """The tied head without padding: (..., C) -> (..., vocab_size)."""
         return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, vocab_size); with targets (B, T) the mean cross-entropy instead, in nats per token."""
-        hidden = self.hidden(tokens, cache)
-        return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets)
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *candidates: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits (B, T, vocab_size); with targets (B, T) the mean cross-entropy instead, in nats per token.
 
-    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        candidates: see `ops.linear_cross_entropy`.
+        """
+        hidden = self.hidden(tokens, cache)
+        return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets, *candidates)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, *candidates: Tensor) -> Tensor:
         """Mean cross-entropy of (B, T, C) on targets (B, T), in nats per token."""
-        return ops.linear_cross_entropy(hidden, self.transformer.wte.weight, targets, self.config.vocab_size)
+        weight, vocab_size = self.transformer.wte.weight, self.config.vocab_size
+        return ops.linear_cross_entropy(hidden, weight, targets, vocab_size, *candidates)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":

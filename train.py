@@ -29,7 +29,8 @@ from core.train.config import Config
 from core.train.graphs import Graphs, record_small_steps
 from core.train.interrupts import Interrupts
 from core.train.optim import OptimizerGroup
-from core.train.recipe import Schedule
+from core.train.sampling import shape_of
+from core.train.schedule import Schedule
 from core.train.session import Session, open_session
 from core.train.setup import Run
 from core.train.validation import Evaluation, build_evaluations, evaluate_only, sample_line
@@ -84,14 +85,14 @@ def train(run: Run) -> None:
         logger.restart_clock()
         while run.step < recipe.steps and not logger.stop:
             lr_scale, sequences = schedule.lr_scale(run.step), len(schedule.sequences(run.step))
-            flops_per_token = model.config.flops_per_token(schedule.seq_len(run.step))
+            shape, accumulation = schedule.split(run.step, run.micro_batch, ranks.world_size)
             optimizer.set_lr(lr_scale)
             metrics = train_step(
                 loss_fn,
                 optimizer,
                 run.scaler,
                 session.batches,
-                accumulation=sequences // ranks.world_size // setup.micro_batch_size(sequences, run.micro_batch, ranks),
+                accumulation=accumulation,
                 grad_clip=recipe.grad_clip,
                 dtype=run.system.dtype,
                 ranks=ranks,
@@ -105,7 +106,7 @@ def train(run: Run) -> None:
                 step=run.step,
                 tokens=run.tokens,
                 step_tokens=sequences * recipe.seq_len,
-                flops_per_token=flops_per_token,
+                flops_per_token=model.config.flops_per_token(shape.seq_len, shape.candidates),
                 lr=lr_scale * recipe.lr,
                 metrics=metrics,
             )
@@ -141,14 +142,14 @@ def train_step(
         interrupts.heartbeat()
         if interrupts.stop_step(ranks):
             return None
-        inputs, targets = ranks.to_device(*next(batches))  # (B, T)
+        batch = ranks.to_device(*next(batches))  # inputs and targets (B, T)
         is_last = i == accumulation - 1
-        if accumulation == 1 and (graph := graphs.get(tuple(inputs.shape))):
-            loss = graph.backward(inputs, targets)  # the same as below
+        if accumulation == 1 and (graph := graphs.get(shape_of(batch))):
+            loss = graph.backward(batch)  # the same as below
         else:
             with nullcontext() if is_last or ranks.world_size == 1 else loss_fn.no_sync():  # DDP reduces once
                 with autocast(ranks, dtype):
-                    loss = loss_fn(inputs, targets) / accumulation
+                    loss = loss_fn(*batch) / accumulation
                 scaler.scale(loss).backward()  # the loss itself, unless dtype is float16
         loss_sum += loss.detach()
     sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop_requested)])

@@ -123,7 +123,7 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
     device = pick_device(device_name)
     if "WORLD_SIZE" not in os.environ:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # events of cuda:1 must be recorded on its own stream
+            use_stream(device)
         yield Ranks(rank=0, world_size=1, device=device)
         return
     rank, local_rank, world_size = launched_ranks()
@@ -135,8 +135,7 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
                 f"Use --nproc_per_node={count}"
             )
         device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream can't be recorded as a CUDA graph
+        use_stream(device)
     on_cuda = device.type == "cuda"
     limit = timedelta(seconds=timeout)
     dist.init_process_group(
@@ -149,6 +148,12 @@ def process_group(device_name: str, timeout: float = 600) -> Iterator[Ranks]:
     )
     yield Ranks(rank=rank, world_size=world_size, device=device)
     dist.destroy_process_group()
+
+
+def use_stream(device: torch.device) -> None:
+    """Run all work of this thread on a stream of its own: the default stream can't be recorded as a CUDA graph."""
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def launched_ranks() -> tuple[int, int, int]:

@@ -40,9 +40,9 @@ from model import GPT
 
 call, rank, forward, main = -2, int(os.environ.get("RANK", 0)), GPT.forward, train.train  # two calls time a step
 
-def faulty(self, tokens, targets=None, cache=None):
+def faulty(self, tokens, targets=None, *candidates, cache=None):
     global call
-    loss = forward(self, tokens, targets, cache)
+    loss = forward(self, tokens, targets, *candidates, cache=cache)
     if torch.is_grad_enabled():
         call += 1
         if {when}:
@@ -209,7 +209,7 @@ def option_names(config):
 
 def resolved(world_size=1, shape=PRESETS["tiny"], micro_batch=1, recipe="original", **options):
     """A resolved recipe; options as on the command line of train.py."""
-    lengths = {name: options.pop(name, None) for name in ("tokens", "steps", "unique_tokens")}
+    lengths = {name: options.pop(name, None) for name in ("tokens", "steps", "unique_tokens", "vocab_size")}
     lengths["tokens"] = lengths["tokens"] if lengths["tokens"] is not None else 10_000_000_000
     seq_len = options.pop("seq_len", 64)
     division = {"micro_batch": micro_batch, "world_size": world_size}

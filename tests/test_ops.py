@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from core import ops
-from core.ops import kernels
+from core.ops import kernels, loss_kernels
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # 1 / (1 + inf) is 0, as intended
@@ -87,18 +87,22 @@ def test_pack(draw, layout):
 
 
 @pytest.mark.parametrize("vocab, block", [(1000, 8192), (1000, 256), (1024, 256), (770, 256)])
-def test_cross_entropy(draw, monkeypatch, vocab, block):
+@pytest.mark.parametrize("has_offsets", [False, True])
+def test_cross_entropy(draw, monkeypatch, vocab, block, has_offsets):
     """Loss and gradients, for columns that fill all blocks or not. The padding has no gradient."""
-    monkeypatch.setattr(kernels, "LOGITS_BLOCK", block)
+    monkeypatch.setattr(loss_kernels, "LOGITS_BLOCK", block)
     padded, C = 1024, 32
     hidden, weight = draw(9, C), draw(padded, C, scale=0.5)
     targets = torch.randint(vocab, (9,))
     targets[:2] = torch.tensor([0, vocab - 1])
     wide, head = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    expected = F.cross_entropy((wide @ head.T)[:, :vocab], targets)
+    offsets = 3 * torch.rand(vocab) if has_offsets else None
+    expected = F.cross_entropy((wide @ head.T)[:, :vocab] + (0 if offsets is None else offsets), targets)
     expected.backward()
     for chunk_rows in (4, 9):
-        loss, d_hidden, d_weight = kernels.linear_cross_entropy(hidden, weight, targets, vocab, chunk_rows)
+        loss, d_hidden, d_weight = loss_kernels.linear_cross_entropy(
+            hidden, weight, targets, offsets, vocab, chunk_rows
+        )
         assert loss.item() == pytest.approx(expected.item(), abs=1e-2 if hidden.dtype == torch.float16 else 1e-5)
         assert error(d_hidden, wide.grad) < 3 * TOLERANCE[hidden.dtype]
         assert error(d_weight, head.grad) < 3 * TOLERANCE[hidden.dtype]
@@ -111,7 +115,7 @@ def test_cross_entropy_of_logits_far_from_zero(offset):
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(4, 32) * 5, torch.randn(128, 32), torch.tensor([0, 5, 50, 99])
     hidden[:, 0], weight[:, 0] = offset, 1.0
-    loss, d_hidden, _ = kernels.linear_cross_entropy(hidden, weight, targets, 100, 4)
+    loss, d_hidden, _ = loss_kernels.linear_cross_entropy(hidden, weight, targets, None, 100, 4)
     wide = hidden.double().requires_grad_()
     expected = F.cross_entropy((wide @ weight.double().T)[:, :100], targets)
     expected.backward()
@@ -132,7 +136,7 @@ def test_operators_declare_their_shapes_and_dtypes_to_the_compiler():
     norm = (x, torch.randn(20), torch.rand(20), torch.randn(32), draw(20, 32), draw(20, 32))
     torch.library.opcheck(kernels.norm_backward, norm, test_utils=tests)
     torch.library.opcheck(kernels.pack, [draw(2, 2, 10, 8) for _ in range(3)], test_utils=tests)
-    torch.library.opcheck(kernels.linear_cross_entropy, (x, weight, targets, 100, 16), test_utils=tests)
+    torch.library.opcheck(loss_kernels.linear_cross_entropy, (x, weight, targets, None, 100, 16), test_utils=tests)
 
 
 @pytest.fixture

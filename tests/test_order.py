@@ -18,7 +18,7 @@ from core.data.shards import TokenOrder, Windows, open_dataset
 from core.distributed import Ranks
 from core.files import sha256
 from core.train.loader import TokenDropout, micro_batches, open_loader
-from core.train.recipe import Schedule
+from core.train.schedule import Schedule
 
 SEQ_LEN = 16
 # Three epochs of ten windows, computed once. If they changed, every resumed run would train on other tokens.

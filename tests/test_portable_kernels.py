@@ -17,13 +17,14 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from core.ops import kernels
+from core.ops import kernels, loss_kernels
 
 kernels_, capabilities = json.loads(sys.argv[1])
 found = {}
 for name, (signature, constants, warps) in kernels_.items():
     signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=getattr(kernels, name), signature=signature, constexprs=constants)
+    function, module = name.split()[0], loss_kernels if name.startswith("cross") else kernels
+    source = ASTSource(fn=getattr(module, function), signature=signature, constexprs=constants)
     for capability in capabilities:
         target = GPUTarget("cuda", capability, 32)
         compiled = triton.compile(source, target=target, options={"num_warps": warps})
@@ -35,8 +36,10 @@ NORM |= {"dx": "*bf16", "sums": "*fp32", "rows": "i32"}
 PACK = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "stride_b": "i32", "stride_h": "i32", "stride_t": "i32"}
 PACK |= {"packed": "*bf16", "sums": "*fp32", "rows": "i32", "T": "i32"}
 LOSS = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "scale": "fp32"}
+SAMPLED = LOSS | {"offsets": "*fp32"}
 KERNELS = {  # signature, constants, warps
-    "cross_entropy_kernel": (LOSS, {"VOCAB": 50257, "PADDED": 50304, "BLOCK": 8192}, 32),
+    "cross_entropy_kernel": (LOSS, {"offsets": None, "VOCAB": 50257, "PADDED": 50304, "BLOCK": 8192}, 32),
+    "cross_entropy_kernel sampled": (SAMPLED, {"VOCAB": 16384, "PADDED": 16384, "BLOCK": 8192}, 32),
     "norm_backward_kernel": (NORM, {"C": 768, "BLOCK": 1024}, 4),
     "pack_kernel": (PACK, {"H": 12, "D": 64, "ROWS": 64, "BLOCK_D": 64}, 2),
 }

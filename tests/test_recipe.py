@@ -18,7 +18,8 @@ from core.files import read_metrics
 from core.train.init import align_keys
 from core.train.loader import micro_batches
 from core.train.optim import OPTIMIZERS
-from core.train.recipe import LEARNING_RATES, RECIPES, SETTINGS, Schedule, resolve_recipe
+from core.train.recipe import LEARNING_RATES, RECIPES, SETTINGS, resolve_recipe
+from core.train.schedule import Schedule, Shape
 from core.train.setup import load_model, resolve
 from model import GPT, PRESETS
 
@@ -124,8 +125,9 @@ def test_sequences_are_short_for_the_first_tokens_but_for_each_nth_step():
     short_steps = next(step for step in range(recipe.steps) if schedule.tokens(step) >= recipe.short_tokens)
     assert lengths == [1024 if step % 16 == 15 or step >= short_steps else 256 for step in range(recipe.steps)]
     assert speedrun(tokens=10_000_000).short_tokens == pytest.approx(4_000_000, rel=0.01)  # at most 0.4 of all
-    assert set(schedule.shapes(0)) == {(16, 256), (16, 1024), (32, 256), (32, 1024), (64, 256), (64, 1024), (128, 1024)}
-    assert schedule.shapes(recipe.steps - 1) == [(128, 1024)]
+    sizes = {(shape.rows * shape.seq_len // 1024, shape.seq_len) for shape, _ in schedule.splits(0, 1024, 1)}
+    assert sizes == {(16, 256), (16, 1024), (32, 256), (32, 1024), (64, 256), (64, 1024), (128, 1024)}
+    assert schedule.splits(recipe.steps - 1, 64, 1) == [(Shape(64, 1024, 20_480), 2)]
 
 
 def test_all_sequences_of_the_first_tokens_can_be_short():
@@ -220,7 +222,7 @@ def test_every_value_can_be_set_and_is_recorded_in_run_json(world):
     given |= {"weight_decay": 0.3, "grad_clip": 0.5, "lr_schedule": "cosine", "warmup_steps": 1, "decay_fraction": 0.2}
     given |= {"final_lr_fraction": 0.3, "batch_tokens": 1024, "first_batch_tokens": 512, "short_seq_len": 32}
     given |= {"short_tokens": 600, "init": "gpt2", "steps": 3, "token_dropout": 0.2, "windows": "fixed"}
-    given |= {"long_every": 2}
+    given |= {"long_every": 2, "softmax": "full"}
     assert given.keys() == set(SETTINGS)
     command = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     base = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--device", "cpu", "--val-tokens", 640)
@@ -297,14 +299,14 @@ def test_aligned_initialization_copies_queries_to_keys_and_changes_nothing_else(
 
 
 def test_two_ranks_share_each_step_while_batch_and_sequences_grow(world, monkeypatch):
-    monkeypatch.setattr("core.train.recipe.FIRST_PHASE_STEPS", 4)
+    monkeypatch.setattr("core.train.schedule.FIRST_PHASE_STEPS", 4)
     dataset = open_dataset(world / "data/small")
     windows = Windows(dataset, "train", 64)
     order = TokenOrder(dataset.manifest_hash, 5, 64, len(windows))
     grown = {"recipe": "speedrun", "first_batch_tokens": 128, "batch_tokens": 512, "short_seq_len": 16, "steps": 12}
     recipe = resolved(**grown, micro_batch=2, world_size=2)
     schedule = Schedule(recipe)
-    assert len(schedule.shapes(0)) > 3
+    assert len(schedule.splits(0, 2, 2)) > 3
 
     def rows(rank, world_size, step):
         ranks = Ranks(rank, world_size, torch.device("cpu"))
@@ -319,7 +321,7 @@ def test_two_ranks_share_each_step_while_batch_and_sequences_grow(world, monkeyp
 
 def test_interrupted_run_ends_bit_identical(world, monkeypatch):
     """Batch and sequence length change before and after the interruption."""
-    monkeypatch.setattr("core.train.recipe.FIRST_PHASE_STEPS", 4)
+    monkeypatch.setattr("core.train.schedule.FIRST_PHASE_STEPS", 4)
     command = (*TRAIN[:4], "--device", "cpu", "--data", "data/small", "--val-tokens", 640, "--recipe", "speedrun")
     command += ("--first-batch-tokens", 512, "--short-seq-len", 16, "--steps", 14, "--save-every", 6, "--run", "grown")
     train_here(*command, cwd=world)

@@ -18,7 +18,7 @@ from core.data.shards import open_dataset
 from core.distributed import Ranks
 from core.files import METRICS
 from core.train import saver
-from core.train.recipe import Schedule
+from core.train.schedule import Schedule
 from model import GPT, PRESETS
 
 STEPS = 60

@@ -20,7 +20,8 @@ from core.files import read_metrics
 from core.train import memory
 from core.train.loader import micro_batches, open_loader
 from core.train.optim import build_optimizer
-from core.train.recipe import Schedule
+from core.train.sampling import blank_batch
+from core.train.schedule import Schedule
 from core.train.setup import System, compile_shapes, fit_micro_batch
 from core.train.validation import Validation
 from model import GPT, PRESETS
@@ -46,19 +47,18 @@ def test_loader_yields_the_micro_batches_of_all_steps_in_order(world):
 
 def test_no_step_compiles_what_compile_shapes_has_compiled(monkeypatch):
     """All shapes are within the compiler's limit of graphs, beyond which it leaves a function uncompiled."""
-    monkeypatch.setattr("core.train.recipe.FIRST_PHASE_STEPS", 2)
+    monkeypatch.setattr("core.train.schedule.FIRST_PHASE_STEPS", 2)
     grown = {"recipe": "speedrun", "first_batch_tokens": 64, "batch_tokens": 512, "short_seq_len": 16, "steps": 40}
     recipe = resolved(**grown, micro_batch=8)
-    shapes = Schedule(recipe).shapes(0)
+    shapes = dict(Schedule(recipe).splits(0, 8, 1))
     torch._dynamo.reset()
     compiled = torch.compile(GPT(PRESETS["tiny"]), dynamic=False, backend="eager")
     graphs = torch._dynamo.utils.counters["stats"]
     with torch._dynamo.config.patch(recompile_limit=1):  # monkeypatch would remove the option at the end
         compile_shapes(compiled, recipe, replace(PLAIN, compile=True), 8, CPU, 0)
         count = graphs["unique_graphs"]
-        for sequences, seq_len in shapes:
-            tokens = torch.zeros(2, sequences * 64 // seq_len, seq_len, dtype=torch.long)
-            compiled(*tokens).backward()
+        for shape in shapes:
+            compiled(*blank_batch(shape, CPU.device)).backward()
     assert graphs["unique_graphs"] == count
     assert count >= len(shapes) >= 5
 

@@ -222,11 +222,12 @@ class Windows:
         import torch
 
         shifts = np.zeros(len(indices), dtype=np.int64) if shifts is None else shifts
-        rows = np.stack([self._window(int(i), int(shift)) for i, shift in zip(indices, shifts, strict=True)])
+        rows = np.stack([self.window(int(i), int(shift)) for i, shift in zip(indices, shifts, strict=True)])
         ids = torch.from_numpy(rows)  # (B, T + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def _window(self, index: int, shift: int) -> np.ndarray:
+    def window(self, index: int, shift: int = 0) -> np.ndarray:
+        """The ids (T + 1,) int64 of a window: its inputs, then the last target."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         tokens = self._open(shard)

@@ -88,15 +88,27 @@ def add_norm(x: Tensor, branch: Tensor, bias: Tensor, norm: Any) -> tuple[Tensor
     return total.view_as(x), normal.view_as(x)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    candidates: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy of the logits x @ weight.T on targets (B, T), in nats per token; x (B, T, C), weight (V, C).
 
     Rows of the weight from `vocab_size` on are padding: they are excluded, get no gradient and stay zero.
+    Sampled softmax: the logits are those of the ids `candidates` (K,) plus `offsets` (K,), and targets are indices of
+    candidates.
     """
     if torch.is_grad_enabled() and (dtype := kernel_dtype(x)) is not None:
-        return LinearCrossEntropy.apply(x.to(dtype).flatten(0, 1), weight.to(dtype), targets.flatten(), vocab_size)
-    # On CUDA, slicing takes 1.05 times as long as masking; on a CPU, masking takes 1.2 times as long (LOG.md).
-    logits = masked_logits(x, weight, vocab_size) if x.is_cuda else F.linear(x, weight[:vocab_size])
+        flat = x.to(dtype).flatten(0, 1), weight.to(dtype), targets.flatten()
+        return LinearCrossEntropy.apply(*flat, vocab_size, candidates, offsets)
+    if candidates is not None and offsets is not None:
+        logits = F.linear(x, weight[candidates]) + offsets
+    else:  # on CUDA, slicing takes 1.05 times as long as masking; on a CPU, masking takes 1.2 times as long (LOG.md)
+        logits = masked_logits(x, weight, vocab_size) if x.is_cuda else F.linear(x, weight[:vocab_size])
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
@@ -171,14 +183,27 @@ class LinearCrossEntropy(Function):
     """The kernel body of `linear_cross_entropy`, x (N, C). Forward computes the gradients too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        from core.ops import kernels
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        candidates: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        from core.ops import loss_kernels
 
-        loss, d_x, d_weight = kernels.linear_cross_entropy(x, weight, targets, vocab_size, CHUNK_ROWS)
-        ctx.save_for_backward(d_x, d_weight)
+        rows, size = (weight, vocab_size) if candidates is None else (weight[candidates], len(candidates))
+        loss, d_x, d_rows = loss_kernels.linear_cross_entropy(x, rows, targets, offsets, size, CHUNK_ROWS)
+        ctx.save_for_backward(d_x, d_rows, candidates)
+        ctx.weight_shape = weight.shape
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, d_weight = ctx.saved_tensors
-        return (d_x * d_loss).to(d_x.dtype), (d_weight * d_loss).to(d_x.dtype), None, None
+        d_x, d_rows, candidates = ctx.saved_tensors
+        d_weight = (d_rows * d_loss).to(d_x.dtype)
+        if candidates is not None:
+            d_weight = d_weight.new_zeros(ctx.weight_shape).index_copy(0, candidates, d_weight)
+        return (d_x * d_loss).to(d_x.dtype), d_weight, None, None, None, None

@@ -10,16 +10,17 @@ from core import cli
 from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS
 from core.train.optim import OPTIMIZERS
 from core.train.recipe import (
-    FIRST_PHASE_STEPS,
     INITIALIZERS,
-    LR_SCHEDULES,
     RECIPES,
     SMALL_BATCH_TOKENS,
     SMALL_FIRST_BATCH_TOKENS,
+    SMALL_VOCABULARY,
+    SOFTMAXES,
     WINDOWS,
     Recipe,
     RecipeValues,
 )
+from core.train.schedule import FIRST_PHASE_STEPS, LR_SCHEDULES
 from model import PRESETS, GPTConfig
 
 
@@ -171,6 +172,15 @@ class RecipeConfig:
     init: Annotated[
         Literal[tuple(INITIALIZERS)] | None,  # type: ignore[valid-type]
         recipe_option("init", "Initial weights. aligned: the keys of each head start equal to its queries."),
+    ] = None
+    softmax: Annotated[
+        Literal[SOFTMAXES] | None,  # type: ignore[valid-type]
+        recipe_option(
+            "softmax",
+            f"Tokens in the softmax of the training loss. sampled: after the first {FIRST_PHASE_STEPS} steps, in those "
+            "of at most 131,072 tokens, the targets and a random sample of the others. speedrun takes full where "
+            f"tokens repeat, and for vocabularies of at most {SMALL_VOCABULARY:,}.",
+        ),
     ] = None
 
 

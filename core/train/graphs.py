@@ -1,8 +1,8 @@
-"""CUDA graphs of the steps that are one micro-batch on each of several GPUs.
+"""CUDA graphs of the steps that are one micro-batch on each GPU.
 
 The GPUs finish a small step faster than the host can launch its kernels one by one: 22 ms against 55 ms for 16,384
-tokens on two H200s. A CUDA graph launches all kernels of the forward and backward pass at once. Gradients are averaged
-after it in one piece, which for 65,536 tokens per GPU is 1.8 % faster than DDP.
+tokens on two H200s. A CUDA graph launches all kernels of the forward and backward pass at once. The gradients of
+several GPUs are averaged after it in one piece, which for 65,536 tokens per GPU is 1.8 % faster than DDP.
 """
 
 import time
@@ -14,21 +14,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from core.distributed import Ranks, autocast
-from core.train.recipe import Recipe, Schedule
+from core.train.recipe import Recipe
+from core.train.sampling import blank_batch
+from core.train.schedule import Schedule, Shape
 from core.train.setup import System
 
 MAX_TOKENS = 65_536  # of a rank's share of a step: the largest micro-batch
+MAX_TOKENS_OF_ONE = 32_768  # of a step on one GPU, which is faster than the host in larger ones
 MARGIN = 0.1  # fraction of the GPU's memory kept free
 
 
 class StepGraph:
     """The loss and gradients of a step that is one micro-batch: recorded once, replayed with other tokens."""
 
-    def __init__(self, loss_fn: Any, shape: tuple[int, int], dtype: str, ranks: Ranks) -> None:
-        """Record `loss_fn`, which is not wrapped by DDP, for tokens of this shape (B, T)."""
+    def __init__(self, loss_fn: Any, shape: Shape, dtype: str, ranks: Ranks) -> None:
+        """Record `loss_fn`, which is not wrapped by DDP, for micro-batches of this shape."""
         self._loss_fn, self._dtype, self._ranks = loss_fn, dtype, ranks
         self._params = [p for p in loss_fn.parameters() if p.requires_grad]
-        self._inputs, self._targets = (torch.zeros(shape, dtype=torch.long, device=ranks.device) for _ in range(2))
+        self._batch = blank_batch(shape, ranks.device)
         self._record()
 
     def _record(self) -> None:
@@ -42,25 +45,26 @@ class StepGraph:
     def _loss_and_gradients(self) -> tuple[Tensor, Tensor]:
         """The loss, and the gradients of all parameters as one vector."""
         with autocast(self._ranks, self._dtype):
-            loss = self._loss_fn(self._inputs, self._targets)
+            loss = self._loss_fn(*self._batch)
         gradients = torch.autograd.grad(loss, self._params)
         return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
-    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a micro-batch (B, T). Sets the gradients to their means over the ranks."""
+    def backward(self, batch: list[Tensor]) -> Tensor:
+        """The loss of a micro-batch. Sets the gradients to their means over the ranks."""
         if python_state(self._loss_fn) != self._recorded_state:
             self._record()
-        self._inputs.copy_(inputs)
-        self._targets.copy_(targets)
+        for own, given in zip(self._batch, batch, strict=True):
+            own.copy_(given)
         self._graph.replay()
-        dist.all_reduce(self._flat, op=dist.ReduceOp.AVG)
+        if self._ranks.world_size > 1:
+            dist.all_reduce(self._flat, op=dist.ReduceOp.AVG)
         gradients = self._flat.split([p.numel() for p in self._params])
         for p, gradient in zip(self._params, gradients, strict=True):
             p.grad = gradient.view_as(p)
         return self._loss
 
 
-Graphs = dict[tuple[int, ...], StepGraph]  # by the shape (B, T) of the micro-batch
+Graphs = dict[Shape, StepGraph]  # by the shape of the micro-batch
 
 
 def python_state(module: nn.Module) -> list[tuple[str, Any]]:
@@ -72,13 +76,13 @@ def python_state(module: nn.Module) -> list[tuple[str, Any]]:
 def record_small_steps(
     loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int
 ) -> Graphs:
-    """Graphs of the small steps from `step` on that several GPUs share, where they are faster than DDP.
+    """Graphs of the small steps from `step` on, where they are faster than single launches and, on several GPUs, DDP.
 
     DDP reduces gradients during the backward pass: over a slow connection between GPUs it can be the faster one. All
     ranks must call it.
     """
     graphs: Graphs = {}
-    if ranks.world_size == 1 or ranks.device.type != "cuda" or not system.compile or system.dtype == "float16":
+    if ranks.device.type != "cuda" or not system.compile or system.dtype == "float16":
         return graphs
     if torch.are_deterministic_algorithms_enabled():  # DDP and a graph may add the gradients of the ranks differently
         return graphs
@@ -106,28 +110,23 @@ def free_bytes(loss_fn: nn.Module) -> float:
     return free - moments - MARGIN * total
 
 
-def small_shapes(recipe: Recipe, micro_batch: int, world_size: int, step: int) -> list[tuple[int, int]]:
-    """The shapes (B, T) of the steps from `step` on that are one micro-batch of few tokens on each rank."""
-    shapes = []
-    for sequences, seq_len in Schedule(recipe).shapes(step):
-        tokens = sequences // world_size * recipe.seq_len
-        if sequences // world_size <= micro_batch and tokens <= MAX_TOKENS:
-            shapes.append((tokens // seq_len, seq_len))
-    return shapes
+def small_shapes(recipe: Recipe, micro_batch: int, world_size: int, step: int) -> list[Shape]:
+    """The shapes of the steps from `step` on that are one micro-batch of few tokens on each rank."""
+    limit = MAX_TOKENS if world_size > 1 else MAX_TOKENS_OF_ONE
+    splits = Schedule(recipe).splits(step, micro_batch, world_size)
+    return [shape for shape, count in splits if count == 1 and shape.rows * shape.seq_len <= limit]
 
 
-def faster_graph(
-    loss_fn: Any, shape: tuple[int, int], dtype: str, ranks: Ranks, budget: float
-) -> tuple[StepGraph | None, int]:
+def faster_graph(loss_fn: Any, shape: Shape, dtype: str, ranks: Ranks, budget: float) -> tuple[StepGraph | None, int]:
     """The graph of a step, and the bytes of its activations, which it keeps.
 
-    None where it needs more than `budget` bytes, or where DDP is as fast. All ranks must call it.
+    None where it needs more than `budget` bytes, or where `loss_fn` is as fast. All ranks must call it.
     """
-    inputs, targets = (torch.zeros(shape, dtype=torch.long, device=ranks.device) for _ in range(2))
+    batch = blank_batch(shape, ranks.device)
 
     def eager() -> None:
         with autocast(ranks, dtype):
-            loss = loss_fn(inputs, targets)
+            loss = loss_fn(*batch)
         loss.backward()
 
     torch.cuda.reset_peak_memory_stats()
@@ -136,8 +135,8 @@ def faster_graph(
     used = torch.cuda.max_memory_allocated() - before
     if ranks.all_reduce([used > budget])[0]:
         return None, used
-    graph = StepGraph(loss_fn.module, shape, dtype, ranks)
-    graph_seconds = seconds_of(lambda: graph.backward(inputs, targets), loss_fn)
+    graph = StepGraph(loss_fn.module if ranks.world_size > 1 else loss_fn, shape, dtype, ranks)
+    graph_seconds = seconds_of(lambda: graph.backward(batch), loss_fn)
     eager_total, graph_total = ranks.all_reduce([eager_seconds, graph_seconds])
     return (graph if graph_total < eager_total else None), used
 

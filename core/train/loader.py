@@ -8,8 +8,9 @@ from torch import Tensor
 
 from core.data.shards import Dataset, TokenOrder, Windows, prefetched
 from core.distributed import Ranks
-from core.train.recipe import Recipe, Schedule
-from core.train.setup import micro_batch_size
+from core.train.recipe import Recipe
+from core.train.sampling import CandidateSampler
+from core.train.schedule import Schedule
 
 PREFETCH = 4  # micro-batches prepared in host memory ahead of their use
 
@@ -43,16 +44,25 @@ def micro_batches(
     order: TokenOrder,
     step: int,
     dropout: TokenDropout | None = None,
+    sampler: CandidateSampler | None = None,
 ) -> Iterator[list[Tensor]]:
-    """This rank's share of a step: inputs and targets (B, T) in host memory, T = schedule.seq_len(step)."""
-    sequences, seq_len = schedule.sequences(step), schedule.seq_len(step)
-    size = micro_batch_size(len(sequences), micro_batch, ranks)
+    """This rank's share of a step: inputs and targets (B, T) in host memory, T = schedule.seq_len(step).
+
+    With a sampled softmax, targets are indices among the candidates, whose ids and offsets follow them, (K,) each.
+    """
+    sequences = schedule.sequences(step)
+    shape, count = schedule.split(step, micro_batch, ranks.world_size)
+    size = len(sequences) // ranks.world_size // count
+    candidates = sampler.draw(sequences, shape.candidates) if sampler is not None and shape.candidates else None
     for first in range(sequences.start + ranks.rank * size, sequences.stop, size * ranks.world_size):
         own = range(first, first + size)
         inputs, targets = windows.batch(order[own], order.shifts(own))
         if dropout is not None:
             dropout(inputs, own)
-        yield ranks.pinned(*(tokens.view(-1, seq_len) for tokens in (inputs, targets)))
+        batch = [inputs.view(-1, shape.seq_len), targets.view(-1, shape.seq_len)]
+        if candidates is not None:
+            batch = [batch[0], candidates.index(batch[1]), candidates.ids, candidates.offsets]
+        yield ranks.pinned(*batch)
 
 
 def open_loader(
@@ -64,7 +74,10 @@ def open_loader(
     order = TokenOrder(dataset.manifest_hash, seed, recipe.seq_len, len(windows), shifted=shifted)
     end_of_text_id = dataset.manifest["end_of_text_id"]
     dropout = TokenDropout(recipe.token_dropout, seed=seed, end_of_text_id=end_of_text_id, epoch_sequences=len(windows))
+    sampler = CandidateSampler(dataset, windows, order, seed=seed) if recipe.softmax == "sampled" else None
     batches = (
-        batch for step in steps for batch in micro_batches(schedule, micro_batch, ranks, windows, order, step, dropout)
+        batch
+        for step in steps
+        for batch in micro_batches(schedule, micro_batch, ranks, windows, order, step, dropout, sampler)
     )
     return prefetched(batches, PREFETCH, ranks.set_thread_device)

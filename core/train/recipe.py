@@ -1,28 +1,28 @@
-"""Training recipes: the values that determine the trained weights, and the schedules that each step follows.
+"""Training recipes: the values that determine the trained weights.
 
 `original` is the recipe of the original project. `speedrun` reaches the same loss in less time. Both train a plain
 GPT-2.
 """
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from core import cli
 from core.train.init import INITIALIZERS
+from core.train.schedule import LR_SCHEDULES, MAX_CANDIDATES, BatchSchedule
 from model import GPTConfig, describe
 
 REFERENCE_STEPS = 19_073  # steps of 524,288 tokens in ten billion tokens
 REFERENCE_WIDTH = 768  # n_embd of GPT-2 124M, where the learning rates were tuned
-FIRST_PHASE_STEPS = 160  # steps with the first batch size
 SMALL_WIDTH = 256  # models with a smaller n_embd train on a CPU: their steps take fewer tokens by default
 SMALL_BATCH_TOKENS, SMALL_FIRST_BATCH_TOKENS = 8192, 2048
 # Where tokens repeat, speedrun regularizes with the square root of repeated tokens / unique tokens x weights / unique
 # tokens, up to this point: GPT-2 124M, eight epochs of 19M tokens (docs/recipes.md has the trials).
 REPETITION, REPETITION_WEIGHT_DECAY, REPETITION_TOKEN_DROPOUT = 45.5, 0.3, 0.1
 WINDOWS = ("fixed", "shifted")  # where epochs after the first cut the text into sequences
+SOFTMAXES = ("full", "sampled")
+SMALL_VOCABULARY = 2 * MAX_CANDIDATES  # a sampled softmax gains little there
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class RecipeValues:
     long_every: int
     windows: str
     init: str
+    softmax: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ RECIPES = {
         long_every=0,
         windows="fixed",
         init="gpt2",
+        softmax="full",
     ),
     "speedrun": RecipeValues(
         optimizer="muon",
@@ -108,10 +110,11 @@ RECIPES = {
         long_every=16,
         windows="shifted",
         init="aligned",
+        softmax="sampled",
     ),
 }
 # Values that may follow from the others.
-DERIVED = ("steps", "warmup_steps", "short_tokens", "weight_decay", "token_dropout")
+DERIVED = ("steps", "warmup_steps", "short_tokens", "weight_decay", "token_dropout", "softmax")
 # What a resumed run may not change; a difference in a given value is reported before those that follow from it.
 SETTINGS = (*(field.name for field in fields(RecipeValues) if field.name not in DERIVED), *DERIVED)
 
@@ -124,6 +127,7 @@ def resolve_recipe(
     seq_len: int | None = None,
     steps: int | None = None,
     unique_tokens: int | None = None,
+    vocab_size: int | None = None,
     overrides: dict[str, Any] | None = None,
     micro_batch: int = 1,
     world_size: int = 1,
@@ -131,6 +135,7 @@ def resolve_recipe(
     """The recipe `name` for a model of this shape, with `overrides` of its values.
 
     seq_len None: the context of the model. steps None: as many as `tokens` allow. unique_tokens None: no token repeats.
+    vocab_size None: that of the shape.
     Raises ValueError, with a value that works, for values that are out of range or don't divide.
     """
     if name not in RECIPES:
@@ -155,16 +160,14 @@ def resolve_recipe(
             f"Use --tokens {values.first_batch_tokens} or more"
         )
     tokens = batches.sequences_before(steps) * seq_len
-    scaled = scaled_to_length(name, values, steps, tokens, shape, unique_tokens or tokens)
+    unique_tokens, vocab_size = unique_tokens or tokens, vocab_size or shape.vocab_size
+    scaled = scaled_to_length(name, values, steps, tokens, shape, unique_tokens)
+    scaled["softmax"] = values.softmax if tokens <= unique_tokens and vocab_size > SMALL_VOCABULARY else "full"
     values = replace(values, **{key: value for key, value in scaled.items() if key not in overrides})
-    cli.check_between(0, steps, warmup_steps=values.warmup_steps)
-    cli.check_between(0, 2**63 - 1, short_tokens=values.short_tokens, long_every=values.long_every)
-    if values.short_tokens >= tokens and values.short_seq_len < seq_len:
-        raise ValueError(
-            f"--short-tokens {values.short_tokens} must be less than the {tokens} training tokens, or the last steps "
-            f"lack sequences of {seq_len}. Use --short-tokens 0"
-        )
-    return Recipe(**vars(values), name=name, tokens=tokens, seq_len=seq_len, steps=steps)
+    check_softmax(values, vocab_size)
+    recipe = Recipe(**vars(values), name=name, tokens=tokens, seq_len=seq_len, steps=steps)
+    check_lengths(recipe)
+    return recipe
 
 
 def adapted_values(name: str, shape: GPTConfig, overrides: dict[str, Any]) -> RecipeValues:
@@ -211,9 +214,34 @@ def check_values(values: RecipeValues) -> None:
     for name in ("beta1", "beta2", "momentum"):
         if getattr(values, name) == 1:
             raise ValueError(f"--{name} 1.0 must be below 1, or the moving average never changes. Use --{name} 0.9")
-    for name, table in (("lr_schedule", LR_SCHEDULES), ("windows", WINDOWS), ("init", INITIALIZERS)):
+    for name, table in (
+        ("lr_schedule", LR_SCHEDULES),
+        ("windows", WINDOWS),
+        ("init", INITIALIZERS),
+        ("softmax", SOFTMAXES),
+    ):
         if getattr(values, name) not in table:
             raise ValueError(f"{cli.option_name(name)} {getattr(values, name)}: choose from {', '.join(table)}")
+
+
+def check_softmax(values: RecipeValues, vocab_size: int) -> None:
+    """Raise ValueError for a sampled softmax where the vocabulary is small."""
+    if values.softmax == "sampled" and vocab_size <= SMALL_VOCABULARY:
+        raise ValueError(
+            f"--softmax sampled needs a vocabulary of more than {SMALL_VOCABULARY:,} token ids, the shards have "
+            f"{vocab_size:,}. Use --softmax full"
+        )
+
+
+def check_lengths(recipe: Recipe) -> None:
+    """Raise ValueError for a phase that is longer than the training."""
+    cli.check_between(0, recipe.steps, warmup_steps=recipe.warmup_steps)
+    cli.check_between(0, 2**63 - 1, short_tokens=recipe.short_tokens, long_every=recipe.long_every)
+    if recipe.short_tokens >= recipe.tokens and recipe.short_seq_len < recipe.seq_len:
+        raise ValueError(
+            f"--short-tokens {recipe.short_tokens} must be less than the {recipe.tokens} training tokens, or the last "
+            f"steps lack sequences of {recipe.seq_len}. Use --short-tokens 0"
+        )
 
 
 def check_batch_phases(values: RecipeValues, seq_len: int) -> None:
@@ -252,94 +280,3 @@ def check_batch_divides(values: RecipeValues, seq_len: int, micro_batch: int, wo
         f"--batch-tokens {largest} must be a multiple of --micro-batch {micro_batch} x --seq-len {seq_len} x {ranks} "
         f"= {unit}. Use --batch-tokens {nearest}{alternative}"
     )
-
-
-class BatchSchedule:
-    """Sequences per step: the first size for 160 steps, then doubled each time the tokens seen have quadrupled.
-
-    The critical batch size grows like the square root of the tokens seen (Zhang et al. 2024, arXiv:2410.21676).
-    """
-
-    def __init__(self, first: int, largest: int) -> None:
-        """Batch sizes in sequences, over all ranks; `largest` is `first` times a power of two."""
-        self._sizes = [first]
-        self._first_steps, self._sequences = [0], [0]  # of each phase: its first step, and the sequences before it
-        while self._sizes[-1] < largest:
-            phase = len(self._sizes)
-            steps = FIRST_PHASE_STEPS if phase == 1 else FIRST_PHASE_STEPS * 3 * 2 ** (phase - 1) // 4
-            self._first_steps.append(self._first_steps[-1] + steps)
-            self._sequences.append(self._sequences[-1] + steps * self._sizes[-1])
-            self._sizes.append(2 * self._sizes[-1])
-
-    def size(self, step: int) -> int:
-        """Sequences of a step, over all ranks."""
-        return self._sizes[bisect_right(self._first_steps, step) - 1]
-
-    def sequences_before(self, step: int) -> int:
-        """Sequences of all steps before this one."""
-        phase = bisect_right(self._first_steps, step) - 1
-        return self._sequences[phase] + (step - self._first_steps[phase]) * self._sizes[phase]
-
-    def steps_within(self, sequences: int) -> int:
-        """The largest number of steps that take at most this many sequences."""
-        phase = bisect_right(self._sequences, sequences) - 1
-        return self._first_steps[phase] + (sequences - self._sequences[phase]) // self._sizes[phase]
-
-
-def cosine(recipe: Recipe, progress: float, _remaining: float) -> float:
-    """Half a cosine from 1 down to the final fraction, as GPT-3 (Brown et al. 2020, appendix B)."""
-    final = recipe.final_lr_fraction
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def warmup_stable_decay(recipe: Recipe, _progress: float, remaining: float) -> float:
-    """Constant, then linear over the last `decay_fraction` of the tokens (Hu et al. 2024, arXiv:2404.06395)."""
-    final = recipe.final_lr_fraction
-    return final + (1 - final) * min(1.0, remaining / recipe.decay_fraction) if recipe.decay_fraction else 1.0
-
-
-# After the warm-up: the learning rate as a fraction of its peak, of (recipe, fraction of the steps after the warm-up
-# that are done, fraction of all tokens that remain).
-LR_SCHEDULES: dict[str, Callable[[Recipe, float, float], float]] = {"cosine": cosine, "wsd": warmup_stable_decay}
-
-
-class Schedule:
-    """Batch, sequence length and learning rate of each step: pure functions of the step, counted from 0."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._batches = BatchSchedule(
-            recipe.first_batch_tokens // recipe.seq_len, recipe.batch_tokens // recipe.seq_len
-        )
-
-    def sequences(self, step: int) -> range:
-        """The indices, in the token order, of the sequences of a step."""
-        return range(self._batches.sequences_before(step), self._batches.sequences_before(step + 1))
-
-    def tokens(self, step: int) -> int:
-        """Tokens seen before the step."""
-        return self._batches.sequences_before(step) * self._recipe.seq_len
-
-    def seq_len(self, step: int) -> int:
-        """Tokens per sequence. In the first `short_tokens` tokens they are short, except in every `long_every`-th step.
-
-        Long sequences train the positions that short ones lack, so that the loss doesn't rise where all become long.
-        """
-        recipe = self._recipe
-        is_long = recipe.long_every > 0 and (step + 1) % recipe.long_every == 0
-        is_short = self.tokens(step) < recipe.short_tokens and not is_long
-        return min(recipe.short_seq_len, recipe.seq_len) if is_short else recipe.seq_len
-
-    def lr_scale(self, step: int) -> float:
-        """The learning rate as a fraction of its peak."""
-        recipe = self._recipe
-        if step < recipe.warmup_steps:
-            return (step + 1) / recipe.warmup_steps
-        progress = (step - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
-        remaining = 1 - self.tokens(step) / recipe.tokens
-        return LR_SCHEDULES[recipe.lr_schedule](recipe, progress, remaining)
-
-    def shapes(self, first: int) -> list[tuple[int, int]]:
-        """The different (sequences per step, tokens per sequence) of the steps from `first` on, in order."""
-        steps = range(first, self._recipe.steps)
-        return list(dict.fromkeys((self._batches.size(step), self.seq_len(step)) for step in steps))

@@ -16,10 +16,12 @@ from core.data.shards import Dataset, Windows
 from core.distributed import Ranks, autocast, check_compiler, default_dtype, kernel_support
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
-from core.train.memory import largest_divisor, largest_micro_batch
+from core.train.memory import largest_micro_batch
 from core.train.optim import OptimizerGroup, build_optimizer, loss_scaler
 from core.train.profiling import PROFILED_STEPS
-from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, Schedule, resolve_recipe
+from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, resolve_recipe
+from core.train.sampling import blank_batch
+from core.train.schedule import Schedule, Shape
 from core.train.trackers import check_installed
 from model import GPT, describe
 
@@ -112,6 +114,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         seq_len=config.recipe.seq_len,
         steps=config.recipe.steps,
         unique_tokens=dataset.tokens("train"),
+        vocab_size=dataset.vocab_size,
         overrides=config.overrides,
         micro_batch=micro_batch,
         world_size=ranks.world_size,
@@ -277,41 +280,33 @@ def fit_micro_batch(model: GPT, optimizer: OptimizerGroup, recipe: Recipe, syste
     return micro_batch
 
 
-def micro_batch_size(sequences: int, micro_batch: int, ranks: Ranks) -> int:
-    """Sequences of one forward pass in a step of `sequences`: the micro-batch, or less in a smaller step."""
-    return largest_divisor(sequences // ranks.world_size, micro_batch)
-
-
 def compile_shapes(loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int) -> None:
     """Compile for every shape of the steps from `step` on, so that no step's time includes compilation.
 
     Where nothing is compiled, one micro-batch is timed instead, to log how long a slow step will take.
     """
-    shapes = Schedule(recipe).shapes(step)
-    sizes = [(micro_batch_size(sequences, micro_batch, ranks), seq_len) for sequences, seq_len in shapes]
+    splits = Schedule(recipe).splits(step, micro_batch, ranks.world_size)
     if not system.compile and system.fused == "off":
-        (sequences, _), (size, seq_len) = shapes[0], sizes[0]
-        time_micro_batch(loss_fn, 1, recipe.seq_len, seq_len, system, ranks)  # loads libraries
-        seconds = time_micro_batch(loss_fn, size, recipe.seq_len, seq_len, system, ranks)
-        count = sequences // ranks.world_size // size
+        shape, count = splits[0]
+        one_sequence = shape._replace(rows=recipe.seq_len // shape.seq_len)
+        time_micro_batch(loss_fn, one_sequence, system, ranks)  # loads libraries
+        seconds = time_micro_batch(loss_fn, shape, system, ranks)
         if seconds * count > 1:
+            size = shape.rows // one_sequence.rows
             ranks.log(f"expected time per step: {seconds * count:.0f} s ({count} micro-batches of {size} sequences)")
         return
+    shapes = dict.fromkeys(shape for shape, _ in splits)
     # Beyond its limit of 8 graphs, torch.compile leaves a function uncompiled; validation needs graphs too.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(sizes) + 8)
-    unique = dict.fromkeys(sizes)
-    seconds = sum(time_micro_batch(loss_fn, size, recipe.seq_len, seq_len, system, ranks) for size, seq_len in unique)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(shapes) + 8)
+    seconds = sum(time_micro_batch(loss_fn, shape, system, ranks) for shape in shapes)
     ranks.log(f"compiled in {seconds:.0f} s")
 
 
-def time_micro_batch(
-    loss_fn: Any, sequences: int, recipe_seq_len: int, seq_len: int, system: System, ranks: Ranks
-) -> float:
-    """Seconds of forward and backward on `sequences` of the recipe's length, split into those of `seq_len`."""
+def time_micro_batch(loss_fn: Any, shape: Shape, system: System, ranks: Ranks) -> float:
+    """Seconds of forward and backward on a micro-batch."""
     start = time.perf_counter()
-    tokens = torch.zeros(sequences * recipe_seq_len // seq_len, seq_len, dtype=torch.long, device=ranks.device)
     with autocast(ranks, system.dtype):
-        loss = loss_fn(tokens, tokens.clone())  # one tensor for both would compile a graph of its own
+        loss = loss_fn(*blank_batch(shape, ranks.device))
     loss.backward()
     loss.item()  # waits for the device
     for p in loss_fn.parameters():
