@@ -245,7 +245,10 @@ def test_speedrun_samples_from_large_vocabularies_where_no_token_repeats(wide, w
         assert speedrun(steps=9, vocab_size=vocab_size).softmax == softmax
     for unique_tokens, softmax in ((9 * 512 - 1, "full"), (9 * 512, "sampled")):
         assert speedrun(steps=9, unique_tokens=unique_tokens).softmax == softmax
-    assert speedrun(steps=9, unique_tokens=1000, softmax="sampled").softmax == "sampled"
+    assert speedrun(steps=200, unique_tokens=1000, softmax="sampled").softmax == "sampled"
+    for name, options in (("original", {"steps": 300}), ("speedrun", {"steps": 160})):
+        with pytest.raises(ValueError, match=r"would have no effect: it is for steps of at most 131,072 tokens after"):
+            resolved(recipe=name, shape=PRESETS["gpt2"], seq_len=1024, softmax="sampled", **options)
     result = run("train.py", "--data", "data/small", "--softmax", "sampled", "--device", "cpu", cwd=world, check=False)
     assert refused(result) == (
         "--softmax sampled needs a vocabulary of more than 40,960 token ids, the shards have 664. Use --softmax full"

@@ -20,7 +20,7 @@ from core.train.recipe import (
     Recipe,
     RecipeValues,
 )
-from core.train.schedule import FIRST_PHASE_STEPS, LR_SCHEDULES
+from core.train.schedule import FIRST_PHASE_STEPS, LR_SCHEDULES, MAX_SAMPLED_TOKENS
 from model import PRESETS, GPTConfig
 
 
@@ -178,8 +178,8 @@ class RecipeConfig:
         recipe_option(
             "softmax",
             f"Tokens in the softmax of the training loss. sampled: after the first {FIRST_PHASE_STEPS} steps, in those "
-            "of at most 131,072 tokens, the targets and a random sample of the others. speedrun takes full where "
-            f"tokens repeat, and for vocabularies of at most {SMALL_VOCABULARY:,}.",
+            f"of at most {MAX_SAMPLED_TOKENS:,} tokens, the targets and a random sample of the others. speedrun takes "
+            f"full where tokens repeat, and for vocabularies of at most {SMALL_VOCABULARY:,}.",
         ),
     ] = None
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from core import cli
 from core.train.init import INITIALIZERS
-from core.train.schedule import LR_SCHEDULES, MAX_CANDIDATES, BatchSchedule
+from core.train.schedule import (
+    FIRST_PHASE_STEPS,
+    LR_SCHEDULES,
+    MAX_SAMPLED_TOKENS,
+    BatchSchedule,
+    Schedule,
+    candidate_count,
+)
 from model import GPTConfig, describe
 
 REFERENCE_STEPS = 19_073  # steps of 524,288 tokens in ten billion tokens
@@ -22,7 +29,7 @@ SMALL_BATCH_TOKENS, SMALL_FIRST_BATCH_TOKENS = 8192, 2048
 REPETITION, REPETITION_WEIGHT_DECAY, REPETITION_TOKEN_DROPOUT = 45.5, 0.3, 0.1
 WINDOWS = ("fixed", "shifted")  # where epochs after the first cut the text into sequences
 SOFTMAXES = ("full", "sampled")
-SMALL_VOCABULARY = 2 * MAX_CANDIDATES  # a sampled softmax gains little there
+SMALL_VOCABULARY = 2 * candidate_count(MAX_SAMPLED_TOKENS)  # a sampled softmax gains little there
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,10 @@ def resolve_recipe(
     scaled = scaled_to_length(name, values, steps, tokens, shape, unique_tokens)
     scaled["softmax"] = values.softmax if tokens <= unique_tokens and vocab_size > SMALL_VOCABULARY else "full"
     values = replace(values, **{key: value for key, value in scaled.items() if key not in overrides})
-    check_softmax(values, vocab_size)
     recipe = Recipe(**vars(values), name=name, tokens=tokens, seq_len=seq_len, steps=steps)
     check_lengths(recipe)
+    if overrides.get("softmax") == "sampled":
+        check_sampled_softmax(recipe, vocab_size)
     return recipe
 
 
@@ -224,12 +232,18 @@ def check_values(values: RecipeValues) -> None:
             raise ValueError(f"{cli.option_name(name)} {getattr(values, name)}: choose from {', '.join(table)}")
 
 
-def check_softmax(values: RecipeValues, vocab_size: int) -> None:
-    """Raise ValueError for a sampled softmax where the vocabulary is small."""
-    if values.softmax == "sampled" and vocab_size <= SMALL_VOCABULARY:
+def check_sampled_softmax(recipe: Recipe, vocab_size: int) -> None:
+    """Raise ValueError for a sampled softmax that can't be used, or that no step of the recipe would use."""
+    if vocab_size <= SMALL_VOCABULARY:
         raise ValueError(
             f"--softmax sampled needs a vocabulary of more than {SMALL_VOCABULARY:,} token ids, the shards have "
             f"{vocab_size:,}. Use --softmax full"
+        )
+    schedule = Schedule(recipe)
+    if not any(schedule.candidates(step) for step in range(recipe.steps)):
+        raise ValueError(
+            f"--softmax sampled would have no effect: it is for steps of at most {MAX_SAMPLED_TOKENS:,} tokens after "
+            f"the first {FIRST_PHASE_STEPS}, and this run has none. Use --softmax full, or a smaller --batch-tokens"
         )
 
 

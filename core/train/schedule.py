@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # core/train/recipe.py imports this file
     from core.train.recipe import Recipe
 
 FIRST_PHASE_STEPS = 160  # steps with the first batch size
-# Of a sampled softmax, for a step of 32,768 tokens, which have 7,600 different ones; and at most, as more save little.
-CANDIDATES, MAX_CANDIDATES = 10_240, 20_480
+CANDIDATES = 10_240  # of a sampled softmax, in a step of 32,768 tokens, which have 7,600 different ones
+MAX_SAMPLED_TOKENS = 131_072  # of a step; larger ones have so many different tokens that sampling saves little
 
 
 class Shape(NamedTuple):
@@ -106,9 +106,9 @@ class Schedule:
 
     def candidates(self, step: int) -> int:
         """Tokens whose logits the loss takes (core/train/sampling.py); 0: all, as in the first and in large steps."""
-        count = candidate_count(self._batches.size(step) * self._recipe.seq_len)
-        is_sampled = self._recipe.softmax == "sampled" and step >= FIRST_PHASE_STEPS and count <= MAX_CANDIDATES
-        return count if is_sampled else 0
+        tokens = self._batches.size(step) * self._recipe.seq_len
+        is_sampled = self._recipe.softmax == "sampled" and step >= FIRST_PHASE_STEPS and tokens <= MAX_SAMPLED_TOKENS
+        return candidate_count(tokens) if is_sampled else 0
 
     def split(self, step: int, micro_batch: int, world_size: int) -> tuple[Shape, int]:
         """The shape and the number of a rank's micro-batches in a step; each has at most `micro_batch` sequences."""
