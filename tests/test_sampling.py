@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 import numpy as np
 import pytest
 import torch
-from conftest import refused, resolved, run, train_here
+from conftest import on_ranks, refused, resolved, run, train_here
 
 from core import ops
 from core.data.shards import TokenOrder, Windows, open_dataset
@@ -28,6 +28,16 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists only for Linux")
 TRAIN = ("--preset", "tiny", "--seq-len", 64, "--recipe", "speedrun", "--device", "cpu", "--data", "data/wide")
 TRAIN += ("--first-batch-tokens", 512, "--batch-tokens", 1024, "--micro-batch", 16)
+# train.py at the scale of the fixture `small_scale`.
+SMALL_SCALE = """
+import train
+from core import cli
+from core.train import recipe, schedule
+
+schedule.FIRST_PHASE_STEPS, recipe.SMALL_VOCABULARY = 4, 0
+schedule.candidate_count = lambda step_tokens: 500 + step_tokens // 3
+cli.run(train.main, train.Config, "")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +246,16 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(wide, small_scal
         shutil.rmtree(checkpoints / name)
     train_here(*command, cwd=wide)
     assert (checkpoints / "step_000012/model.safetensors").read_bytes() == expected
+
+
+def test_two_ranks_train_like_one(wide, small_scale):
+    script = wide / "small_scale.py"
+    script.write_text(SMALL_SCALE)
+    train_here(*TRAIN, "--steps", 12, "--run", "one", cwd=wide)
+    on_ranks(2, script, *TRAIN[:-2], "--micro-batch", 4, "--steps", 12, "--run", "two", cwd=wide)
+    one, two = ([line["loss"] for line in read_metrics(wide / "logs" / name)] for name in ("one", "two"))
+    assert len(one) == 14
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_speedrun_samples_from_large_vocabularies_where_no_token_repeats(wide, world):
