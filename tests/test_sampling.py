@@ -1,4 +1,4 @@
-"""Sampled softmax: which tokens the loss of a step takes, and that training by it is that of the whole vocabulary."""
+"""Sampled softmax: which tokens the loss of a step takes, and that a model learns by it what it learns by all."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ cli.run(train.main, train.Config, "")
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A folder with data/wide: shards of a large vocabulary, whose tokens have the frequencies of a text (Zipf)."""
+    """A folder with data/wide: shards of 3,000 token ids, which have the frequencies of a text (Zipf)."""
     root = tmp_path_factory.mktemp("sampling")
     folder = root / "data/wide"
     folder.mkdir(parents=True)
@@ -258,7 +258,7 @@ def test_two_ranks_train_like_one(wide, small_scale):
     assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_speedrun_samples_from_large_vocabularies_where_no_token_repeats(wide, world):
+def test_speedrun_samples_from_large_vocabularies_where_no_token_repeats(wide):
     assert RECIPES["speedrun"].softmax == "sampled"
     assert RECIPES["original"].softmax == "full"
     for vocab_size, softmax in ((SMALL_VOCABULARY, "full"), (SMALL_VOCABULARY + 1, "sampled")):
@@ -269,9 +269,9 @@ def test_speedrun_samples_from_large_vocabularies_where_no_token_repeats(wide, w
     for name, options in (("original", {"steps": 300}), ("speedrun", {"steps": 160})):
         with pytest.raises(ValueError, match=r"would have no effect: it is for steps of at most 131,072 tokens after"):
             resolved(recipe=name, shape=PRESETS["gpt2"], seq_len=1024, softmax="sampled", **options)
-    result = run("train.py", "--data", "data/small", "--softmax", "sampled", "--device", "cpu", cwd=world, check=False)
+    result = run("train.py", *TRAIN, "--softmax", "sampled", cwd=wide, check=False)
     assert refused(result) == (
-        "--softmax sampled needs a vocabulary of more than 40,960 token ids, the shards have 664. Use --softmax full"
+        "--softmax sampled needs a vocabulary of more than 40,960 token ids, the shards have 3,000. Use --softmax full"
     )
 
 
