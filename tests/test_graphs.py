@@ -98,9 +98,10 @@ def test_small_shapes_are_single_micro_batches_of_few_tokens(monkeypatch):
     assert small_shapes(recipe, 32, 1, 0) == [Shape(16, 16), Shape(4, 64)]
     assert small_shapes(recipe, 2, 2, 0) == [Shape(8, 16), Shape(2, 64)]
     assert small_shapes(recipe, 1, 2, 0) == []  # two micro-batches on each rank
-    monkeypatch.setattr(graphs, "MAX_TOKENS", 255)
     monkeypatch.setattr(graphs, "MAX_TOKENS_OF_ONE", 255)
     assert small_shapes(recipe, 32, 1, 0) == []
+    assert small_shapes(recipe, 2, 2, 0) == [Shape(8, 16), Shape(2, 64)]
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 255)
     assert small_shapes(recipe, 32, 2, 0) == [Shape(8, 16), Shape(2, 64)]
 
 

@@ -226,8 +226,8 @@ class Windows:
         ids = torch.from_numpy(rows)  # (B, T + 1)
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def window(self, index: int, shift: int = 0) -> np.ndarray:
-        """The ids (T + 1,) int64 of a window: its inputs, then the last target."""
+    def window(self, index: int, shift: int) -> np.ndarray:
+        """The ids (T + 1,) int64 of a window that begins `shift` tokens later: its inputs, then the last target."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[shard - 1]) if shard else 0
         tokens = self._open(shard)

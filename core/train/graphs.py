@@ -20,7 +20,7 @@ from core.train.schedule import Schedule, Shape
 from core.train.setup import System
 
 MAX_TOKENS = 65_536  # of a rank's share of a step: the largest micro-batch
-MAX_TOKENS_OF_ONE = 32_768  # of a step on one GPU, which is faster than the host in larger ones
+MAX_TOKENS_OF_ONE = 32_768  # of a step on one GPU; larger ones take longer than the launches by the host
 MARGIN = 0.1  # fraction of the GPU's memory kept free
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # core/train/recipe.py imports this file
 
 FIRST_PHASE_STEPS = 160  # steps with the first batch size
 CANDIDATES = 10_240  # of a sampled softmax, in a step of 32,768 tokens, which have 7,600 different ones
-MAX_SAMPLED_TOKENS = 131_072  # of a step; larger ones have so many different tokens that sampling saves little
+MAX_SAMPLED_TOKENS = 131_072  # of a step; larger steps contain most of the vocabulary
 
 
 class Shape(NamedTuple):
