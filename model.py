@@ -57,14 +57,15 @@ class GPTConfig:
         """Weights of the matrices, head included and positions excluded: 123.5 million for gpt2."""
         return 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
 
-    def flops_per_token(self, seq_len: int, candidates: int = 0) -> float:
+    def flops_per_token(self, seq_len: int, candidates: int = 0, shallow: bool = False) -> float:
         """Training FLOPs per token: 6 per matrix weight (head included), plus the causal half of attention.
 
         Chowdhery et al. 2022 (PaLM), appendix B, with half of its attention term: the masked half isn't computed.
-        `candidates`: rows of the head that a sampled softmax takes; 0: all.
+        `candidates`: rows of the head that a sampled softmax takes; 0: all. `shallow`: every second block is computed.
         """
-        unused = (self.vocab_size - candidates) * self.n_embd if candidates else 0
-        return 6 * (self.matrix_weights - unused) + 6 * self.n_layer * seq_len * self.n_embd
+        blocks = math.ceil(self.n_layer / 2) if shallow else self.n_layer
+        rows = candidates or self.vocab_size
+        return 6 * (12 * blocks * self.n_embd**2 + rows * self.n_embd) + 6 * blocks * seq_len * self.n_embd
 
 
 PRESETS = {
@@ -217,11 +218,13 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         visible: Tensor | None = None,
+        shallow: bool = False,
     ) -> Tensor:
         """The output of the last LayerNorm: (B, T) -> (B, T, C). With a cache, `tokens` are those that it lacks.
 
         Positions are consecutive and attention is causal, unless `positions` (B, T) and `visible` (B, 1, T, T) bool,
         an attention mask, are given: sequences that share a prefix can then be evaluated as one row.
+        shallow: leave out every second block, as training with `--shallow-fraction` does at first.
         """
         T = tokens.size(1)
         start = cache.length if cache is not None else 0
@@ -230,8 +233,9 @@ class GPT(nn.Module):
         if start:  # a query attends to the cached tokens and, causally, to the new ones
             visible = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)  # (T, S)
         x, h = self.embed(tokens, positions)
-        norms = [*(block.ln_1 for block in self.transformer.h[1:]), self.transformer.ln_f]
-        for layer, (block, next_norm) in enumerate(zip(self.transformer.h, norms, strict=True)):
+        blocks = self.transformer.h[::2] if shallow else self.transformer.h
+        norms = [*(block.ln_1 for block in blocks[1:]), self.transformer.ln_f]
+        for layer, (block, next_norm) in enumerate(zip(blocks, norms, strict=True)):
             append = partial(cache.append, layer=layer) if cache is not None else None
             run = partial(self.run_block, block)
             if self.activation_checkpointing and torch.is_grad_enabled():  # no dropout: no random state to restore
@@ -277,13 +281,18 @@ class GPT(nn.Module):
         return F.linear(hidden, self.transformer.wte.weight)[..., : self.config.vocab_size]
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *candidates: Tensor, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *candidates: Tensor,
+        cache: KVCache | None = None,
+        shallow: bool = False,
     ) -> Tensor:
         """Logits (B, T, vocab_size); with targets (B, T) the mean cross-entropy instead, in nats per token.
 
-        candidates: see `ops.linear_cross_entropy`.
+        candidates: see `ops.linear_cross_entropy`. shallow: see `hidden`.
         """
-        hidden = self.hidden(tokens, cache)
+        hidden = self.hidden(tokens, cache, shallow=shallow)
         return self.logits(hidden) if targets is None else self.cross_entropy(hidden, targets, *candidates)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, *candidates: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from core import cli  # before torch, whose import takes seconds: Ctrl-C ends it without a traceback
@@ -26,6 +27,7 @@ from core.data.shards import open_dataset, verify
 from core.distributed import Ranks, autocast, process_group
 from core.train import setup
 from core.train.config import Config
+from core.train.depth import Depth
 from core.train.graphs import Graphs, record_small_steps
 from core.train.interrupts import Interrupts
 from core.train.optim import OptimizerGroup
@@ -71,33 +73,29 @@ def train(run: Run) -> None:
     """The training loop: each iteration is one optimizer step."""
     config, recipe, ranks, model, optimizer = run.config, run.recipe, run.ranks, run.model, run.optimizer
     schedule = Schedule(recipe)
-    loss_fn = setup.build_loss(model, run.system)  # inputs and targets (B, T) -> mean cross-entropy
+    raw_loss = setup.build_loss(model, run.system)  # inputs and targets (B, T) -> mean cross-entropy
     evaluations = build_evaluations(
-        config.evaluation, run.dataset, ranks, model.config, loss_fn, recipe.seq_len, run.system.dtype, run.micro_batch
+        config.evaluation, run.dataset, ranks, model.config, raw_loss, recipe.seq_len, run.system.dtype, run.micro_batch
     )
-    loss_fn = setup.wrap_ddp(loss_fn, ranks)
-    setup.compile_shapes(loss_fn, recipe, run.system, run.micro_batch, ranks, run.step)
-    graphs = record_small_steps(loss_fn, recipe, run.system, run.micro_batch, ranks, run.step)
+    depth = Depth(model)
+    loss_fn, graphs = prepare_steps(run, schedule, raw_loss, depth)
     every = config.evaluation.sample_every, config.checkpoints.save_every, *(e.every for e in evaluations)
     with open_session(run) as session:
-        first_step, logger, interrupts = run.step, session.logger, session.interrupts
+        first_step, logger, batches = run.step, session.logger, session.batches
         evaluate(run, session, evaluations, session.already_logged)  # at step 0, or what a stopped run had left to do
+        step = partial(
+            train_step, grad_clip=recipe.grad_clip, dtype=run.system.dtype, ranks=ranks, interrupts=session.interrupts
+        )
         logger.restart_clock()
         while run.step < recipe.steps and not logger.stop:
             lr_scale, sequences = schedule.lr_scale(run.step), len(schedule.sequences(run.step))
-            shape, accumulation = schedule.split(run.step, run.micro_batch, ranks.world_size)
+            shape, count = schedule.split(run.step, run.micro_batch, ranks.world_size)
+            if schedule.deepens(run.step):
+                depth.deepen()
+                loss_fn = setup.wrap_ddp(raw_loss, ranks)
             optimizer.set_lr(lr_scale)
-            metrics = train_step(
-                loss_fn,
-                optimizer,
-                run.scaler,
-                session.batches,
-                accumulation=accumulation,
-                grad_clip=recipe.grad_clip,
-                dtype=run.system.dtype,
-                ranks=ranks,
-                interrupts=interrupts,
-                graphs=graphs,
+            metrics = step(
+                loss_fn, optimizer, run.scaler, batches, accumulation=count, shallow=shape.shallow, graphs=graphs
             )
             if metrics is None:
                 break
@@ -106,7 +104,7 @@ def train(run: Run) -> None:
                 step=run.step,
                 tokens=run.tokens,
                 step_tokens=sequences * recipe.seq_len,
-                flops_per_token=model.config.flops_per_token(shape.seq_len, shape.candidates),
+                flops_per_token=model.config.flops_per_token(*shape[1:]),
                 lr=lr_scale * recipe.lr,
                 metrics=metrics,
             )
@@ -119,6 +117,18 @@ def train(run: Run) -> None:
     report_end(run)
 
 
+def prepare_steps(run: Run, schedule: Schedule, loss_fn: Any, depth: Depth) -> tuple[Any, Graphs]:
+    """Compile, and record graphs, for all steps to come. Returns `loss_fn` with DDP, at the depth of the next step."""
+    graphs: Graphs = {}
+    for shallow in [False, True] if schedule.shallow(run.step) else [False]:
+        depth.set(shallow)
+        ddp_loss_fn = setup.wrap_ddp(loss_fn, run.ranks)
+        arguments = ddp_loss_fn, run.recipe, run.system, run.micro_batch, run.ranks, run.step, shallow
+        setup.compile_shapes(*arguments)
+        graphs |= record_small_steps(*arguments)
+    return ddp_loss_fn, graphs
+
+
 def train_step(
     loss_fn: Any,
     optimizer: OptimizerGroup,
@@ -126,13 +136,14 @@ def train_step(
     batches: Iterator[list[Tensor]],
     *,
     accumulation: int,
+    shallow: bool = False,
     grad_clip: float,
     dtype: str,
     ranks: Ranks,
     interrupts: Interrupts,
     graphs: Graphs,
 ) -> dict[str, Tensor] | None:
-    """One optimizer step on the next `accumulation` micro-batches of each rank.
+    """One optimizer step on the next `accumulation` micro-batches of each rank; shallow: see `GPT.hidden`.
 
     Returns its metrics by name, scalars on the device: a new entry appears in metrics.jsonl. None where a signal ended
     it between two micro-batches; no weight has changed then, and a resume computes the step again.
@@ -144,12 +155,12 @@ def train_step(
             return None
         batch = ranks.to_device(*next(batches))  # inputs and targets (B, T)
         is_last = i == accumulation - 1
-        if accumulation == 1 and (graph := graphs.get(shape_of(batch))):
+        if accumulation == 1 and (graph := graphs.get(shape_of(batch, shallow))):
             loss = graph.backward(batch)  # the same as below
         else:
             with nullcontext() if is_last or ranks.world_size == 1 else loss_fn.no_sync():  # DDP reduces once
                 with autocast(ranks, dtype):
-                    loss = loss_fn(*batch) / accumulation
+                    loss = loss_fn(*batch, shallow=shallow) / accumulation
                 scaler.scale(loss).backward()  # the loss itself, unless dtype is float16
         loss_sum += loss.detach()
     sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop_requested)])

@@ -21,7 +21,13 @@ from core.weights import WEIGHT_FILES
 from model import GPT, PRESETS
 
 # Settings that earlier versions didn't have, with the values that they trained with.
-EARLIER_SETTINGS = {"token_dropout": 0.0, "windows": "fixed", "long_every": 0, "softmax": "full"}
+EARLIER_SETTINGS = {
+    "token_dropout": 0.0,
+    "windows": "fixed",
+    "long_every": 0,
+    "softmax": "full",
+    "shallow_fraction": 0.0,
+}
 CHECKSUMS = "checksums.json"
 TRAINING_STATE = "training_state.pt"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -40,9 +40,9 @@ from model import GPT
 
 call, rank, forward, main = -2, int(os.environ.get("RANK", 0)), GPT.forward, train.train  # two calls time a step
 
-def faulty(self, tokens, targets=None, *candidates, cache=None):
+def faulty(self, *args, **options):
     global call
-    loss = forward(self, tokens, targets, *candidates, cache=cache)
+    loss = forward(self, *args, **options)
     if torch.is_grad_enabled():
         call += 1
         if {when}:

@@ -20,6 +20,7 @@ import torch
 from core.distributed import autocast, process_group
 from core.train import graphs
 from core.train.config import SystemConfig
+from core.train.depth import Depth
 from core.train.recipe import resolve_recipe
 from core.train.sampling import blank_batch
 from core.train.setup import build_loss, resolve_system, wrap_ddp
@@ -34,29 +35,34 @@ class Edited(GPT):
 seconds = iter(range(100, 0, -1))  # use the graph whether or not it is faster
 graphs.seconds_of = lambda work, module: (work(), module.zero_grad(), next(seconds))[-1]
 with process_group("cuda") as ranks:
-    shape = GPTConfig(n_layer=3, n_head=4, n_embd=256)
+    shape = GPTConfig(n_layer=5, n_head=4, n_embd=256)
     model = Edited(shape).to(ranks.device)
     model.factor = 1.0
     system = resolve_system(SystemConfig(), ranks)
     recipe = resolve_recipe("speedrun", shape, tokens=10**7, world_size=2)
-    raw = build_loss(model, system)
-    loss_fn = wrap_ddp(raw, ranks)
-    found = graphs.record_small_steps(loss_fn, recipe, system, 16, ranks, 0)
+    raw, depth, found = build_loss(model, system), Depth(model), {}
+    for shallow in (False, True):
+        depth.set(shallow)
+        loss_fn = wrap_ddp(raw, ranks)
+        found |= graphs.record_small_steps(loss_fn, recipe, system, 16, ranks, 0, shallow)
     generator = torch.Generator(ranks.device).manual_seed(ranks.rank)
 
     def compare(graph, shape):
+        depth.set(shape.shallow)
+        loss_fn = wrap_ddp(raw, ranks)
+        params = [p for p in model.parameters() if p.requires_grad]
         ids = shape.candidates or 50257
         batch = blank_batch(shape, ranks.device)
         for tokens in batch[:2]:
             tokens.random_(ids, generator=generator)
         loss = graph.backward(batch).clone()
-        gradients = [p.grad.clone() for p in model.parameters()]
+        gradients = [p.grad.clone() for p in params]
         model.zero_grad()
         with autocast(ranks, system.dtype):
-            expected = loss_fn(*batch)
+            expected = loss_fn(*batch, shallow=shape.shallow)
         expected.backward()
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
-        for gradient, p in zip(gradients, model.parameters(), strict=True):
+        for gradient, p in zip(gradients, params, strict=True):
             assert (gradient - p.grad).norm() <= 1e-3 * p.grad.norm()  # atomic additions vary in order
         model.zero_grad()
 
@@ -77,7 +83,8 @@ def on_two_gpus(tmp_path, loss, check):
 
 
 def test_graphs_give_the_loss_and_the_gradients_of_ddp(tmp_path):
-    check = "assert len(found) >= 3; [compare(graph, shape) for _ in range(3) for shape, graph in found.items()]"
+    check = "assert len(found) >= 3 and {shape.shallow for shape in found} == {False, True}; "
+    check += "[compare(graph, shape) for _ in range(3) for shape, graph in found.items()]"
     on_two_gpus(tmp_path, "return super().cross_entropy(hidden, targets, *candidates)", check)
 
 

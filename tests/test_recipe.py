@@ -125,7 +125,8 @@ def test_sequences_are_short_for_the_first_tokens_but_for_each_nth_step():
     short_steps = next(step for step in range(recipe.steps) if schedule.tokens(step) >= recipe.short_tokens)
     assert lengths == [1024 if step % 16 == 15 or step >= short_steps else 256 for step in range(recipe.steps)]
     assert speedrun(tokens=10_000_000).short_tokens == pytest.approx(4_000_000, rel=0.01)  # at most 0.4 of all
-    sizes = {(shape.rows * shape.seq_len // 1024, shape.seq_len) for shape, _ in schedule.splits(0, 1024, 1)}
+    splits = schedule.splits(0, 1024, 1, shallow=True) + schedule.splits(0, 1024, 1)
+    sizes = {(shape.rows * shape.seq_len // 1024, shape.seq_len) for shape, _ in splits}
     assert sizes == {(16, 256), (16, 1024), (32, 256), (32, 1024), (64, 256), (64, 1024), (128, 1024)}
     assert schedule.splits(recipe.steps - 1, 64, 1) == [(Shape(64, 1024, 20_480), 2)]
 
@@ -222,7 +223,7 @@ def test_every_value_can_be_set_and_is_recorded_in_run_json(world):
     given |= {"weight_decay": 0.3, "grad_clip": 0.5, "lr_schedule": "cosine", "warmup_steps": 1, "decay_fraction": 0.2}
     given |= {"final_lr_fraction": 0.3, "batch_tokens": 1024, "first_batch_tokens": 512, "short_seq_len": 32}
     given |= {"short_tokens": 600, "init": "gpt2", "steps": 3, "token_dropout": 0.2, "windows": "fixed"}
-    given |= {"long_every": 2, "softmax": "full"}
+    given |= {"long_every": 2, "softmax": "full", "shallow_fraction": 0.25}
     assert given.keys() == set(SETTINGS)
     command = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     base = ("--data", "data/small", "--preset", "tiny", "--seq-len", 64, "--device", "cpu", "--val-tokens", 640)

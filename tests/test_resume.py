@@ -295,7 +295,7 @@ def to_earlier_format(folder):
     """Rewrite the training state of a checkpoint as the earlier version wrote it."""
     path = folder / checkpoint.TRAINING_STATE
     state = torch.load(path, weights_only=True)
-    added = {"token_dropout": 0.0, "windows": "fixed", "long_every": 0, "softmax": "full"}
+    added = {"token_dropout": 0.0, "windows": "fixed", "long_every": 0, "softmax": "full", "shallow_fraction": 0.0}
     assert {name: state["settings"].pop(name) for name in added} == added
     assert state["settings"].keys() == EARLIER_SETTINGS
     to_earlier_keys(state["optimizer"])

@@ -11,6 +11,7 @@ from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS
 from core.train.optim import OPTIMIZERS
 from core.train.recipe import (
     INITIALIZERS,
+    MIN_SHALLOW_BLOCKS,
     RECIPES,
     SMALL_BATCH_TOKENS,
     SMALL_FIRST_BATCH_TOKENS,
@@ -163,6 +164,15 @@ class RecipeConfig:
         int | None,
         recipe_option(
             "long_every", "While sequences are short, every Nth step has long ones, which train all positions; 0: none."
+        ),
+    ] = None
+    shallow_fraction: Annotated[
+        float | None,
+        recipe_option(
+            "shallow_fraction",
+            "Fraction of the tokens, at the start of training, in which every second block is trained. Then the other "
+            "blocks start as copies of these. speedrun takes 0 where tokens repeat, for models of less than "
+            f"{MIN_SHALLOW_BLOCKS} blocks, and with --init-from.",
         ),
     ] = None
     windows: Annotated[

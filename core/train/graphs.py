@@ -30,7 +30,7 @@ class StepGraph:
     def __init__(self, loss_fn: Any, shape: Shape, dtype: str, ranks: Ranks) -> None:
         """Record `loss_fn`, which is not wrapped by DDP, for micro-batches of this shape."""
         self._loss_fn, self._dtype, self._ranks = loss_fn, dtype, ranks
-        self._params = [p for p in loss_fn.parameters() if p.requires_grad]
+        self._shallow, self._params = shape.shallow, [p for p in loss_fn.parameters() if p.requires_grad]
         self._batch = blank_batch(shape, ranks.device)
         self._record()
 
@@ -43,9 +43,9 @@ class StepGraph:
             self._loss, self._flat = self._loss_and_gradients()
 
     def _loss_and_gradients(self) -> tuple[Tensor, Tensor]:
-        """The loss, and the gradients of all parameters as one vector."""
+        """The loss, and the gradients of the parameters as one vector."""
         with autocast(self._ranks, self._dtype):
-            loss = self._loss_fn(*self._batch)
+            loss = self._loss_fn(*self._batch, shallow=self._shallow)
         gradients = torch.autograd.grad(loss, self._params)
         return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -74,9 +74,11 @@ def python_state(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def record_small_steps(
-    loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int
+    loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int, shallow: bool = False
 ) -> Graphs:
-    """Graphs of the small steps from `step` on, where they are faster than single launches and, on several GPUs, DDP.
+    """Graphs of the small steps from `step` on that are or aren't shallow, which is what `loss_fn` must be set to.
+
+    A step has one where it is faster than single launches and, on several GPUs, DDP.
 
     DDP reduces gradients during the backward pass: over a slow connection between GPUs it can be the faster one. All
     ranks must call it.
@@ -89,7 +91,7 @@ def record_small_steps(
     if any(module._forward_hooks or module._forward_pre_hooks for module in loss_fn.modules()):  # must run each time
         return graphs
     budget = free_bytes(loss_fn)
-    for shape in small_shapes(recipe, micro_batch, ranks.world_size, step):
+    for shape in small_shapes(recipe, micro_batch, ranks.world_size, step, shallow):
         try:
             graph, used = faster_graph(loss_fn, shape, system.dtype, ranks, budget)
         except torch.OutOfMemoryError:  # perhaps on this rank only: the others must not wait for it
@@ -110,10 +112,10 @@ def free_bytes(loss_fn: nn.Module) -> float:
     return free - moments - MARGIN * total
 
 
-def small_shapes(recipe: Recipe, micro_batch: int, world_size: int, step: int) -> list[Shape]:
-    """The shapes of the steps from `step` on that are one micro-batch of few tokens on each rank."""
+def small_shapes(recipe: Recipe, micro_batch: int, world_size: int, step: int, shallow: bool = False) -> list[Shape]:
+    """The shapes of the steps from `step` on, shallow or not, that are one micro-batch of few tokens on each rank."""
     limit = MAX_TOKENS if world_size > 1 else MAX_TOKENS_OF_ONE
-    splits = Schedule(recipe).splits(step, micro_batch, world_size)
+    splits = Schedule(recipe).splits(step, micro_batch, world_size, shallow)
     return [shape for shape, count in splits if count == 1 and shape.rows * shape.seq_len <= limit]
 
 
@@ -126,7 +128,7 @@ def faster_graph(loss_fn: Any, shape: Shape, dtype: str, ranks: Ranks, budget: f
 
     def eager() -> None:
         with autocast(ranks, dtype):
-            loss = loss_fn(*batch)
+            loss = loss_fn(*batch, shallow=shape.shallow)
         loss.backward()
 
     torch.cuda.reset_peak_memory_stats()

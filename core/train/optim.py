@@ -108,14 +108,17 @@ def build_adamw(model: GPT, recipe: Recipe, _ranks: Ranks) -> list[torch.optim.O
 
 def build_muon(model: GPT, recipe: Recipe, ranks: Ranks) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest."""
-    stacks: dict[tuple[str, torch.Size], list[Tensor]] = {}  # by name within the block, and by shape
-    for name, p in model.transformer.h.named_parameters():
-        if p.dim() == 2 and p.requires_grad:
-            stacks.setdefault((name.partition(".")[2], p.shape), []).append(p)
+    # By name within the block and by shape; those of idle blocks (core/train/depth.py) by themselves.
+    stacks: dict[tuple[str, torch.Size, bool], list[Tensor]] = {}
+    for index, block in enumerate(model.transformer.h):
+        is_idle = recipe.shallow_fraction > 0 and index % 2 == 1
+        for name, p in block.named_parameters():
+            if p.dim() == 2 and p.requires_grad:
+                stacks.setdefault((name, p.shape, is_idle), []).append(p)
     # Queries, keys and values are three matrices: as one, the final loss was 0.05 higher (LOG.md).
     groups = [
         {"params": params, "splits": 3 if name == "attn.c_attn.weight" else 1, "initial_lr": recipe.lr}
-        for (name, _), params in stacks.items()
+        for (name, _, _), params in stacks.items()
     ]
     muon = Muon(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay, ranks=ranks)
     return [adamw(recipe, model), muon]
@@ -149,6 +152,8 @@ class Muon(torch.optim.Optimizer):
         keep = 1 - self.found_inf  # 0 where the step is to be skipped
         for group in self.param_groups:
             params, lr = group["params"], group["lr"]
+            if all(p.grad is None for p in params):  # of idle blocks
+                continue
             own = [params[i] for i in self._share(len(params))]
             grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in own])  # (l, out, in)
             grads = grads.where(keep > 0, 0)  # NaN times 0 is NaN

@@ -29,6 +29,7 @@ SMALL_BATCH_TOKENS, SMALL_FIRST_BATCH_TOKENS = 8192, 2048
 REPETITION, REPETITION_WEIGHT_DECAY, REPETITION_TOKEN_DROPOUT = 45.5, 0.3, 0.1
 WINDOWS = ("fixed", "shifted")  # where epochs after the first cut the text into sequences
 SOFTMAXES = ("full", "sampled")
+MIN_SHALLOW_BLOCKS = 4  # of a model that speedrun starts with half of them: one block alone learns little from context
 SMALL_VOCABULARY = 2 * candidate_count(MAX_SAMPLED_TOKENS)  # a sampled softmax gains little there
 
 
@@ -54,6 +55,7 @@ class RecipeValues:
     short_seq_len: int
     short_tokens: int
     long_every: int
+    shallow_fraction: float
     windows: str
     init: str
     softmax: str
@@ -92,6 +94,7 @@ RECIPES = {
         short_seq_len=256,
         short_tokens=0,
         long_every=0,
+        shallow_fraction=0.0,
         windows="fixed",
         init="gpt2",
         softmax="full",
@@ -115,13 +118,14 @@ RECIPES = {
         short_seq_len=256,
         short_tokens=22_000_000,
         long_every=16,
+        shallow_fraction=0.4,
         windows="shifted",
         init="aligned",
         softmax="sampled",
     ),
 }
 # Values that may follow from the others.
-DERIVED = ("steps", "warmup_steps", "short_tokens", "weight_decay", "token_dropout", "softmax")
+DERIVED = ("steps", "warmup_steps", "short_tokens", "weight_decay", "token_dropout", "shallow_fraction", "softmax")
 # What a resumed run may not change; a difference in a given value is reported before those that follow from it.
 SETTINGS = (*(field.name for field in fields(RecipeValues) if field.name not in DERIVED), *DERIVED)
 
@@ -168,8 +172,7 @@ def resolve_recipe(
         )
     tokens = batches.sequences_before(steps) * seq_len
     unique_tokens, vocab_size = unique_tokens or tokens, vocab_size or shape.vocab_size
-    scaled = scaled_to_length(name, values, steps, tokens, shape, unique_tokens)
-    scaled["softmax"] = values.softmax if tokens <= unique_tokens and vocab_size > SMALL_VOCABULARY else "full"
+    scaled = scaled_to_length(name, values, steps, tokens, replace(shape, vocab_size=vocab_size), unique_tokens)
     values = replace(values, **{key: value for key, value in scaled.items() if key not in overrides})
     recipe = Recipe(**vars(values), name=name, tokens=tokens, seq_len=seq_len, steps=steps)
     check_lengths(recipe)
@@ -203,6 +206,7 @@ def scaled_to_length(
     """The values that depend on the length of the training, and on how often it repeats a token."""
     if name == "original":
         return {"warmup_steps": round(steps * values.warmup_steps / REFERENCE_STEPS)}
+    repeats = tokens > unique_tokens  # the text is short rather than the time: no value may cost loss to save time
     repetition = max(0, tokens / unique_tokens - 1) * shape.matrix_weights / unique_tokens
     strength = min(1, math.sqrt(repetition / REPETITION))
     return {
@@ -210,6 +214,8 @@ def scaled_to_length(
         "short_tokens": min(values.short_tokens, 4 * tokens // 10),
         "weight_decay": values.weight_decay + strength * (REPETITION_WEIGHT_DECAY - values.weight_decay),
         "token_dropout": strength * REPETITION_TOKEN_DROPOUT,
+        "softmax": "full" if repeats or shape.vocab_size <= SMALL_VOCABULARY else values.softmax,
+        "shallow_fraction": 0.0 if repeats or shape.n_layer < MIN_SHALLOW_BLOCKS else values.shallow_fraction,
     }
 
 
@@ -218,7 +224,7 @@ def check_values(values: RecipeValues) -> None:
     positive = ("lr", "embed_lr", "grad_clip", "batch_tokens", "first_batch_tokens", "short_seq_len")
     cli.check_positive(**{name: getattr(values, name) for name in positive})
     fractions = ("beta1", "beta2", "momentum", "weight_decay", "token_dropout", "decay_fraction", "final_lr_fraction")
-    cli.check_between(0, 1, **{name: getattr(values, name) for name in fractions})
+    cli.check_between(0, 1, **{name: getattr(values, name) for name in (*fractions, "shallow_fraction")})
     for name in ("beta1", "beta2", "momentum"):
         if getattr(values, name) == 1:
             raise ValueError(f"--{name} 1.0 must be below 1, or the moving average never changes. Use --{name} 0.9")
@@ -251,6 +257,10 @@ def check_lengths(recipe: Recipe) -> None:
     """Raise ValueError for a phase that is longer than the training."""
     cli.check_between(0, recipe.steps, warmup_steps=recipe.warmup_steps)
     cli.check_between(0, 2**63 - 1, short_tokens=recipe.short_tokens, long_every=recipe.long_every)
+    if recipe.shallow_fraction == 1:
+        raise ValueError(
+            "--shallow-fraction 1.0 must be below 1, or half of the blocks are never trained. Use --shallow-fraction 0"
+        )
     if recipe.short_tokens >= recipe.tokens and recipe.short_seq_len < recipe.seq_len:
         raise ValueError(
             f"--short-tokens {recipe.short_tokens} must be less than the {recipe.tokens} training tokens, or the last "

@@ -78,7 +78,7 @@ def blank_batch(shape: Shape, device: torch.device) -> list[Tensor]:
     return batch
 
 
-def shape_of(batch: list[Tensor]) -> Shape:
+def shape_of(batch: list[Tensor], shallow: bool) -> Shape:
     """The shape of a micro-batch."""
     rows, seq_len = batch[0].shape
-    return Shape(rows, seq_len, len(batch[2]) if len(batch) > 2 else 0)
+    return Shape(rows, seq_len, len(batch[2]) if len(batch) > 2 else 0, shallow)

@@ -16,11 +16,12 @@ MAX_SAMPLED_TOKENS = 131_072  # of a step; larger steps contain most of the voca
 
 
 class Shape(NamedTuple):
-    """The shape of a micro-batch: inputs and targets (rows, seq_len), and the candidates of a sampled softmax."""
+    """What is computed of a micro-batch: inputs and targets (rows, seq_len), candidates of the softmax, and blocks."""
 
     rows: int
     seq_len: int
     candidates: int = 0  # 0: the softmax takes the whole vocabulary
+    shallow: bool = False  # every second block is computed
 
 
 def candidate_count(step_tokens: int) -> int:
@@ -110,17 +111,27 @@ class Schedule:
         is_sampled = self._recipe.softmax == "sampled" and step >= FIRST_PHASE_STEPS and tokens <= MAX_SAMPLED_TOKENS
         return candidate_count(tokens) if is_sampled else 0
 
+    def shallow(self, step: int) -> bool:
+        """Whether every second block is computed (core/train/depth.py), as in the first steps."""
+        return self.tokens(step) < self._recipe.shallow_fraction * self._recipe.tokens
+
+    def deepens(self, step: int) -> bool:
+        """Whether the step is the first one of full depth after shallow ones."""
+        return step > 0 and self.shallow(step - 1) and not self.shallow(step)
+
     def split(self, step: int, micro_batch: int, world_size: int) -> tuple[Shape, int]:
         """The shape and the number of a rank's micro-batches in a step; each has at most `micro_batch` sequences."""
         share, seq_len = self._batches.size(step) // world_size, self.seq_len(step)
         size = largest_divisor(share, micro_batch)
-        return Shape(size * self._recipe.seq_len // seq_len, seq_len, self.candidates(step)), share // size
+        rows = size * self._recipe.seq_len // seq_len
+        return Shape(rows, seq_len, self.candidates(step), self.shallow(step)), share // size
 
-    def splits(self, first: int, micro_batch: int, world_size: int) -> list[tuple[Shape, int]]:
-        """The different values of `split` in the steps from `first` on, in order."""
+    def splits(self, first: int, micro_batch: int, world_size: int, shallow: bool = False) -> list[tuple[Shape, int]]:
+        """The different values of `split` in the steps from `first` on that are or aren't shallow, in order."""
         kinds: dict[tuple[int, ...], int] = {}  # the first step of each kind
         for step in range(first, self._recipe.steps):
-            kinds.setdefault((self._batches.size(step), self.seq_len(step), self.candidates(step)), step)
+            if self.shallow(step) == shallow:
+                kinds.setdefault((self._batches.size(step), self.seq_len(step), self.candidates(step)), step)
         return list(dict.fromkeys(self.split(step, micro_batch, world_size) for step in kinds.values()))
 
     def lr_scale(self, step: int) -> float:

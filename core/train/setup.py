@@ -16,6 +16,7 @@ from core.data.shards import Dataset, Windows
 from core.distributed import Ranks, autocast, check_compiler, default_dtype, kernel_support
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
+from core.train.depth import start_shallow
 from core.train.memory import largest_micro_batch
 from core.train.optim import OptimizerGroup, build_optimizer, loss_scaler
 from core.train.profiling import PROFILED_STEPS
@@ -115,7 +116,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         steps=config.recipe.steps,
         unique_tokens=dataset.tokens("train"),
         vocab_size=dataset.vocab_size,
-        overrides=config.overrides,
+        overrides=recipe_overrides(config),
         micro_batch=micro_batch,
         world_size=ranks.world_size,
     )
@@ -139,6 +140,17 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         check_compiler(ranks.device)
     check_installed(config.run.tracker)
     return recipe, system
+
+
+def recipe_overrides(config: Config) -> dict[str, Any]:
+    """The values that replace the recipe's. Raises ValueError for one that would overwrite given weights."""
+    overrides = config.overrides
+    if config.run.init_from and (fraction := overrides.setdefault("shallow_fraction", 0.0)):
+        raise ValueError(
+            f"--shallow-fraction {fraction} would overwrite half of the blocks, whose weights are those of "
+            f"--init-from {config.run.init_from}. Use --shallow-fraction 0"
+        )
+    return overrides
 
 
 def resolve_system(config: SystemConfig, ranks: Ranks, micro_batch: int | Literal["auto"] = "auto") -> System:
@@ -228,6 +240,8 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
     if source is None:
         model = GPT(shape, seed=config.recipe.seed)
         INITIALIZERS[recipe.init](model)
+        if recipe.shallow_fraction:
+            start_shallow(model)
         return model
     model = checkpoint.load_model(str(source))
     free = {"vocab_size": shape.vocab_size, "activation_function": shape.activation_function}
@@ -280,12 +294,15 @@ def fit_micro_batch(model: GPT, optimizer: OptimizerGroup, recipe: Recipe, syste
     return micro_batch
 
 
-def compile_shapes(loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int) -> None:
-    """Compile for every shape of the steps from `step` on, so that no step's time includes compilation.
+def compile_shapes(
+    loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int, shallow: bool = False
+) -> None:
+    """Compile for every shape of the steps from `step` on that are or aren't shallow, which is what `loss_fn` must be
+    set to, so that no step's time includes compilation.
 
     Where nothing is compiled, one micro-batch is timed instead, to log how long a slow step will take.
     """
-    splits = Schedule(recipe).splits(step, micro_batch, ranks.world_size)
+    splits = Schedule(recipe).splits(step, micro_batch, ranks.world_size, shallow)
     if not system.compile and system.fused == "off":
         shape, count = splits[0]
         one_sequence = shape._replace(rows=recipe.seq_len // shape.seq_len)
@@ -306,7 +323,7 @@ def time_micro_batch(loss_fn: Any, shape: Shape, system: System, ranks: Ranks) -
     """Seconds of forward and backward on a micro-batch."""
     start = time.perf_counter()
     with autocast(ranks, system.dtype):
-        loss = loss_fn(*blank_batch(shape, ranks.device))
+        loss = loss_fn(*blank_batch(shape, ranks.device), shallow=shape.shallow)
     loss.backward()
     loss.item()  # waits for the device
     for p in loss_fn.parameters():

@@ -1,0 +1,158 @@
+"""Progressive depth: blocks that are left out at first compute nothing, and are trained from the right step on."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TRAIN, on_ranks, refused, resolved, run, train_here
+
+from core.files import read_metrics
+from core.train import depth
+from core.train.schedule import Schedule
+from model import GPT, PRESETS, GPTConfig
+
+FIVE = GPTConfig(n_layer=5, n_head=2, n_embd=32, n_positions=64, vocab_size=100)
+TRAIN = (*TRAIN, "--recipe", "speedrun", "--first-batch-tokens", 512, "--batch-tokens", 1024, "--device", "cpu")
+TRAIN = (*TRAIN, "--data", "data/small", "--steps", 10, "--shallow-fraction", 0.6)
+LAST_SHALLOW = 6  # steps that are shallow: their tokens are 0.6 of all
+
+
+def tokens(seed=0):
+    return torch.randint(100, (2, 64), generator=torch.Generator().manual_seed(seed))
+
+
+def shallow_model():
+    """A model after a few shallow steps of SGD."""
+    model = GPT(FIVE)
+    depth.start_shallow(model)
+    depth.Depth(model).set(True)
+    for step in range(3):
+        model(tokens(step), tokens(step), shallow=True).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.sub_(p.grad)
+        model.zero_grad()
+    return model
+
+
+def test_idle_blocks_have_no_effect_and_no_gradient():
+    model = shallow_model()
+    torch.testing.assert_close(model(tokens()), model(tokens(), shallow=True), rtol=0, atol=0)
+    model(tokens(), tokens(), shallow=True).backward()
+    with_gradient = {name.split(".")[2] for name, p in model.named_parameters() if ".h." in name and p.grad is not None}
+    assert with_gradient == {"0", "2", "4"}
+    assert all(p.requires_grad == (p.grad is not None) for p in model.parameters())
+
+
+def test_deepening_copies_the_block_below_and_keeps_the_function():
+    model = shallow_model()
+    expected = model(tokens())
+    depth.Depth(model).deepen()
+    torch.testing.assert_close(model(tokens()), expected, rtol=0, atol=0)
+    for below, block in ((0, 1), (2, 3)):
+        sources = dict(model.transformer.h[below].named_parameters())
+        for name, p in model.transformer.h[block].named_parameters():
+            assert not p.any() if ".c_proj." in name else torch.equal(p, sources[name])
+    again = {name: p.clone() for name, p in model.named_parameters()}
+    depth.Depth(model).deepen()  # as after a stop in the first step of full depth
+    assert all(torch.equal(p, again[name]) for name, p in model.named_parameters())
+
+
+def test_a_frozen_parameter_stays_frozen():
+    model = GPT(FIVE)
+    frozen = model.transformer.h[1].mlp.c_fc.weight.requires_grad_(False)
+    blocks = depth.Depth(model)
+    for shallow in (True, False):
+        blocks.set(shallow)
+        assert model.transformer.h[1].ln_1.weight.requires_grad != shallow
+        assert not frozen.requires_grad
+
+
+def test_the_first_part_of_the_tokens_is_shallow():
+    recipe = resolved(recipe="speedrun", first_batch_tokens=512, batch_tokens=2048, steps=300, shallow_fraction=0.3)
+    schedule = Schedule(recipe)
+    flags = [schedule.shallow(step) for step in range(recipe.steps)]
+    boundary = flags.index(False)
+    assert flags == [True] * boundary + [False] * (recipe.steps - boundary)
+    assert schedule.tokens(boundary - 1) < 0.3 * recipe.tokens <= schedule.tokens(boundary)
+    assert {schedule.split(step, 8, 1)[0].shallow for step in range(boundary)} == {True}
+    assert [step for step in range(recipe.steps) if schedule.deepens(step)] == [boundary]
+    for shallow in (True, False):
+        assert {shape.shallow for shape, _ in schedule.splits(0, 8, 1, shallow)} == {shallow}
+    assert schedule.splits(boundary, 8, 1, shallow=True) == []
+    without = Schedule(replace(recipe, shallow_fraction=0.0))
+    assert not any(without.shallow(step) or without.deepens(step) for step in range(recipe.steps))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(world):
+    """The checkpoints of each step of a run."""
+    train_here(*TRAIN, "--save-every", 1, "--keep", 20, "--run", "depth", cwd=world)
+    return world / "logs/depth/checkpoints"
+
+
+def load(checkpoints, step):
+    return GPT.from_pretrained(checkpoints / f"step_{step:06}")
+
+
+def test_training_deepens_the_network_after_the_first_part(checkpoints):
+    first, last_shallow, deep = (load(checkpoints, step) for step in (1, LAST_SHALLOW, LAST_SHALLOW + 1))
+    for name, p in last_shallow.transformer.h[1].named_parameters():
+        assert torch.equal(p, first.transformer.h[1].get_parameter(name)), name
+    inputs = torch.randint(600, (2, 64))
+    torch.testing.assert_close(last_shallow(inputs), last_shallow(inputs, shallow=True), rtol=0, atol=0)
+    assert deep.transformer.h[1].mlp.c_proj.weight.any()
+    # The first update of a copied matrix is small against its norm.
+    copied, source = deep.transformer.h[1].attn.c_attn.weight, last_shallow.transformer.h[0].attn.c_attn.weight
+    assert (copied - source).norm() < 0.2 * source.norm()
+    assert (last_shallow.transformer.h[1].attn.c_attn.weight - source).norm() > 0.5 * source.norm()
+
+
+@pytest.mark.parametrize("step", [LAST_SHALLOW - 1, LAST_SHALLOW, LAST_SHALLOW + 1])
+def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(checkpoints, world, step):
+    expected = (checkpoints / "step_000010/model.safetensors").read_bytes()
+    folder = world / f"logs/depth-{step}"
+    shutil.copytree(checkpoints.parent, folder)
+    for later in range(step + 1, 11):
+        shutil.rmtree(folder / f"checkpoints/step_{later:06}")
+    train_here(*TRAIN, "--save-every", 1, "--keep", 20, "--run", folder.name, cwd=world)
+    assert (folder / "checkpoints/step_000010/model.safetensors").read_bytes() == expected
+
+
+def test_two_ranks_train_like_one(checkpoints, world):
+    """A rank's share of a step is two micro-batches."""
+    on_ranks(2, "train.py", *TRAIN, "--micro-batch", 2, "--run", "depth-two", cwd=world)
+    one, two = ([line["loss"] for line in read_metrics(world / "logs" / name)] for name in ("depth", "depth-two"))
+    assert len(one) == 12
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_speedrun_is_shallow_at_first_where_no_token_repeats():
+    options = {"recipe": "speedrun", "first_batch_tokens": 512, "batch_tokens": 512, "steps": 9, "shape": FIVE}
+    for unique_tokens, fraction in ((9 * 512 - 1, 0.0), (9 * 512, 0.4)):
+        assert resolved(unique_tokens=unique_tokens, **options).shallow_fraction == fraction
+    assert resolved(unique_tokens=1000, shallow_fraction=0.2, **options).shallow_fraction == 0.2
+    assert resolved(**(options | {"shape": PRESETS["tiny"]})).shallow_fraction == 0.0
+    assert resolved(steps=9, shape=FIVE).shallow_fraction == 0.0
+    with pytest.raises(ValueError, match=r"--shallow-fraction 1.0 must be below 1, .*Use --shallow-fraction 0"):
+        resolved(shallow_fraction=1.0, **options)
+
+
+def test_given_weights_are_all_trained_from_the_start(checkpoints, world):
+    given = ("--init-from", checkpoints / "step_000010", "--run", "depth-given")
+    train_here(*TRAIN[:-2], *given, "--save-every", 1, "--keep", 20, cwd=world)
+    before, after = load(checkpoints, 10), load(world / "logs/depth-given/checkpoints", 1)
+    assert not torch.equal(before.transformer.h[1].mlp.c_proj.weight, after.transformer.h[1].mlp.c_proj.weight)
+    message = refused(run("train.py", *TRAIN, *given, cwd=world, check=False))
+    assert message.startswith(
+        "--shallow-fraction 0.6 would overwrite half of the blocks, whose weights are those of --"
+    )
+    assert message.endswith(". Use --shallow-fraction 0")
+
+
+def test_flops_count_the_blocks_that_are_computed():
+    shape = PRESETS["gpt2"]
+    saved = shape.flops_per_token(1024) - shape.flops_per_token(1024, 0, True)
+    assert saved == 6 * (6 * 12 * 768**2 + 6 * 1024 * 768)
