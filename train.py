@@ -92,6 +92,7 @@ def train(run: Run) -> None:
             shape, count = schedule.split(run.step, run.micro_batch, ranks.world_size)
             if schedule.deepens(run.step):
                 depth.deepen()
+                session.saver.compare_again()
                 loss_fn = setup.wrap_ddp(raw_loss, ranks)
             optimizer.set_lr(lr_scale)
             metrics = step(

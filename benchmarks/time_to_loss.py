@@ -2,7 +2,8 @@
 
     python -m benchmarks.time_to_loss --data data/corpus --tokens 150_000_000 300_000_000
     python -m benchmarks.time_to_loss --data data/corpus --name time-to-loss-adamw --label adamw \\
-        --baseline='--recipe speedrun --optimizer adamw --lr 1.2e-3 --embed-lr 2.2e-3 --warmup-steps 300 --softmax full'
+        --baseline='--recipe speedrun --optimizer adamw --lr 1.2e-3 --embed-lr 2.2e-3 --warmup-steps 300
+        --softmax full --shallow-fraction 0'
     python -m benchmarks.time_to_loss --data data/demo --preset demo --seq-len 256 --tokens 1_000_000 \\
         --ours-tokens 100_000 500_000 --baseline='--batch-tokens 16384' \\
         --ours='--recipe speedrun --first-batch-tokens 2048 --batch-tokens 16384'

@@ -1,16 +1,18 @@
 """Progressive depth: blocks that are left out at first compute nothing, and are trained from the right step on."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TRAIN, on_ranks, refused, resolved, run, train_here
 
 from core.files import read_metrics
 from core.train import depth
 from core.train.schedule import Schedule
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, MLP, PRESETS, GPTConfig
 
 FIVE = GPTConfig(n_layer=5, n_head=2, n_embd=32, n_positions=64, vocab_size=100)
 TRAIN = (*TRAIN, "--recipe", "speedrun", "--first-batch-tokens", 512, "--batch-tokens", 1024, "--device", "cpu")
@@ -58,6 +60,19 @@ def test_deepening_copies_the_block_below_and_keeps_the_function():
     again = {name: p.clone() for name, p in model.named_parameters()}
     depth.Depth(model).deepen()  # as after a stop in the first step of full depth
     assert all(torch.equal(p, again[name]) for name, p in model.named_parameters())
+
+
+def test_an_edited_network_whose_idle_blocks_would_matter_is_refused(monkeypatch):
+    """Such as one with a LayerNorm after the addition."""
+    forward = MLP.forward
+
+    def with_another_norm(self, x, h, norm):
+        x, h = forward(self, x, h, norm)
+        return F.layer_norm(x, (32,)), h
+
+    monkeypatch.setattr(MLP, "forward", with_another_norm)
+    with pytest.raises(ValueError, match=r"--shallow-fraction leaves out blocks .* Use --shallow-fraction 0"):
+        depth.start_shallow(GPT(FIVE))
 
 
 def test_a_frozen_parameter_stays_frozen():
@@ -127,6 +142,22 @@ def test_two_ranks_train_like_one(checkpoints, world):
     one, two = ([line["loss"] for line in read_metrics(world / "logs" / name)] for name in ("depth", "depth-two"))
     assert len(one) == 12
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_an_edit_of_idle_blocks_is_noticed_when_they_are_trained(world, monkeypatch, capsys):
+    """At first they compute zero, whatever their code is."""
+    initialize = GPT.__init__
+
+    def edited(self, *args, **options):
+        initialize(self, *args, **options)
+        self.transformer.h[1].mlp.activation = torch.relu
+
+    monkeypatch.setattr(GPT, "__init__", edited)
+    train_here(*TRAIN, "--save-every", LAST_SHALLOW, "--run", "depth-edited", cwd=world)
+    assert capsys.readouterr().out.count("warning: model.py doesn't compute GPT-2") == 1
+    folders = (world / "logs/depth-edited/checkpoints").iterdir()
+    types = {folder.name: json.loads((folder / "config.json").read_text())["model_type"] for folder in folders}
+    assert types == {"step_000006": "gpt2", "step_000010": "gpt2_modified"}
 
 
 def test_speedrun_is_shallow_at_first_where_no_token_repeats():

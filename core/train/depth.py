@@ -18,10 +18,17 @@ def idle_blocks(model: GPT) -> list[Block]:
 
 @torch.no_grad()
 def start_shallow(model: GPT) -> None:
-    """Make the idle blocks compute zero."""
+    """Make the idle blocks compute zero. Raises ValueError where an edited network can't be made so."""
     for block in idle_blocks(model):
-        for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
-            p.zero_()
+        for name, p in block.named_parameters():
+            if ".c_proj." in name:
+                p.zero_()
+    tokens = torch.arange(min(2, model.config.n_positions), device=model.device)[None]  # (1, 2)
+    if not torch.equal(model.hidden(tokens), model.hidden(tokens, shallow=True)):
+        raise ValueError(
+            "--shallow-fraction leaves out blocks whose output projections (c_proj) are zero, but those of the edited "
+            "model.py then still change the residual stream. Use --shallow-fraction 0"
+        )
 
 
 class Depth:

@@ -84,6 +84,10 @@ class Saver:
                     "refuses them. This project reads them with the same model.py"
                 )
 
+    def compare_again(self) -> None:
+        """Let the next save compare the network with GPT-2 again: blocks that computed zero don't any more."""
+        self._is_gpt2 = None
+
     @torch.no_grad()
     def save(self, model: GPT, state: dict[str, Any]) -> None:
         """Take a snapshot and start to write it, after waiting for the previous write.
