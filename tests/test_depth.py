@@ -125,6 +125,19 @@ def test_training_deepens_the_network_after_the_first_part(checkpoints):
     assert (last_shallow.transformer.h[1].attn.c_attn.weight - source).norm() > 0.5 * source.norm()
 
 
+def test_shallow_steps_compute_every_second_block(world, monkeypatch):
+    hidden, flags = GPT.hidden, []
+
+    def recorded(self, *args, shallow=False, **options):
+        if torch.is_grad_enabled():
+            flags.append(shallow)
+        return hidden(self, *args, shallow=shallow, **options)
+
+    monkeypatch.setattr(GPT, "hidden", recorded)
+    train_here(*TRAIN, "--run", "depth-recorded", cwd=world)
+    assert flags[-10:] == [True] * LAST_SHALLOW + [False] * (10 - LAST_SHALLOW)
+
+
 @pytest.mark.parametrize("step", [LAST_SHALLOW - 1, LAST_SHALLOW, LAST_SHALLOW + 1])
 def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(checkpoints, world, step):
     expected = (checkpoints / "step_000010/model.safetensors").read_bytes()
