@@ -49,18 +49,19 @@ def test_no_step_compiles_what_compile_shapes_has_compiled(monkeypatch):
     """All shapes are within the compiler's limit of graphs, beyond which it leaves a function uncompiled."""
     monkeypatch.setattr("core.train.schedule.FIRST_PHASE_STEPS", 2)
     grown = {"recipe": "speedrun", "first_batch_tokens": 64, "batch_tokens": 512, "short_seq_len": 16, "steps": 40}
-    recipe = resolved(**grown, micro_batch=8)
-    shapes = dict(Schedule(recipe).splits(0, 8, 1))
+    recipe = resolved(**grown, shallow_fraction=0.5, micro_batch=8)
+    shapes = [shape for shallow in (True, False) for shape, _ in Schedule(recipe).splits(0, 8, 1, shallow)]
     torch._dynamo.reset()
     compiled = torch.compile(GPT(PRESETS["tiny"]), dynamic=False, backend="eager")
     graphs = torch._dynamo.utils.counters["stats"]
     with torch._dynamo.config.patch(recompile_limit=1):  # monkeypatch would remove the option at the end
-        compile_shapes(compiled, recipe, replace(PLAIN, compile=True), 8, CPU, 0)
+        for shallow in (False, True):
+            compile_shapes(compiled, recipe, replace(PLAIN, compile=True), 8, CPU, 0, shallow)
         count = graphs["unique_graphs"]
         for shape in shapes:
-            compiled(*blank_batch(shape, CPU.device)).backward()
+            compiled(*blank_batch(shape, CPU.device), shallow=shape.shallow).backward()
     assert graphs["unique_graphs"] == count
-    assert count >= len(shapes) >= 5
+    assert count >= len(set(shapes)) == len(shapes) >= 6
 
 
 class SlowLoss(nn.Module):
@@ -78,9 +79,10 @@ class SlowLoss(nn.Module):
 
 
 def test_expected_time_of_a_slow_step_is_logged(monkeypatch, capsys):
-    """128 sequences of 0.1 s; only one micro-batch of 4 is timed."""
+    """128 sequences of 0.1 s; only one micro-batch of 4 is timed, of the depth of the next step."""
     loss_fn = SlowLoss(monkeypatch)
     compile_shapes(loss_fn, resolved(batch_tokens=128 * 64, steps=3), PLAIN, 4, CPU, 0)
+    compile_shapes(loss_fn, resolved(batch_tokens=128 * 64, steps=3), PLAIN, 4, CPU, 0, shallow=True)
     assert capsys.readouterr().out == "expected time per step: 13 s (32 micro-batches of 4 sequences)\n"
     assert loss_fn.shapes == [(1, 64, 1, 64), (4, 64, 4, 64)]
     assert loss_fn.weight.grad is None

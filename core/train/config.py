@@ -171,7 +171,7 @@ class RecipeConfig:
         recipe_option(
             "shallow_fraction",
             "Fraction of the tokens, at the start of training, in which every second block is trained. Then the other "
-            "blocks start as copies of these. speedrun takes 0 where tokens repeat, for models of less than "
+            "blocks start as copies of these. speedrun takes 0 where tokens repeat, for models of fewer than "
             f"{MIN_SHALLOW_BLOCKS} blocks, and with --init-from.",
         ),
     ] = None

@@ -300,10 +300,13 @@ def compile_shapes(
     """Compile for every shape of the steps from `step` on that are or aren't shallow, which is what `loss_fn` must be
     set to, so that no step's time includes compilation.
 
-    Where nothing is compiled, one micro-batch is timed instead, to log how long a slow step will take.
+    Where nothing is compiled, one micro-batch is timed instead, to log how long the next step will take if it is slow.
     """
-    splits = Schedule(recipe).splits(step, micro_batch, ranks.world_size, shallow)
+    schedule = Schedule(recipe)
+    splits = schedule.splits(step, micro_batch, ranks.world_size, shallow)
     if not system.compile and system.fused == "off":
+        if schedule.shallow(step) != shallow:
+            return
         shape, count = splits[0]
         one_sequence = shape._replace(rows=recipe.seq_len // shape.seq_len)
         time_micro_batch(loss_fn, one_sequence, system, ranks)  # loads libraries
@@ -314,9 +317,9 @@ def compile_shapes(
         return
     shapes = dict.fromkeys(shape for shape, _ in splits)
     # Beyond its limit of 8 graphs, torch.compile leaves a function uncompiled; validation needs graphs too.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, len(shapes) + 8)
+    torch._dynamo.config.recompile_limit += len(shapes)
     seconds = sum(time_micro_batch(loss_fn, shape, system, ranks) for shape in shapes)
-    ranks.log(f"compiled in {seconds:.0f} s")
+    ranks.log(f"compiled in {seconds:.0f} s" + (" for half of the blocks" if shallow else ""))
 
 
 def time_micro_batch(loss_fn: Any, shape: Shape, system: System, ranks: Ranks) -> float:
