@@ -92,6 +92,7 @@ def train(run: Run) -> None:
             shape, count = schedule.split(run.step, run.micro_batch, ranks.world_size)
             if schedule.deepens(run.step):
                 depth.deepen()
+                ranks.log(f"all blocks are trained from step {run.step + 1} on")
                 session.saver.compare_again()
                 loss_fn = setup.wrap_ddp(raw_loss, ranks)
             optimizer.set_lr(lr_scale)
@@ -105,7 +106,7 @@ def train(run: Run) -> None:
                 step=run.step,
                 tokens=run.tokens,
                 step_tokens=sequences * recipe.seq_len,
-                flops_per_token=model.config.flops_per_token(*shape[1:]),
+                flops_per_token=model.config.flops_per_token(shape.seq_len, shape.candidates, **shape.options),
                 lr=lr_scale * recipe.lr,
                 metrics=metrics,
             )
@@ -156,12 +157,13 @@ def train_step(
             return None
         batch = ranks.to_device(*next(batches))  # inputs and targets (B, T)
         is_last = i == accumulation - 1
-        if accumulation == 1 and (graph := graphs.get(shape_of(batch, shallow))):
+        shape = shape_of(batch, shallow)
+        if accumulation == 1 and (graph := graphs.get(shape)):
             loss = graph.backward(batch)  # the same as below
         else:
             with nullcontext() if is_last or ranks.world_size == 1 else loss_fn.no_sync():  # DDP reduces once
                 with autocast(ranks, dtype):
-                    loss = loss_fn(*batch, shallow=shallow) / accumulation
+                    loss = loss_fn(*batch, **shape.options) / accumulation
                 scaler.scale(loss).backward()  # the loss itself, unless dtype is float16
         loss_sum += loss.detach()
     sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop_requested)])

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TRAIN, on_ranks, refused, resolved, run, train_here
 
+import train
 from core.files import read_metrics
 from core.train import depth
 from core.train.schedule import Schedule
@@ -17,6 +18,7 @@ from model import GPT, MLP, PRESETS, GPTConfig
 FIVE = GPTConfig(n_layer=5, n_head=2, n_embd=32, n_positions=64, vocab_size=100)
 TRAIN = (*TRAIN, "--recipe", "speedrun", "--first-batch-tokens", 512, "--batch-tokens", 1024, "--device", "cpu")
 TRAIN = (*TRAIN, "--data", "data/small", "--steps", 10, "--shallow-fraction", 0.6)
+MLP_FORWARD = MLP.forward
 LAST_SHALLOW = 6  # steps that are shallow: their tokens are 0.6 of all
 
 
@@ -71,8 +73,83 @@ def test_an_edited_network_whose_idle_blocks_would_matter_is_refused(monkeypatch
         return F.layer_norm(x, (32,)), h
 
     monkeypatch.setattr(MLP, "forward", with_another_norm)
-    with pytest.raises(ValueError, match=r"--shallow-fraction leaves out blocks .* Use --shallow-fraction 0"):
-        depth.start_shallow(GPT(FIVE))
+    refused_by_check(GPT(FIVE), "blocks change the residual stream even where their output projections")
+
+
+def refused_by_check(model, reason):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=f"edited model.py: .*{reason}.* Use --shallow-fraction 0"):
+        depth.start_shallow(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if ".c_proj." not in name)
+
+
+def test_an_edited_network_whose_idle_blocks_would_matter_later_is_refused(monkeypatch):
+    """A parameter that is zero at first, and is added to the residual stream."""
+    model, forward = GPT(FIVE), MLP.forward
+    for block in model.transformer.h:
+        block.mlp.shift = torch.nn.Parameter(torch.zeros(32))
+
+    def with_shift(self, x, h, norm):
+        x, _ = forward(self, x, h, norm)
+        return x + self.shift, norm(x + self.shift)
+
+    monkeypatch.setattr(MLP, "forward", with_shift)
+    refused_by_check(model, "blocks change the residual stream")
+
+
+def test_blocks_that_share_parameters_or_differ_are_refused():
+    shared, same, other, wider = (GPT(FIVE) for _ in range(4))
+    shared.transformer.h[1].mlp.c_fc = shared.transformer.h[0].mlp.c_fc
+    refused_by_check(shared, "blocks share parameters")
+    same.transformer.h[3] = same.transformer.h[1]
+    refused_by_check(same, "blocks share parameters")
+    other.transformer.h[1].extra = torch.nn.Parameter(torch.zeros(3))
+    refused_by_check(other, "extra isn't in all blocks")
+    wider.transformer.h[1].mlp.c_fc = torch.nn.Linear(32, 64)
+    refused_by_check(wider, "mlp.c_fc.bias isn't in all blocks with the same shape")
+
+
+def test_a_network_with_dropout_is_accepted_and_keeps_its_mode(monkeypatch):
+    embed = GPT.embed
+    monkeypatch.setattr(GPT, "embed", lambda self, *a: tuple(F.dropout(x, 0.5, self.training) for x in embed(self, *a)))
+    model = GPT(FIVE)
+    depth.start_shallow(model)
+    assert model.training
+
+
+def test_a_network_without_shallow_trains_at_full_depth_only(world, monkeypatch):
+    """As in the model.py of an earlier checkpoint."""
+    forward, flops = GPT.forward, GPTConfig.flops_per_token
+    monkeypatch.setattr(GPT, "forward", lambda self, tokens, targets=None, *c: forward(self, tokens, targets, *c))
+    monkeypatch.setattr(GPTConfig, "flops_per_token", lambda self, seq_len, c=0: flops(self, seq_len, c))
+    refused_by_check(GPT(FIVE), "its forward pass doesn't accept shallow")
+    train_here(*TRAIN[:-1], 0, "--run", "depth-without", cwd=world)
+    assert len(read_metrics(world / "logs/depth-without")) == 12
+
+
+def test_the_last_step_has_full_depth():
+    options = {"recipe": "speedrun", "first_batch_tokens": 512, "batch_tokens": 512, "shape": FIVE}
+    for steps, fraction in ((1, 0.4), (10, 0.95), (200, 0.999)):
+        schedule = Schedule(resolved(steps=steps, shallow_fraction=fraction, **options))
+        assert [schedule.shallow(step) for step in range(steps)] == [True] * (steps - 1) + [False]
+
+
+@pytest.mark.parametrize("step", [0, LAST_SHALLOW])
+def test_all_depths_to_come_are_prepared_before_the_first_step(checkpoints, world, monkeypatch, step):
+    compile_shapes, prepared = train.setup.compile_shapes, []
+
+    def recorded(loss_fn, *args):
+        gradients = [p.requires_grad for p in loss_fn.transformer.h[1].parameters()]
+        prepared.append((args[-1], any(gradients)))
+        compile_shapes(loss_fn, *args)
+
+    monkeypatch.setattr(train.setup, "compile_shapes", recorded)
+    folder = world / f"logs/depth-prepared-{step}"
+    shutil.copytree(checkpoints.parent, folder)
+    for later in range(step + 1, 11):
+        shutil.rmtree(folder / f"checkpoints/step_{later:06}")
+    train_here(*TRAIN, "--keep", 20, "--run", folder.name, cwd=world)
+    assert prepared == ([(False, True)] if step else [(False, True), (True, False)])
 
 
 def test_a_frozen_parameter_stays_frozen():
@@ -155,6 +232,12 @@ def test_two_ranks_train_like_one(checkpoints, world):
     one, two = ([line["loss"] for line in read_metrics(world / "logs" / name)] for name in ("depth", "depth-two"))
     assert len(one) == 12
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_an_edit_of_all_blocks_is_noticed_once(world, monkeypatch, capsys):
+    monkeypatch.setattr(MLP, "forward", lambda self, x, h, norm: MLP_FORWARD(self, x, 2 * h, norm))
+    train_here(*TRAIN, "--run", "depth-once", cwd=world)
+    assert capsys.readouterr().out.count("warning: model.py doesn't compute GPT-2") == 1
 
 
 def test_an_edit_of_idle_blocks_is_noticed_when_they_are_trained(world, monkeypatch, capsys):

@@ -284,3 +284,11 @@ def test_optimizer_that_cannot_skip_a_step_is_refused(optimizer, options):
     message = rf"{optimizer.__name__} can't skip a step: it must support `found_inf`\. Use fused=True"
     with pytest.raises(ValueError, match=message):
         OptimizerGroup(fused, optimizer(weights, lr=0.1, **options))
+
+
+def test_a_matrix_that_blocks_share_is_updated_once():
+    """By an edit of model.py."""
+    model = GPT(SMALL)
+    model.transformer.h[1].mlp.c_fc = model.transformer.h[0].mlp.c_fc
+    for optimizer in optim.OPTIMIZERS:
+        build_optimizer(model, resolved(steps=9, optimizer=optimizer), CPU)  # which refuses a parameter in two groups

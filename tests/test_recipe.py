@@ -389,3 +389,12 @@ def test_first_batch_that_does_not_divide_among_ranks_names_values_that_do(ranks
     with pytest.raises(ValueError, match=message):
         speedrun(world_size=ranks)
     speedrun(world_size=ranks, first_batch_tokens=first, batch_tokens=largest)
+
+
+def test_regularization_of_repeated_text_follows_the_shape_and_not_the_vocabulary_of_the_shards():
+    """A run that was started before can resume."""
+    options = {"recipe": "speedrun", "shape": PRESETS["demo"], "tokens": 3_000_000, "unique_tokens": 1_000_000}
+    recipe = resolved(vocab_size=663, **options)
+    assert recipe.weight_decay == resolved(**options).weight_decay > 0.15
+    repetition = 2 * PRESETS["demo"].matrix_weights / 1_000_000
+    assert recipe.token_dropout == pytest.approx(0.1 * (repetition / 45.5) ** 0.5, rel=0.01)

@@ -59,7 +59,7 @@ def test_no_step_compiles_what_compile_shapes_has_compiled(monkeypatch):
             compile_shapes(compiled, recipe, replace(PLAIN, compile=True), 8, CPU, 0, shallow)
         count = graphs["unique_graphs"]
         for shape in shapes:
-            compiled(*blank_batch(shape, CPU.device), shallow=shape.shallow).backward()
+            compiled(*blank_batch(shape, CPU.device), **shape.options).backward()
     assert graphs["unique_graphs"] == count
     assert count >= len(set(shapes)) == len(shapes) >= 6
 
@@ -72,7 +72,7 @@ class SlowLoss(nn.Module):
         self.weight, self.shapes, self.clock = nn.Parameter(torch.ones(())), [], 0.0
         monkeypatch.setattr("core.train.setup.time", SimpleNamespace(perf_counter=lambda: self.clock))
 
-    def forward(self, inputs, targets, shallow):
+    def forward(self, inputs, targets):
         self.clock += 0.1 * len(inputs) + (0 if self.shapes else 10)
         self.shapes.append((*inputs.shape, *targets.shape))
         return self.weight * 1

@@ -1,9 +1,9 @@
 """Progressive depth (`--shallow-fraction`): the first part of the training computes every second block.
 
-A network of half the depth learns as much per token at first, in 0.6 times the time. The other blocks, the idle ones,
-start with output projections of zero and thus compute zero: leaving them out changes nothing, and a checkpoint of any
-step is a plain GPT-2 of full depth. Later they start to be trained as copies of the block below, but for their output
-projections, so that the loss doesn't change in this step (docs/recipes.md has the trials).
+A network of half the depth learns as much per token at first, in 0.5 to 0.6 times the time. The other blocks, the idle
+ones, start with output projections of zero and thus compute zero: leaving them out changes nothing, and a checkpoint of
+any step is a plain GPT-2 of full depth. Later they start to be trained as copies of the block below, but for their
+output projections, so that the loss doesn't change in this step (docs/recipes.md has the trials).
 """
 
 import torch
@@ -18,17 +18,46 @@ def idle_blocks(model: GPT) -> list[Block]:
 
 @torch.no_grad()
 def start_shallow(model: GPT) -> None:
-    """Make the idle blocks compute zero. Raises ValueError where an edited network can't be made so."""
-    for block in idle_blocks(model):
-        for name, p in block.named_parameters():
-            if ".c_proj." in name:
-                p.zero_()
-    tokens = torch.arange(min(2, model.config.n_positions), device=model.device)[None]  # (1, 2)
-    if not torch.equal(model.hidden(tokens), model.hidden(tokens, shallow=True)):
-        raise ValueError(
-            "--shallow-fraction leaves out blocks whose output projections (c_proj) are zero, but those of the edited "
-            "model.py then still change the residual stream. Use --shallow-fraction 0"
-        )
+    """Make the idle blocks compute zero. Raises ValueError for an edited network where that can't be."""
+    check_pairs(model)
+    was_training, generator = model.training, torch.Generator().manual_seed(0)
+    idle = [item for block in idle_blocks(model) for item in block.named_parameters()]
+    kept = []
+    for name, p in idle:
+        if ".c_proj." in name:
+            p.zero_()
+        else:  # random for the check: whatever they become, the block must compute zero
+            kept.append((p, p.clone()))
+            p.normal_(0.0, 0.02, generator=generator)
+    tokens = torch.arange(min(2, model.config.n_positions))[None]  # (1, 2)
+    model.eval()
+    try:
+        is_equal = torch.equal(model(tokens), model(tokens, shallow=True))
+    except TypeError as error:
+        raise refusal(f"its forward pass doesn't accept shallow ({error})") from None
+    finally:
+        model.train(was_training)
+        for p, value in kept:
+            p.copy_(value)
+    if not is_equal:
+        raise refusal("blocks change the residual stream even where their output projections (c_proj) are zero")
+
+
+def check_pairs(model: GPT) -> None:
+    """Raise ValueError unless each idle block has the parameters of the block below, and shares none."""
+    idle = {id(p) for block in idle_blocks(model) for p in block.parameters()}
+    others = [p for block in model.transformer.h[::2] for p in block.parameters()]
+    if any(id(p) in idle for p in others) or len(idle) < sum(len(list(b.parameters())) for b in idle_blocks(model)):
+        raise refusal("blocks share parameters")
+    for block, below in zip(idle_blocks(model), model.transformer.h[::2], strict=False):
+        shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (block, below)]
+        if shapes[0] != shapes[1]:
+            different = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+            raise refusal(f"{different[0]} isn't in all blocks with the same shape")
+
+
+def refusal(reason: str) -> ValueError:
+    return ValueError(f"--shallow-fraction can't be used with the edited model.py: {reason}. Use --shallow-fraction 0")
 
 
 class Depth:

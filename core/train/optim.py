@@ -110,11 +110,11 @@ def build_muon(model: GPT, recipe: Recipe, ranks: Ranks) -> list[torch.optim.Opt
     """Muon for the matrices of the blocks, AdamW for the rest."""
     # By name within the block and by shape; those of idle blocks (core/train/depth.py) by themselves.
     stacks: dict[tuple[str, torch.Size, bool], list[Tensor]] = {}
-    for index, block in enumerate(model.transformer.h):
-        is_idle = recipe.shallow_fraction > 0 and index % 2 == 1
-        for name, p in block.named_parameters():
-            if p.dim() == 2 and p.requires_grad:
-                stacks.setdefault((name, p.shape, is_idle), []).append(p)
+    for full_name, p in model.transformer.h.named_parameters():
+        if p.dim() == 2 and p.requires_grad:
+            index, _, name = full_name.partition(".")
+            is_idle = recipe.shallow_fraction > 0 and int(index) % 2 == 1
+            stacks.setdefault((name, p.shape, is_idle), []).append(p)
     # Queries, keys and values are three matrices: as one, the final loss was 0.05 higher (LOG.md).
     groups = [
         {"params": params, "splits": 3 if name == "attn.c_attn.weight" else 1, "initial_lr": recipe.lr}

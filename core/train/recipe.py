@@ -172,7 +172,7 @@ def resolve_recipe(
         )
     tokens = batches.sequences_before(steps) * seq_len
     unique_tokens, vocab_size = unique_tokens or tokens, vocab_size or shape.vocab_size
-    scaled = scaled_to_length(name, values, steps, tokens, replace(shape, vocab_size=vocab_size), unique_tokens)
+    scaled = scaled_to_length(name, values, steps, tokens, shape, unique_tokens, vocab_size)
     values = replace(values, **{key: value for key, value in scaled.items() if key not in overrides})
     recipe = Recipe(**vars(values), name=name, tokens=tokens, seq_len=seq_len, steps=steps)
     check_lengths(recipe)
@@ -201,7 +201,7 @@ def adapted_values(name: str, shape: GPTConfig, overrides: dict[str, Any]) -> Re
 
 
 def scaled_to_length(
-    name: str, values: RecipeValues, steps: int, tokens: int, shape: GPTConfig, unique_tokens: int
+    name: str, values: RecipeValues, steps: int, tokens: int, shape: GPTConfig, unique_tokens: int, vocab_size: int
 ) -> dict[str, Any]:
     """The values that depend on the length of the training, and on how often it repeats a token."""
     if name == "original":
@@ -214,7 +214,7 @@ def scaled_to_length(
         "short_tokens": min(values.short_tokens, 4 * tokens // 10),
         "weight_decay": values.weight_decay + strength * (REPETITION_WEIGHT_DECAY - values.weight_decay),
         "token_dropout": strength * REPETITION_TOKEN_DROPOUT,
-        "softmax": "full" if repeats or shape.vocab_size <= SMALL_VOCABULARY else values.softmax,
+        "softmax": "full" if repeats or vocab_size <= SMALL_VOCABULARY else values.softmax,
         "shallow_fraction": 0.0 if repeats or shape.n_layer < MIN_SHALLOW_BLOCKS else values.shallow_fraction,
     }
 

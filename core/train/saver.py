@@ -86,7 +86,7 @@ class Saver:
 
     def compare_again(self) -> None:
         """Let the next save compare the network with GPT-2 again: blocks that computed zero don't any more."""
-        self._is_gpt2 = None
+        self._is_gpt2 = None if self._is_gpt2 else self._is_gpt2
 
     @torch.no_grad()
     def save(self, model: GPT, state: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Saver:
         self._compare_network(model)
         self.wait()
         self._snapshot(model, state)
-        self._thread = threading.Thread(target=self._write, args=(start, self._clock.mark()))
+        self._thread = threading.Thread(target=self._write, args=(start, self._clock.mark(), self._is_gpt2))
         self._thread.start()
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Saver:
         copy_to_host(dict(model.named_parameters()), dict(self._model_copy.named_parameters()))
         self._state_copy = copy_to_host(state, self._state_copy)
 
-    def _write(self, start: Any, end: Any) -> None:
+    def _write(self, start: Any, end: Any, is_gpt2: bool | None) -> None:
         assert self._model_copy is not None and self._state_copy is not None
         self.blocked_seconds.append(self._clock.seconds(start, end))  # waits until the copy is complete
         write_start, step = time.perf_counter(), self._state_copy["step"]
@@ -129,8 +129,8 @@ class Saver:
                 self._state_copy,
                 end_of_text_id=self._dataset.manifest["end_of_text_id"],
                 tokenizer_from=self._dataset.folder,
-                card=self._card(step),
-                is_gpt2=self._is_gpt2,
+                card=self._card(step, is_gpt2),
+                is_gpt2=is_gpt2,
             )
             self._delete_old(step)
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
@@ -144,9 +144,9 @@ class Saver:
             blocked = 1000 * self.blocked_seconds[-1]
             self._log(f"saved {folder} | blocked training {blocked:.0f} ms | written in {self.write_seconds[-1]:.1f} s")
 
-    def _card(self, step: int) -> str | None:
+    def _card(self, step: int, is_gpt2: bool | None) -> str | None:
         try:
-            return model_card(self._run, self._dataset.manifest, step, is_gpt2=self._is_gpt2 is not False)
+            return model_card(self._run, self._dataset.manifest, step, is_gpt2=is_gpt2 is not False)
         except Exception as error:  # a checkpoint without a model card is better than none
             self._log(f"warning: the checkpoint of step {step} has no model card ({type(error).__name__}: {error})")
             return None

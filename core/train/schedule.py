@@ -23,6 +23,11 @@ class Shape(NamedTuple):
     candidates: int = 0  # 0: the softmax takes the whole vocabulary
     shallow: bool = False  # every second block is computed
 
+    @property
+    def options(self) -> dict[str, bool]:
+        """Keywords of `GPT.forward`: none at full depth, so that an edited model.py may lack `shallow`."""
+        return {"shallow": True} if self.shallow else {}
+
 
 def candidate_count(step_tokens: int) -> int:
     """Candidates of a step: the number of different tokens in a text grows with about the root of its length."""
@@ -112,8 +117,8 @@ class Schedule:
         return candidate_count(tokens) if is_sampled else 0
 
     def shallow(self, step: int) -> bool:
-        """Whether every second block is computed (core/train/depth.py), as in the first steps."""
-        return self.tokens(step) < self._recipe.shallow_fraction * self._recipe.tokens
+        """Whether every second block is computed (core/train/depth.py), as in the first steps; never in the last."""
+        return step < self._recipe.steps - 1 and self.tokens(step) < self._recipe.shallow_fraction * self._recipe.tokens
 
     def deepens(self, step: int) -> bool:
         """Whether the step is the first one of full depth after shallow ones."""

@@ -326,7 +326,7 @@ def time_micro_batch(loss_fn: Any, shape: Shape, system: System, ranks: Ranks) -
     """Seconds of forward and backward on a micro-batch."""
     start = time.perf_counter()
     with autocast(ranks, system.dtype):
-        loss = loss_fn(*blank_batch(shape, ranks.device), shallow=shape.shallow)
+        loss = loss_fn(*blank_batch(shape, ranks.device), **shape.options)
     loss.backward()
     loss.item()  # waits for the device
     for p in loss_fn.parameters():
