@@ -10,15 +10,35 @@ import torch.nn.functional as F
 from conftest import TRAIN, on_ranks, refused, resolved, run, train_here
 
 import train
+from core.distributed import Ranks
 from core.files import read_metrics
 from core.train import depth
+from core.train.config import SystemConfig
+from core.train.optim import build_optimizer
 from core.train.schedule import Schedule
+from core.train.setup import fit_micro_batch, resolve_system
 from model import GPT, MLP, PRESETS, GPTConfig
 
 FIVE = GPTConfig(n_layer=5, n_head=2, n_embd=32, n_positions=64, vocab_size=100)
 TRAIN = (*TRAIN, "--recipe", "speedrun", "--first-batch-tokens", 512, "--batch-tokens", 1024, "--device", "cpu")
 TRAIN = (*TRAIN, "--data", "data/small", "--steps", 10, "--shallow-fraction", 0.6)
 MLP_FORWARD = MLP.forward
+# train.py, stopped by SIGTERM when the network deepens.
+STOPPED = """
+import os, signal
+import train
+from core import cli
+from core.train.depth import Depth
+
+deepen = Depth.deepen
+
+def deepen_and_stop(self):
+    deepen(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+Depth.deepen = deepen_and_stop
+cli.run(train.main, train.Config, "")
+"""
 LAST_SHALLOW = 6  # steps that are shallow: their tokens are 0.6 of all
 
 
@@ -193,7 +213,7 @@ def test_training_deepens_the_network_after_the_first_part(checkpoints):
     first, last_shallow, deep = (load(checkpoints, step) for step in (1, LAST_SHALLOW, LAST_SHALLOW + 1))
     for name, p in last_shallow.transformer.h[1].named_parameters():
         assert torch.equal(p, first.transformer.h[1].get_parameter(name)), name
-    inputs = torch.randint(600, (2, 64))
+    inputs = tokens()
     torch.testing.assert_close(last_shallow(inputs), last_shallow(inputs, shallow=True), rtol=0, atol=0)
     assert deep.transformer.h[1].mlp.c_proj.weight.any()
     # The first update of a copied matrix is small against its norm.
@@ -224,6 +244,36 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_undisturbed_one(checkpoints, wor
         shutil.rmtree(folder / f"checkpoints/step_{later:06}")
     train_here(*TRAIN, "--save-every", 1, "--keep", 20, "--run", folder.name, cwd=world)
     assert (folder / "checkpoints/step_000010/model.safetensors").read_bytes() == expected
+
+
+def test_a_run_that_was_stopped_in_the_first_deep_step_ends_bit_for_bit_like_an_undisturbed_one(checkpoints, world):
+    """The step was not computed, but its checkpoint has the copies already."""
+    script = world / "stopped.py"
+    script.write_text(STOPPED)
+    result = run(script, *TRAIN, "--keep", 20, "--run", "depth-stopped", cwd=world)
+    assert f"stopped after step {LAST_SHALLOW}/10" in result.stdout
+    folder = world / "logs/depth-stopped/checkpoints"
+    stopped, last_shallow = load(folder, LAST_SHALLOW), load(checkpoints, LAST_SHALLOW)
+    copied = stopped.transformer.h[1].mlp.c_fc.weight
+    assert torch.equal(copied, last_shallow.transformer.h[0].mlp.c_fc.weight)
+    train_here(*TRAIN, "--keep", 20, "--run", "depth-stopped", cwd=world)
+    expected = (checkpoints / "step_000010/model.safetensors").read_bytes()
+    assert (folder / "step_000010/model.safetensors").read_bytes() == expected
+
+
+def test_memory_is_reserved_for_the_moments_of_idle_blocks(monkeypatch):
+    recipe = resolved(recipe="speedrun", shape=FIVE, first_batch_tokens=512, batch_tokens=512, steps=9)
+    ranks, model = Ranks(0, 1, torch.device("cpu")), GPT(FIVE)
+    optimizer = build_optimizer(model, recipe, ranks)
+    depth.Depth(model).set(shallow=True)
+    model(tokens(), tokens(), shallow=True).backward()
+    optimizer.set_lr(1.0)
+    optimizer.step(skip=torch.zeros(()))
+    monkeypatch.setattr("core.train.setup.largest_micro_batch", lambda *args: args[3])
+    system = resolve_system(SystemConfig(), ranks)
+    reserved = fit_micro_batch(model, optimizer, recipe, system, ranks)
+    parameters = [p for block in depth.idle_blocks(model) for p in block.parameters()]
+    assert reserved >= sum(4 * p.numel() if p.dim() == 2 else 8 * p.numel() for p in parameters)
 
 
 def test_two_ranks_train_like_one(checkpoints, world):

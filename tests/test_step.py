@@ -179,7 +179,9 @@ def test_memory_is_reserved_for_moments_and_buckets(monkeypatch, world_size, has
     ranks = Ranks(0, world_size, torch.device("cpu"))
     optimizer = build_optimizer(model, recipe, CPU)
     if has_state:
-        optimizer.members[0].state[next(model.parameters())] = {"step": 1}
+        inputs = torch.zeros(1, 64, dtype=torch.long)
+        model(inputs, inputs).backward()
+        optimizer.step(skip=torch.zeros(()))
     monkeypatch.setattr("core.train.setup.largest_micro_batch", lambda *args: args[3])
     reserved = fit_micro_batch(model, optimizer, recipe, PLAIN, ranks)
     assert reserved == bytes_per_parameter * model.num_parameters()

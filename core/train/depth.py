@@ -20,15 +20,14 @@ def idle_blocks(model: GPT) -> list[Block]:
 def start_shallow(model: GPT) -> None:
     """Make the idle blocks compute zero. Raises ValueError for an edited network where that can't be."""
     check_pairs(model)
-    was_training, generator = model.training, torch.Generator().manual_seed(0)
-    idle = [item for block in idle_blocks(model) for item in block.named_parameters()]
-    kept = []
-    for name, p in idle:
-        if ".c_proj." in name:
-            p.zero_()
-        else:  # random for the check: whatever they become, the block must compute zero
-            kept.append((p, p.clone()))
-            p.normal_(0.0, 0.02, generator=generator)
+    was_training, kept = model.training, []
+    for block in idle_blocks(model):
+        for name, p in block.named_parameters():
+            if ".c_proj." in name:
+                p.zero_()
+            else:  # other values for the check: whatever they become, the block must compute zero
+                kept.append((p, p.clone()))
+                p.add_(1.0)
     tokens = torch.arange(min(2, model.config.n_positions))[None]  # (1, 2)
     model.eval()
     try:
@@ -69,6 +68,7 @@ class Depth:
         self._idle = [p for p in parameters if p.requires_grad]  # the others are frozen for good
 
     def set(self, shallow: bool) -> None:
+        """Train every second block, or all."""
         for p in self._idle:
             p.requires_grad_(not shallow)
 

@@ -76,10 +76,9 @@ def python_state(module: nn.Module) -> list[tuple[str, Any]]:
 def record_small_steps(
     loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int, shallow: bool = False
 ) -> Graphs:
-    """Graphs of the small steps from `step` on that are or aren't shallow, which is what `loss_fn` must be set to.
+    """Graphs of the small steps from `step` on, where they are faster than single launches and, on several GPUs, DDP.
 
-    A step has one where it is faster than single launches and, on several GPUs, DDP.
-
+    `shallow`: of the steps that compute every second block, or else of those that compute all (`Depth.set`).
     DDP reduces gradients during the backward pass: over a slow connection between GPUs it can be the faster one. All
     ranks must call it.
     """
@@ -113,7 +112,7 @@ def free_bytes(loss_fn: nn.Module) -> float:
 
 
 def small_shapes(recipe: Recipe, micro_batch: int, world_size: int, step: int, shallow: bool = False) -> list[Shape]:
-    """The shapes of the steps from `step` on, shallow or not, that are one micro-batch of few tokens on each rank."""
+    """The shapes of the steps from `step` on that are one micro-batch of few tokens on each rank."""
     limit = MAX_TOKENS if world_size > 1 else MAX_TOKENS_OF_ONE
     splits = Schedule(recipe).splits(step, micro_batch, world_size, shallow)
     return [shape for shape, count in splits if count == 1 and shape.rows * shape.seq_len <= limit]

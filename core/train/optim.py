@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.distributed import Ranks
+from core.train.depth import idle_blocks
 from core.train.recipe import Recipe
 from model import GPT
 
@@ -47,9 +48,10 @@ class OptimizerGroup:
             member.zero_grad(set_to_none=True)
 
     @property
-    def has_state(self) -> bool:
-        """Whether the moments are allocated."""
-        return any(member.state for member in self.members)
+    def state_bytes(self) -> int:
+        """Memory of the moments that are allocated."""
+        states = [state for member in self.members for state in member.state.values()]
+        return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         return {type(member).__name__: member.state_dict() for member in self.members}
@@ -108,13 +110,12 @@ def build_adamw(model: GPT, recipe: Recipe, _ranks: Ranks) -> list[torch.optim.O
 
 def build_muon(model: GPT, recipe: Recipe, ranks: Ranks) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest."""
-    # By name within the block and by shape; those of idle blocks (core/train/depth.py) by themselves.
+    idle = {id(p) for block in idle_blocks(model) for p in block.parameters()} if recipe.shallow_fraction else set()
+    # By name within the block and by shape; those of idle blocks by themselves, as they have no gradients at first.
     stacks: dict[tuple[str, torch.Size, bool], list[Tensor]] = {}
-    for full_name, p in model.transformer.h.named_parameters():
+    for name, p in model.transformer.h.named_parameters():
         if p.dim() == 2 and p.requires_grad:
-            index, _, name = full_name.partition(".")
-            is_idle = recipe.shallow_fraction > 0 and int(index) % 2 == 1
-            stacks.setdefault((name, p.shape, is_idle), []).append(p)
+            stacks.setdefault((name.partition(".")[2], p.shape, id(p) in idle), []).append(p)
     # Queries, keys and values are three matrices: as one, the final loss was 0.05 higher (LOG.md).
     groups = [
         {"params": params, "splits": 3 if name == "attn.c_attn.weight" else 1, "initial_lr": recipe.lr}

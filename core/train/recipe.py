@@ -259,7 +259,8 @@ def check_lengths(recipe: Recipe) -> None:
     cli.check_between(0, 2**63 - 1, short_tokens=recipe.short_tokens, long_every=recipe.long_every)
     if recipe.shallow_fraction == 1:
         raise ValueError(
-            "--shallow-fraction 1.0 must be below 1, or half of the blocks are never trained. Use --shallow-fraction 0"
+            "--shallow-fraction 1.0 must be below 1, or half of the blocks are trained in the last step only. "
+            "Use --shallow-fraction 0"
         )
     if recipe.short_tokens >= recipe.tokens and recipe.short_seq_len < recipe.seq_len:
         raise ValueError(

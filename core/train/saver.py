@@ -86,7 +86,8 @@ class Saver:
 
     def compare_again(self) -> None:
         """Let the next save compare the network with GPT-2 again: blocks that computed zero don't any more."""
-        self._is_gpt2 = None if self._is_gpt2 else self._is_gpt2
+        if self._is_gpt2:
+            self._is_gpt2 = None
 
     @torch.no_grad()
     def save(self, model: GPT, state: dict[str, Any]) -> None:

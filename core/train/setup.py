@@ -285,7 +285,7 @@ def wrap_ddp(loss_fn: Any, ranks: Ranks) -> Any:
 def fit_micro_batch(model: GPT, optimizer: OptimizerGroup, recipe: Recipe, system: System, ranks: Ranks) -> int:
     """The largest micro-batch that fits on every rank, next to the moments and DDP buckets to be allocated."""
     loss_fn = build_loss(model, system, compiled=False)
-    moments = 0 if optimizer.has_state else 8 * model.num_parameters()
+    moments = max(0, 8 * model.num_parameters() - optimizer.state_bytes)
     buckets = 4 * model.num_parameters() if ranks.world_size > 1 else 0
     sequences = recipe.batch_tokens // recipe.seq_len // ranks.world_size
     with autocast(ranks, system.dtype):
@@ -297,9 +297,9 @@ def fit_micro_batch(model: GPT, optimizer: OptimizerGroup, recipe: Recipe, syste
 def compile_shapes(
     loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int, shallow: bool = False
 ) -> None:
-    """Compile for every shape of the steps from `step` on that are or aren't shallow, which is what `loss_fn` must be
-    set to, so that no step's time includes compilation.
+    """Compile for every shape of the steps from `step` on, so that no step's time includes compilation.
 
+    `shallow`: of the steps that compute every second block, or else of those that compute all (`Depth.set`).
     Where nothing is compiled, one micro-batch is timed instead, to log how long the next step will take if it is slow.
     """
     schedule = Schedule(recipe)
