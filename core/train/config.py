@@ -163,7 +163,9 @@ class RecipeConfig:
     long_every: Annotated[
         int | None,
         recipe_option(
-            "long_every", "While sequences are short, every Nth step has long ones, which train all positions; 0: none."
+            "long_every",
+            "While sequences are short, every Nth step has long ones, which train all positions; 0: none. speedrun "
+            "halves N where --short-tokens is limited.",
         ),
     ] = None
     shallow_fraction: Annotated[

@@ -125,7 +125,8 @@ RECIPES = {
     ),
 }
 # Values that may follow from the others.
-DERIVED = ("steps", "warmup_steps", "short_tokens", "weight_decay", "token_dropout", "shallow_fraction", "softmax")
+DERIVED = ("steps", "warmup_steps", "short_tokens", "long_every", "weight_decay", "token_dropout")
+DERIVED = (*DERIVED, "shallow_fraction", "softmax")
 # What a resumed run may not change; a difference in a given value is reported before those that follow from it.
 SETTINGS = (*(field.name for field in fields(RecipeValues) if field.name not in DERIVED), *DERIVED)
 
@@ -209,9 +210,12 @@ def scaled_to_length(
     repeats = tokens > unique_tokens  # the text is short rather than the time: no value may cost loss to save time
     repetition = max(0, tokens / unique_tokens - 1) * shape.matrix_weights / unique_tokens
     strength = min(1, math.sqrt(repetition / REPETITION))
+    short_tokens = min(values.short_tokens, 4 * tokens // 10)
     return {
         "warmup_steps": min(values.warmup_steps, steps // 10),
-        "short_tokens": min(values.short_tokens, 4 * tokens // 10),
+        "short_tokens": short_tokens,
+        # In a shorter phase long steps come twice as often, or they are too few and the loss rises at its end.
+        "long_every": values.long_every // (2 if short_tokens < values.short_tokens else 1),
         "weight_decay": values.weight_decay + strength * (REPETITION_WEIGHT_DECAY - values.weight_decay),
         "token_dropout": strength * REPETITION_TOKEN_DROPOUT,
         "softmax": "full" if repeats or vocab_size <= SMALL_VOCABULARY else values.softmax,
