@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.data.shards import open_dataset, verify
-from core.distributed import Ranks, autocast, process_group
+from core.distributed import Ranks, autocast, is_out_of_memory, process_group
 from core.train import setup
 from core.train.config import Config
 from core.train.depth import Depth
@@ -43,6 +43,8 @@ def main(config: Config) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by torch, before cuBLAS starts
     torch.use_deterministic_algorithms(config.system.deterministic)
     folder = setup.run_folder(config)
+    cli.check_positive(hang_timeout=config.checkpoints.hang_timeout)
+    cli.check_between(0, 10**9, hang_timeout=config.checkpoints.hang_timeout)  # seconds; the limit of system timers
     with process_group(config.system.device, config.checkpoints.hang_timeout) as ranks:
         dataset = open_dataset(config.run.data)
         if config.evaluation.eval_only:
@@ -61,7 +63,9 @@ def main(config: Config) -> None:
                         f"with --init-from {folder}"
                     )
                 train(run)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 smaller = "--micro-batch" if micro_batch not in ("auto", 1) else "--seq-len or --preset"
                 option = "" if system.activation_checkpointing else ", or --activation-checkpointing"
                 raise ValueError(
@@ -92,7 +96,7 @@ def train(run: Run) -> None:
             shape, count = schedule.split(run.step, run.micro_batch, ranks.world_size)
             if schedule.deepens(run.step):
                 depth.deepen()
-                ranks.log(f"all blocks are trained from step {run.step + 1} on")
+                session.log(f"all blocks are trained from step {run.step + 1} on")
                 session.saver.compare_again()
                 loss_fn = setup.wrap_ddp(raw_loss, ranks)
             optimizer.set_lr(lr_scale)
@@ -106,7 +110,7 @@ def train(run: Run) -> None:
                 step=run.step,
                 tokens=run.tokens,
                 step_tokens=sequences * recipe.seq_len,
-                flops_per_token=model.config.flops_per_token(shape.seq_len, shape.candidates, **shape.options),
+                flops_per_token=model.config.flops_per_token(shape.seq_len, shape.candidates, **shape.forward_kwargs),
                 lr=lr_scale * recipe.lr,
                 metrics=metrics,
             )
@@ -126,8 +130,11 @@ def prepare_steps(run: Run, schedule: Schedule, loss_fn: Any, depth: Depth) -> t
         depth.set(shallow)
         ddp_loss_fn = setup.wrap_ddp(loss_fn, run.ranks)
         arguments = ddp_loss_fn, run.recipe, run.system, run.micro_batch, run.ranks, run.step, shallow
-        setup.compile_shapes(*arguments)
+        if run.system.compiles:
+            setup.compile_shapes(*arguments)
         graphs |= record_small_steps(*arguments)
+    if not run.system.compiles:
+        setup.log_expected_time(ddp_loss_fn, *schedule.split(run.step, run.micro_batch, run.ranks.world_size), run)
     return ddp_loss_fn, graphs
 
 
@@ -152,7 +159,7 @@ def train_step(
     """
     loss_sum = torch.zeros((), device=ranks.device)
     for i in range(accumulation):
-        interrupts.heartbeat()
+        interrupts.restart_hang_timer()
         if interrupts.stop_step(ranks):
             return None
         batch = ranks.to_device(*next(batches))  # inputs and targets (B, T)
@@ -163,7 +170,7 @@ def train_step(
         else:
             with nullcontext() if is_last or ranks.world_size == 1 else loss_fn.no_sync():  # DDP reduces once
                 with autocast(ranks, dtype):
-                    loss = loss_fn(*batch, **shape.options) / accumulation
+                    loss = loss_fn(*batch, **shape.forward_kwargs) / accumulation
                 scaler.scale(loss).backward()  # the loss itself, unless dtype is float16
         loss_sum += loss.detach()
     sums = torch.stack([loss_sum, torch.full_like(loss_sum, interrupts.stop_requested)])
@@ -187,7 +194,7 @@ def evaluate_and_save(run: Run, session: Session, evaluations: list[Evaluation])
     """Evaluations, text sample and checkpoint, as far as they are due after this step."""
     options = run.config.evaluation
     run.seconds, run.bad_steps = session.logger.flush()
-    session.interrupts.pause()
+    session.interrupts.stop_hang_timer()
     if run.step == run.recipe.steps or not session.logger.stop:  # a stopped run evaluates when it resumes
         evaluate(run, session, evaluations)
         if run.is_due(options.sample_every) and session.run_log is not None:
@@ -224,7 +231,7 @@ def evaluate(
 def finish(run: Run, session: Session) -> None:
     """Save the last step, where that isn't done, and wait for the checkpoint."""
     run.seconds, run.bad_steps = session.logger.flush()
-    session.interrupts.pause()
+    session.interrupts.stop_hang_timer()
     if run.step > session.saver.saved_step:
         session.saver.save(run.model, run.training_state())
     session.saver.finish()

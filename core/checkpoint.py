@@ -219,6 +219,15 @@ def check_preset(run: Path, options: dict[str, str]) -> None:
         )
 
 
+def trained_seq_len(source: str) -> int | None:
+    """Tokens per sequence of the run that wrote this checkpoint, by its run.json; None for other weights."""
+    try:
+        value = json.loads((Path(source).parent.parent / "run.json").read_text(encoding="utf-8"))["seq_len"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, int) else None
+
+
 def resolve(ckpt: str, option: str = "--ckpt") -> str:
     """What `--ckpt` (or another `option`) names, as a model folder, a checkpoint file or a hub name.
 

@@ -310,7 +310,8 @@ def check_positive(**values: float | None) -> None:
     """Raise ValueError for a value that isn't positive and finite, by the name of its option. None: not given."""
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{option_name(name)} {value} must be above 0")
+            limit = "above 0" if math.isfinite(value) else "a finite number above 0"
+            raise ValueError(f"{option_name(name)} {value} must be {limit}")
 
 
 def check_between(low: float, high: float, **values: float) -> None:

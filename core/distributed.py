@@ -91,6 +91,11 @@ class Ranks:
                 print(text, flush=True)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a GPU or of the host ended; torch has a class of errors for the GPU only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto`: CUDA, else MPS, else the CPU. Raises ValueError where it isn't available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TRAIN, on_ranks, refused, resolved, run, train_here
+from safetensors.torch import load_file
 
 import train
 from core.distributed import Ranks
@@ -154,16 +155,24 @@ def test_the_last_step_has_full_depth():
         assert [schedule.shallow(step) for step in range(steps)] == [True] * (steps - 1) + [False]
 
 
+def test_a_run_without_shallow_steps_starts_with_complete_blocks(world):
+    """Of one step, which has full depth."""
+    train_here(*TRAIN, "--steps", 1, "--run", "depth-complete", cwd=world)
+    weights = load_file(world / "logs/depth-complete/checkpoints/step_000001/model.safetensors")
+    sizes = [weights[f"transformer.h.{block}.attn.c_proj.weight"].std() for block in range(2)]
+    assert sizes[1] > sizes[0] / 2
+
+
 @pytest.mark.parametrize("step", [0, LAST_SHALLOW])
 def test_all_depths_to_come_are_prepared_before_the_first_step(checkpoints, world, monkeypatch, step):
-    compile_shapes, prepared = train.setup.compile_shapes, []
+    record_small_steps, prepared = train.record_small_steps, []
 
     def recorded(loss_fn, *args):
         gradients = [p.requires_grad for p in loss_fn.transformer.h[1].parameters()]
         prepared.append((args[-1], any(gradients)))
-        compile_shapes(loss_fn, *args)
+        return record_small_steps(loss_fn, *args)
 
-    monkeypatch.setattr(train.setup, "compile_shapes", recorded)
+    monkeypatch.setattr(train, "record_small_steps", recorded)
     folder = world / f"logs/depth-prepared-{step}"
     shutil.copytree(checkpoints.parent, folder)
     for later in range(step + 1, 11):

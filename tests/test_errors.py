@@ -16,6 +16,7 @@ import eval_lambada
 import sample
 import train
 from core import cli
+from core.convert import computes_gpt2
 from core.data import tokenizer
 from core.data.shards import open_dataset
 from core.distributed import Ranks
@@ -99,8 +100,11 @@ def test_values_that_must_be_positive(error_of, here, option, value):
         (["--preset", "gpt2", "--seq-len", 1025], "--seq-len 1025 exceeds the context of gpt2. Use --seq-len 1024"),
         (["--warmup-steps", 4], "--warmup-steps 4 must be between 0 and 3"),
         (["--warmup-steps", -1], "--warmup-steps -1 must be between 0 and 3"),
-        (["--lr", "nan"], "--lr nan must be above 0"),
-        (["--lr", "inf"], "--lr inf must be above 0"),
+        (["--lr", "nan"], "--lr nan must be a finite number above 0"),
+        (["--lr", "inf"], "--lr inf must be a finite number above 0"),
+        (["--hang-timeout", "inf"], "--hang-timeout inf must be a finite number above 0"),
+        (["--hang-timeout", "1e10"], r"--hang-timeout 10000000000.0 must be between 0 and 1e\+09"),
+        (["--first-batch-tokens", 4096], "--first-batch-tokens 4096 exceeds --batch-tokens 2048"),
         (["--weight-decay", -0.1], "--weight-decay -0.1 must be between 0 and 1"),
         (["--final-lr-fraction", -1], "--final-lr-fraction -1.* must be between 0 and 1"),
         (["--sample-every", -1], "--sample-every -1 must be 0 or more, and at most 9223372036854775807$"),
@@ -119,6 +123,17 @@ def test_values_that_must_be_positive(error_of, here, option, value):
 def test_invalid_option_of_train(error_of, here, arguments, message):
     assert re.search(message, error_of(train, *COMMAND, *arguments))
     assert_no_run(here)
+
+
+def test_no_memory_left_on_the_host_is_a_one_line_error(error_of, here, monkeypatch):
+    """An allocation of 4 EB fails. The error says nothing about the network, either."""
+    monkeypatch.setattr(GPT, "hidden", lambda *arguments, **options: torch.empty(1 << 60))
+    error = error_of(train, *COMMAND, "--micro-batch", 8)
+    assert error == ("--micro-batch 8: out of memory. Use a smaller --micro-batch, or --activation-checkpointing")
+    monkeypatch.undo()
+    monkeypatch.setattr("core.convert.reference_logits", lambda *arguments, **options: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        computes_gpt2(GPT(PRESETS["tiny"]))
 
 
 @WITHOUT_CUDA

@@ -520,11 +520,13 @@ def test_the_development_set_has_no_published_figures(tmp_path):
 @pytest.mark.parametrize(
     ("name", "protocol"), [("lambada_test_plain_text.txt", "standard"), ("lambada_test.txt", "openai")]
 )
-def test_a_file_of_unknown_text_is_loaded_with_the_protocol_of_other_passages(tmp_path, name, protocol):
+def test_a_file_of_unknown_text_is_loaded_with_the_protocol_of_other_passages(tmp_path, capsys, name, protocol):
     """Training scores a file without asking for its text."""
     (tmp_path / name).write_text("two words\n" * 5153)
     questions = lambada.load_file(tmp_path / name)
     assert (questions.protocols, questions.has_published) == ([protocol], protocol == "standard")
+    note = f"note: {tmp_path / name} has none of LAMBADA's own file names: its passages are scored by protocol openai\n"
+    assert capsys.readouterr().out == ("" if protocol == "standard" else note)
 
 
 def test_each_text_of_the_hub_is_scored_by_its_own_protocols(monkeypatch):

@@ -18,7 +18,7 @@ from core.files import read_metrics
 from core.train.init import align_keys
 from core.train.loader import micro_batches
 from core.train.optim import OPTIMIZERS
-from core.train.recipe import LEARNING_RATES, RECIPES, SETTINGS, resolve_recipe
+from core.train.recipe import LEARNING_RATES, RECIPES, SETTINGS, resolve_recipe, without_effect
 from core.train.schedule import Schedule, Shape
 from core.train.setup import load_model, resolve
 from model import GPT, PRESETS
@@ -129,6 +129,9 @@ def test_sequences_are_short_for_the_first_tokens_but_for_each_nth_step():
     lengths = [Schedule(shorter).seq_len(step) for step in range(160)]
     assert lengths == [1024 if step % 8 == 7 else 256 for step in range(160)]  # else too few steps train all positions
     assert speedrun(tokens=10_000_000, long_every=16).long_every == 16
+    assert speedrun(tokens=60_000_000, short_tokens=30_000_000).long_every == 16
+    assert speedrun(tokens=60_000_000, short_tokens=2_000_000).long_every == 8
+    assert speedrun(tokens=60_000_000, short_tokens=0).long_every == 16
     splits = schedule.splits(0, 1024, 1, shallow=True) + schedule.splits(0, 1024, 1)
     sizes = {(shape.rows * shape.seq_len // 1024, shape.seq_len) for shape, _ in splits}
     assert sizes == {(16, 256), (16, 1024), (32, 256), (32, 1024), (64, 256), (64, 1024), (128, 1024)}
@@ -388,11 +391,32 @@ def test_invalid_values_are_refused_by_name(options, message):
 def test_first_batch_that_does_not_divide_among_ranks_names_values_that_do(ranks, first, largest):
     message = (
         rf"--first-batch-tokens 16384 must be a multiple of .* {ranks} ranks = \d+\. Use --first-batch-tokens {first} "
-        rf"--batch-tokens {largest}; to resume a run with 16384, start at most 16 ranks$"
+        rf"--batch-tokens {largest}; to resume a run with 16384, start a number of ranks that divides 16$"
     )
     with pytest.raises(ValueError, match=message):
         speedrun(world_size=ranks)
     speedrun(world_size=ranks, first_batch_tokens=first, batch_tokens=largest)
+
+
+def test_given_values_without_effect_are_named_with_the_reason():
+    given = {"momentum": 0.3, "decay_fraction": 0.1, "short_seq_len": 512, "long_every": 3, "windows": "shifted"}
+    given |= {"token_dropout": 0.5, "lr": 1e-3}
+    recipe = resolved(**GPT2, **given)
+    assert dict(without_effect(recipe, given, unique_tokens=recipe.tokens)) == {
+        "--momentum 0.3": "--optimizer is adamw",
+        "--decay-fraction 0.1": "--lr-schedule is cosine",
+        "--short-seq-len 512": "--short-tokens is 0",
+        "--long-every 3": "--short-tokens is 0",
+        "--windows shifted": "no token repeats",
+        "--token-dropout 0.5": "no token repeats",
+    }
+    recipe = speedrun(**given, unique_tokens=10**9)
+    assert without_effect(recipe, given, unique_tokens=10**9) == []
+
+
+def test_a_value_without_effect_is_reported_before_the_training(world, capsys):
+    train_here(*TRAIN, "--data", "data/small", "--steps", 1, "--momentum", 0.3, "--run", "no-effect", cwd=world)
+    assert "warning: --momentum 0.3 has no effect: --optimizer is adamw\n" in capsys.readouterr().out
 
 
 def test_regularization_of_repeated_text_follows_the_shape_and_not_the_vocabulary_of_the_shards():

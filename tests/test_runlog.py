@@ -111,6 +111,8 @@ def test_a_missing_tracker_is_an_error_with_the_command_to_install_it(world, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--tracker trackio needs a package .* Run pip install trackio"):
         train_here(*COMMAND, "--tracker", "trackio", "--run", "untracked", cwd=world)
+    with pytest.raises(ValueError, match=r"--tracker wandb needs a package .* Run pip install wandb"):
+        train_here(*COMMAND, "--wandb-project", "gpt2", "--run", "untracked", cwd=world)
     assert not (world / "logs/untracked").exists()
 
 
@@ -232,8 +234,8 @@ def test_the_first_line_summarizes_the_run():
         "logs/gpt2 | gpt2, 124,439,808 parameters | 8 x NVIDIA H200 | 19073 steps | 10.00B tokens | "
         "1 epochs of data/fineweb-edu"
     )
-    assert "5 epochs of data/fineweb-edu (more than 4 epochs gain little)" in summary(
-        Path("logs/gpt2"), facts | {"epochs": 5}
+    assert summary(Path("logs/gpt2"), facts | {"tokens": 1_000_000, "epochs": 5}).endswith(
+        "| 5 epochs of data/fineweb-edu (more than 4 gain little: --tokens 800000)"
     )
 
 

@@ -22,7 +22,7 @@ from core.train.loader import micro_batches, open_loader
 from core.train.optim import build_optimizer
 from core.train.sampling import blank_batch
 from core.train.schedule import Schedule
-from core.train.setup import System, compile_shapes, fit_micro_batch
+from core.train.setup import System, compile_shapes, fit_micro_batch, log_expected_time
 from core.train.validation import Validation
 from model import GPT, PRESETS
 
@@ -59,7 +59,7 @@ def test_no_step_compiles_what_compile_shapes_has_compiled(monkeypatch):
             compile_shapes(compiled, recipe, replace(PLAIN, compile=True), 8, CPU, 0, shallow)
         count = graphs["unique_graphs"]
         for shape in shapes:
-            compiled(*blank_batch(shape, CPU.device), **shape.options).backward()
+            compiled(*blank_batch(shape, CPU.device), **shape.forward_kwargs).backward()
     assert graphs["unique_graphs"] == count
     assert count >= len(set(shapes)) == len(shapes) >= 6
 
@@ -78,11 +78,15 @@ class SlowLoss(nn.Module):
         return self.weight * 1
 
 
+def log_time_of_first_step(loss_fn, recipe, micro_batch, ranks=CPU):
+    run = SimpleNamespace(recipe=recipe, system=PLAIN, ranks=ranks)
+    log_expected_time(loss_fn, *Schedule(recipe).split(0, micro_batch, ranks.world_size), run)
+
+
 def test_expected_time_of_a_slow_step_is_logged(monkeypatch, capsys):
-    """128 sequences of 0.1 s; only one micro-batch of 4 is timed, of the depth of the next step."""
+    """128 sequences of 0.1 s; only one micro-batch of 4 is timed."""
     loss_fn = SlowLoss(monkeypatch)
-    compile_shapes(loss_fn, resolved(batch_tokens=128 * 64, steps=3), PLAIN, 4, CPU, 0)
-    compile_shapes(loss_fn, resolved(batch_tokens=128 * 64, steps=3), PLAIN, 4, CPU, 0, shallow=True)
+    log_time_of_first_step(loss_fn, resolved(batch_tokens=128 * 64, steps=3), 4)
     assert capsys.readouterr().out == "expected time per step: 13 s (32 micro-batches of 4 sequences)\n"
     assert loss_fn.shapes == [(1, 64, 1, 64), (4, 64, 4, 64)]
     assert loss_fn.weight.grad is None
@@ -90,13 +94,13 @@ def test_expected_time_of_a_slow_step_is_logged(monkeypatch, capsys):
 
 @pytest.mark.parametrize("sequences, is_logged", [(8, False), (16, True)])
 def test_expected_time_is_logged_for_steps_of_more_than_a_second(monkeypatch, capsys, sequences, is_logged):
-    compile_shapes(SlowLoss(monkeypatch), resolved(batch_tokens=sequences * 64, steps=3), PLAIN, 2, CPU, 0)
+    log_time_of_first_step(SlowLoss(monkeypatch), resolved(batch_tokens=sequences * 64, steps=3), 2)
     assert ("expected time per step" in capsys.readouterr().out) == is_logged
 
 
 def test_expected_time_is_that_of_the_share_of_a_rank(monkeypatch, capsys):
     two = Ranks(0, 2, torch.device("cpu"))
-    compile_shapes(SlowLoss(monkeypatch), resolved(2, batch_tokens=128 * 64, steps=3), PLAIN, 4, two, 0)
+    log_time_of_first_step(SlowLoss(monkeypatch), resolved(2, batch_tokens=128 * 64, steps=3), 4, two)
     assert capsys.readouterr().out == "expected time per step: 6 s (16 micro-batches of 4 sequences)\n"
 
 

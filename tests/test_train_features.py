@@ -91,11 +91,24 @@ def test_eval_only_of_a_run_equals_its_last_validation(finished, here, capsys):
     before = sorted(finished.rglob("*")), (finished / METRICS).read_bytes()
     train_with(run="features", eval_only=True)
     output, expected = capsys.readouterr().out, last_validation(finished)
-    assert "step_000010 on 6,016 validation tokens of data/small, float32 | " in output
+    assert "step_000010 on 6,016 validation tokens of data/small in sequences of 64, float32 | " in output
     assert f" | val_loss {expected['loss']:.4f} | " in output
     assert f" | perplexity {math.exp(expected['loss']):.2f}\n" in output
     assert f" | bits_per_byte {expected['bits_per_byte']:.4f} | " in output
     assert (sorted(finished.rglob("*")), (finished / METRICS).read_bytes()) == before
+
+
+def test_eval_only_takes_the_sequence_length_of_the_run(here, capsys):
+    train_with(run="shorter", steps=2, seq_len=32)
+    expected = last_validation(Path("logs/shorter"))["loss"]
+    capsys.readouterr()
+    for options in ({"run": "shorter"}, {"run": "none", "init_from": "logs/shorter"}):
+        train_with(seq_len=None, eval_only=True, **options)
+        output = capsys.readouterr().out
+        assert "validation tokens of data/small in sequences of 32, float32" in output
+        assert f" | val_loss {expected:.4f} | " in output
+    train_with(run="shorter", seq_len=64, eval_only=True)
+    assert "in sequences of 64, float32" in capsys.readouterr().out
 
 
 def test_eval_only_of_weights_needs_no_run(finished, here, capsys):

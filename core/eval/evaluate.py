@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from core import checkpoint, cli
-from core.distributed import Ranks, process_group
+from core.distributed import Ranks, is_out_of_memory, process_group
 from core.eval import check, results
 from core.eval.interruption import INTERRUPTED, Output, interruptible
 from core.eval.results import Result
@@ -178,7 +178,9 @@ def evaluate(
             masked_ids=task.masked_ids(questions.protocols, encoding, model.config.vocab_size),
             label=" ".join([task.title, questions.subset, *questions.protocols]),
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         tokens = options.batch_tokens or default_batch_tokens(ranks.device)
         raise ValueError(f"--batch-tokens {tokens} is too large: out of memory. Use a smaller value") from None
     return split_verdicts(questions, verdicts)

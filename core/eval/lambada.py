@@ -99,6 +99,8 @@ def allowed_protocols(text: str) -> list[str]:
 
 def load_file(path: Path, text: str | None = None, protocols: list[str] | None = None) -> QuestionSet:
     """The passages of a file. Default text: by the file's name, else `other`. Default protocol: the text's first."""
+    if text is None and known_text(path) is None:
+        cli.print_note(f"{path} has none of LAMBADA's own file names: its passages are scored by protocol openai")
     text = text or known_text(path) or "other"
     passages = read(path)
     return QuestionSet(

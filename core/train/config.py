@@ -11,6 +11,7 @@ from core.data.shards import DEFAULT_DATA, DEFAULT_VAL_TOKENS
 from core.train.optim import OPTIMIZERS
 from core.train.recipe import (
     INITIALIZERS,
+    LEARNING_RATES,
     MIN_SHALLOW_BLOCKS,
     RECIPES,
     SMALL_BATCH_TOKENS,
@@ -68,13 +69,15 @@ class RunConfig:
     """Initial weights: a run, a checkpoint folder or file, a Hugging Face folder, or a hub name such as gpt2.
     Default: random weights."""
     recipe: Literal[tuple(RECIPES)] = "original"  # type: ignore[valid-type]
-    """Recipe: the default values of --lr, --batch-tokens and of the recipe options below."""
+    """Recipe: the default values of --lr, --batch-tokens and of the recipe options."""
     tokens: int = 10_000_000_000
-    """Training tokens, rounded down to complete steps."""
+    """Training tokens, rounded down to complete steps. 150_000_000 is a way to write a number."""
     lr: Annotated[
         float | None,
         recipe_option(
-            "lr", "Peak learning rate of the block matrices; with the recipe original and adamw, of all weights."
+            "lr",
+            "Peak learning rate of the block matrices; with the recipe original and adamw, of all weights. It follows "
+            f"the optimizer: {LEARNING_RATES['adamw']:g} with adamw, {LEARNING_RATES['muon']:g} with muon.",
         ),
     ] = None
     batch_tokens: Annotated[
@@ -98,7 +101,8 @@ class RecipeConfig:
     seed: int = 1337
     """Random seed of the initial weights and of the data order."""
     seq_len: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
-    """Tokens per sequence. Default: the context length of the preset, which is the maximum."""
+    """Tokens per sequence. Default: the context length of the preset, which is the maximum; with --eval-only that of
+    the run. Positions beyond it stay untrained."""
     steps: Annotated[int | None, cli.DEFAULT_IN_HELP] = None
     """Optimizer steps; replaces --tokens. Default: as many as --tokens allows."""
     optimizer: Annotated[
@@ -198,7 +202,7 @@ class RecipeConfig:
 
 @dataclass
 class SystemConfig:
-    """Speed and memory. These options change results by rounding only."""
+    """Speed and memory. These options change results by rounding only; float16 can skip a step, too."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the matrix products; weights and optimizer stay float32. float16 scales the loss. auto: bfloat16 on CUDA,

@@ -30,7 +30,7 @@ class StepGraph:
     def __init__(self, loss_fn: Any, shape: Shape, dtype: str, ranks: Ranks) -> None:
         """Record `loss_fn`, which is not wrapped by DDP, for micro-batches of this shape."""
         self._loss_fn, self._dtype, self._ranks = loss_fn, dtype, ranks
-        self._options, self._params = shape.options, [p for p in loss_fn.parameters() if p.requires_grad]
+        self._kwargs, self._params = shape.forward_kwargs, [p for p in loss_fn.parameters() if p.requires_grad]
         self._batch = blank_batch(shape, ranks.device)
         self._record()
 
@@ -45,7 +45,7 @@ class StepGraph:
     def _loss_and_gradients(self) -> tuple[Tensor, Tensor]:
         """The loss, and the gradients of the parameters as one vector."""
         with autocast(self._ranks, self._dtype):
-            loss = self._loss_fn(*self._batch, **self._options)
+            loss = self._loss_fn(*self._batch, **self._kwargs)
         gradients = torch.autograd.grad(loss, self._params)
         return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -127,7 +127,7 @@ def faster_graph(loss_fn: Any, shape: Shape, dtype: str, ranks: Ranks, budget: f
 
     def eager() -> None:
         with autocast(ranks, dtype):
-            loss = loss_fn(*batch, **shape.options)
+            loss = loss_fn(*batch, **shape.forward_kwargs)
         loss.backward()
 
     torch.cuda.reset_peak_memory_stats()

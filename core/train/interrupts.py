@@ -25,15 +25,15 @@ class Interrupts:
         self._is_main = is_main
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    def heartbeat(self) -> None:
-        """Restart the hang timer. Call it at least every `hang_timeout` seconds, or call `pause`.
+    def restart_hang_timer(self) -> None:
+        """Restart the hang timer. Call it at least every `hang_timeout` seconds, or call `stop_hang_timer`.
 
         When the timer expires, the process prints its stack traces and exits with status 1. The timer runs in a C
         thread, so that it also ends an interpreter that is blocked in a read or in a collective.
         """
         faulthandler.dump_traceback_later(self._hang_timeout, exit=True, file=sys.__stderr__ or sys.stderr)
 
-    def pause(self) -> None:
+    def stop_hang_timer(self) -> None:
         """Stop the hang timer before slow work. Collectives keep the timeout of the process group."""
         faulthandler.cancel_dump_traceback_later()
 
@@ -68,6 +68,6 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pause()
+        self.stop_hang_timer()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -198,7 +198,8 @@ def summary(run: Path, settings: dict[str, Any]) -> str:
     """A line on what the run will do."""
     ranks, device = settings["world_size"], settings["versions"]["device"]
     # Muennighoff et al. 2023, arXiv:2305.16264: up to four epochs are almost as good as new data.
-    warning = " (more than 4 epochs gain little)" if settings["epochs"] > 4 else ""
+    unique_tokens = settings["tokens"] / settings["epochs"]
+    warning = f" (more than 4 gain little: --tokens {4 * unique_tokens:.0f})" if settings["epochs"] > 4 else ""
     parts = [
         str(run),
         f"{settings['preset']}, {settings['parameters']:,} parameters",

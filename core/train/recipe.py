@@ -125,9 +125,11 @@ RECIPES = {
     ),
 }
 # Values that may follow from the others.
-DERIVED = ("steps", "warmup_steps", "short_tokens", "long_every", "weight_decay", "token_dropout")
-DERIVED = (*DERIVED, "shallow_fraction", "softmax")
-# What a resumed run may not change; a difference in a given value is reported before those that follow from it.
+DERIVED = (
+    *("steps", "warmup_steps", "short_tokens", "long_every", "weight_decay", "token_dropout", "shallow_fraction"),
+    "softmax",
+)
+# What a resumed run may not change, in the order of reporting: given values before those that follow from them.
 SETTINGS = (*(field.name for field in fields(RecipeValues) if field.name not in DERIVED), *DERIVED)
 
 
@@ -160,7 +162,6 @@ def resolve_recipe(
             f"--seq-len {seq_len} exceeds the context of {describe(shape)}. Use --seq-len {shape.n_positions} or less"
         )
     values = replace(adapted_values(name, shape, overrides), **overrides)
-    values = replace(values, first_batch_tokens=min(values.first_batch_tokens, values.batch_tokens))
     check_values(values)
     check_batch_phases(values, seq_len)
     check_batch_divides(values, seq_len, micro_batch, world_size)
@@ -173,7 +174,7 @@ def resolve_recipe(
         )
     tokens = batches.sequences_before(steps) * seq_len
     unique_tokens, vocab_size = unique_tokens or tokens, vocab_size or shape.vocab_size
-    scaled = scaled_to_length(name, values, steps, tokens, shape, unique_tokens, vocab_size)
+    scaled = scaled_to_length(name, values, overrides, steps, tokens, shape, unique_tokens, vocab_size)
     values = replace(values, **{key: value for key, value in scaled.items() if key not in overrides})
     recipe = Recipe(**vars(values), name=name, tokens=tokens, seq_len=seq_len, steps=steps)
     check_lengths(recipe)
@@ -198,11 +199,19 @@ def adapted_values(name: str, shape: GPTConfig, overrides: dict[str, Any]) -> Re
             values = replace(values, embed_lr=overrides.get("lr", values.lr))
     else:  # Muon's update has the same spectral norm at any width, so that its rate stays; the head's doesn't
         values = replace(values, embed_lr=values.embed_lr * min(1, REFERENCE_WIDTH / shape.n_embd))
-    return values
+    batch_tokens = overrides.get("batch_tokens", values.batch_tokens)
+    return replace(values, first_batch_tokens=min(values.first_batch_tokens, batch_tokens))
 
 
 def scaled_to_length(
-    name: str, values: RecipeValues, steps: int, tokens: int, shape: GPTConfig, unique_tokens: int, vocab_size: int
+    name: str,
+    values: RecipeValues,
+    overrides: dict[str, Any],
+    steps: int,
+    tokens: int,
+    shape: GPTConfig,
+    unique_tokens: int,
+    vocab_size: int,
 ) -> dict[str, Any]:
     """The values that depend on the length of the training, and on how often it repeats a token."""
     if name == "original":
@@ -210,17 +219,33 @@ def scaled_to_length(
     repeats = tokens > unique_tokens  # the text is short rather than the time: no value may cost loss to save time
     repetition = max(0, tokens / unique_tokens - 1) * shape.matrix_weights / unique_tokens
     strength = min(1, math.sqrt(repetition / REPETITION))
-    short_tokens = min(values.short_tokens, 4 * tokens // 10)
+    short_tokens = overrides.get("short_tokens", min(values.short_tokens, 4 * tokens // 10))
+    is_shorter = 0 < short_tokens < RECIPES[name].short_tokens
     return {
         "warmup_steps": min(values.warmup_steps, steps // 10),
         "short_tokens": short_tokens,
         # In a shorter phase long steps come twice as often, or they are too few and the loss rises at its end.
-        "long_every": values.long_every // (2 if short_tokens < values.short_tokens else 1),
+        "long_every": values.long_every // 2 if is_shorter else values.long_every,
         "weight_decay": values.weight_decay + strength * (REPETITION_WEIGHT_DECAY - values.weight_decay),
         "token_dropout": strength * REPETITION_TOKEN_DROPOUT,
         "softmax": "full" if repeats or vocab_size <= SMALL_VOCABULARY else values.softmax,
         "shallow_fraction": 0.0 if repeats or shape.n_layer < MIN_SHALLOW_BLOCKS else values.shallow_fraction,
     }
+
+
+def without_effect(recipe: Recipe, overrides: dict[str, Any], unique_tokens: int) -> list[tuple[str, str]]:
+    """Each of the given values that changes nothing in this recipe, as an option with its value, and the reason."""
+    reasons = {}
+    if recipe.optimizer != "muon":
+        reasons["momentum"] = f"--optimizer is {recipe.optimizer}"
+    if recipe.lr_schedule != "wsd":
+        reasons["decay_fraction"] = f"--lr-schedule is {recipe.lr_schedule}"
+    if not recipe.short_tokens:
+        reasons |= dict.fromkeys(("short_seq_len", "long_every"), "--short-tokens is 0")
+    if recipe.tokens <= unique_tokens:
+        reasons |= dict.fromkeys(("windows", "token_dropout"), "no token repeats")
+    given = [name for name in reasons if overrides.get(name)]
+    return [(f"{cli.option_name(name)} {overrides[name]}", reasons[name]) for name in given]
 
 
 def check_values(values: RecipeValues) -> None:
@@ -276,6 +301,11 @@ def check_lengths(recipe: Recipe) -> None:
 def check_batch_phases(values: RecipeValues, seq_len: int) -> None:
     """Raise ValueError where the first batch can't double to the last, or short sequences don't fill a long one."""
     growth = values.batch_tokens / values.first_batch_tokens
+    if growth < 1:
+        raise ValueError(
+            f"--first-batch-tokens {values.first_batch_tokens} exceeds --batch-tokens {values.batch_tokens}. Use "
+            f"--first-batch-tokens {values.batch_tokens}, or a larger --batch-tokens"
+        )
     if growth != 2 ** round(math.log2(growth)):
         raise ValueError(
             f"--batch-tokens {values.batch_tokens} must be --first-batch-tokens {values.first_batch_tokens} times a "
@@ -297,7 +327,7 @@ def check_batch_divides(values: RecipeValues, seq_len: int, micro_batch: int, wo
         raise ValueError(
             f"--first-batch-tokens {first} must be a multiple of --seq-len {seq_len} x {ranks} = {unit}. "
             f"Use --first-batch-tokens {fits} --batch-tokens {fits * 2 ** max(round(math.log2(largest / fits)), 0)}; "
-            f"to resume a run with {first}, start at most {first // seq_len} ranks"
+            f"to resume a run with {first}, start a number of ranks that divides {first // seq_len}"
         )
     unit = micro_batch * world_size * seq_len
     if largest % unit == 0:

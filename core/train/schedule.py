@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     shallow: bool = False  # every second block is computed
 
     @property
-    def options(self) -> dict[str, bool]:
+    def forward_kwargs(self) -> dict[str, bool]:
         """Keywords of `GPT.forward`: none at full depth, so that an edited model.py may lack `shallow`."""
         return {"shallow": True} if self.shallow else {}
 

@@ -39,7 +39,7 @@ class Session:
 
         Otherwise each full collection, which looks at all of them, pauses training for half a second.
         """
-        self.interrupts.pause()
+        self.interrupts.stop_hang_timer()
         self.saver.preallocate(self.run.model, self.run.training_state())
         gc.collect()
         gc.freeze()

@@ -20,7 +20,7 @@ from core.train.depth import start_shallow
 from core.train.memory import largest_micro_batch
 from core.train.optim import OptimizerGroup, build_optimizer, loss_scaler
 from core.train.profiling import PROFILED_STEPS
-from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, resolve_recipe
+from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, resolve_recipe, without_effect
 from core.train.sampling import blank_batch
 from core.train.schedule import Schedule, Shape
 from core.train.trackers import check_installed
@@ -36,6 +36,11 @@ class System:
     fused: str  # kernels of core/ops: on, portable or off
     activation_checkpointing: bool
     micro_batch: int | None  # None: to be chosen by memory
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first step of each shape compiles something."""
+        return self.compile or self.fused != "off"
 
     def settings(self) -> dict[str, Any]:
         """As run.json records them."""
@@ -106,8 +111,8 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         log_every=evaluation.log_every,
         save_every=checkpoints.save_every,
         keep=checkpoints.keep,
-        hang_timeout=checkpoints.hang_timeout,
     )
+    overrides = recipe_overrides(config)
     recipe = resolve_recipe(
         config.run.recipe,
         config.shape,
@@ -116,7 +121,7 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         steps=config.recipe.steps,
         unique_tokens=dataset.tokens("train"),
         vocab_size=dataset.vocab_size,
-        overrides=recipe_overrides(config),
+        overrides=overrides,
         micro_batch=micro_batch,
         world_size=ranks.world_size,
     )
@@ -130,7 +135,6 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
         keep_every=checkpoints.keep_every,
         max_bad_steps=checkpoints.max_bad_steps,
     )
-    cli.check_between(0, 10**9, hang_timeout=checkpoints.hang_timeout)  # seconds; the limit of system timers
     if evaluation.sample_every and not (dataset.folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
     for split in ("train", "val"):
@@ -138,7 +142,9 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
     system = resolve_system(config.system, ranks, config.run.micro_batch)
     if system.compile:
         check_compiler(ranks.device)
-    check_installed(config.run.tracker)
+    check_installed(config.tracker)
+    for option, reason in without_effect(recipe, overrides, dataset.tokens("train")):
+        ranks.log(f"warning: {option} has no effect: {reason}")
     return recipe, system
 
 
@@ -177,7 +183,7 @@ def resolve_system(config: SystemConfig, ranks: Ranks, micro_batch: int | Litera
 
 
 def fixed_settings(config: Config, recipe: Recipe, dataset: Dataset) -> dict[str, Any]:
-    """What a resumed run may not change: its steps would not be those of an uninterrupted run."""
+    """What a resumed run may not change, so that its metrics are those of an uninterrupted run."""
     settings = {"preset": config.run.preset, "seed": config.recipe.seed, "init_from": config.run.init_from}
     settings |= {"val_tokens": config.evaluation.val_tokens, "manifest_hash": dataset.manifest_hash}
     return settings | {name: getattr(recipe, name) for name in ("seq_len", *SETTINGS)}
@@ -240,7 +246,7 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
     if source is None:
         model = GPT(shape, seed=config.recipe.seed)
         INITIALIZERS[recipe.init](model)
-        if recipe.shallow_fraction:
+        if Schedule(recipe).shallow(0):
             start_shallow(model)
         return model
     model = checkpoint.load_model(str(source))
@@ -300,33 +306,29 @@ def compile_shapes(
     """Compile for every shape of the steps from `step` on, so that no step's time includes compilation.
 
     `shallow`: of the steps that compute every second block, or else of those that compute all (`Depth.set`).
-    Where nothing is compiled, one micro-batch is timed instead, to log how long the next step will take if it is slow.
     """
-    schedule = Schedule(recipe)
-    splits = schedule.splits(step, micro_batch, ranks.world_size, shallow)
-    if not system.compile and system.fused == "off":
-        if schedule.shallow(step) != shallow:
-            return
-        shape, count = splits[0]
-        one_sequence = shape._replace(rows=recipe.seq_len // shape.seq_len)
-        time_micro_batch(loss_fn, one_sequence, system, ranks)  # loads libraries
-        seconds = time_micro_batch(loss_fn, shape, system, ranks)
-        if seconds * count > 1:
-            size = shape.rows // one_sequence.rows
-            ranks.log(f"expected time per step: {seconds * count:.0f} s ({count} micro-batches of {size} sequences)")
-        return
-    shapes = dict.fromkeys(shape for shape, _ in splits)
+    shapes = dict.fromkeys(shape for shape, _ in Schedule(recipe).splits(step, micro_batch, ranks.world_size, shallow))
     # Beyond its limit of 8 graphs, torch.compile leaves a function uncompiled; validation needs graphs too.
     torch._dynamo.config.recompile_limit += len(shapes)
     seconds = sum(time_micro_batch(loss_fn, shape, system, ranks) for shape in shapes)
     ranks.log(f"compiled in {seconds:.0f} s" + (" for half of the blocks" if shallow else ""))
 
 
+def log_expected_time(loss_fn: Any, shape: Shape, count: int, run: Run) -> None:
+    """Log how long a step of `count` micro-batches of this shape will take, unless that is less than a second."""
+    one_sequence = shape._replace(rows=run.recipe.seq_len // shape.seq_len)
+    time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)  # loads libraries
+    seconds = count * time_micro_batch(loss_fn, shape, run.system, run.ranks)
+    if seconds > 1:
+        size = shape.rows // one_sequence.rows
+        run.ranks.log(f"expected time per step: {seconds:.0f} s ({count} micro-batches of {size} sequences)")
+
+
 def time_micro_batch(loss_fn: Any, shape: Shape, system: System, ranks: Ranks) -> float:
     """Seconds of forward and backward on a micro-batch."""
     start = time.perf_counter()
     with autocast(ranks, system.dtype):
-        loss = loss_fn(*blank_batch(shape, ranks.device), **shape.options)
+        loss = loss_fn(*blank_batch(shape, ranks.device), **shape.forward_kwargs)
     loss.backward()
     loss.item()  # waits for the device
     for p in loss_fn.parameters():

@@ -57,7 +57,7 @@ class Validation:
         self._count = min(max(max_tokens // seq_len, 1), len(self._windows))
         has_tokenizer = (dataset.folder / "tokenizer.json").is_file()
         self._token_bytes = tokenizer.token_bytes(dataset.folder) if has_tokenizer else None
-        self.data = f"{self._count * seq_len:,} validation tokens of {dataset.folder}"
+        self.data = f"{self._count * seq_len:,} validation tokens of {dataset.folder} in sequences of {seq_len:,}"
 
     @torch.no_grad()
     def run(self, model: GPT, stop: Callable[[], bool] = lambda: False) -> dict[str, float | None] | None:
@@ -198,7 +198,7 @@ def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Pa
         )
     checkpoint.check_tokens(source, model, dataset.folder, dataset.vocab_size)
     dtype = resolve_system(config.system, ranks).dtype
-    seq_len = config.recipe.seq_len or shape.n_positions
+    seq_len = config.recipe.seq_len or checkpoint.trained_seq_len(source) or shape.n_positions
     micro_batch = VAL_BATCH if config.run.micro_batch == "auto" else config.run.micro_batch
     cli.check_between(1, shape.n_positions, seq_len=seq_len)
     cli.check_positive(val_tokens=config.evaluation.val_tokens, micro_batch=micro_batch)
