@@ -57,8 +57,8 @@ class Terminal:
     """Output on the terminal."""
 
     quiet: bool = False
-    """No progress bars, no progress lines and no line per step; only results, warnings and errors. Without a terminal,
-    or with CI=1 in the environment, long work prints a line every 30 seconds in place of a bar."""
+    """No progress bars, no progress lines and no line per step. Without a terminal, or with CI=1 in the environment,
+    long work prints a line every 30 seconds in place of a bar."""
 
 
 terminal = Terminal()

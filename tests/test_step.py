@@ -18,6 +18,7 @@ from core.data.shards import TokenOrder, Windows, open_dataset, prefetched
 from core.distributed import Ranks
 from core.files import read_metrics
 from core.train import memory
+from core.train.depth import Depth
 from core.train.loader import micro_batches, open_loader
 from core.train.optim import build_optimizer
 from core.train.sampling import blank_batch
@@ -102,6 +103,17 @@ def test_expected_time_is_that_of_the_share_of_a_rank(monkeypatch, capsys):
     two = Ranks(0, 2, torch.device("cpu"))
     log_time_of_first_step(SlowLoss(monkeypatch), resolved(2, batch_tokens=128 * 64, steps=3), 4, two)
     assert capsys.readouterr().out == "expected time per step: 6 s (16 micro-batches of 4 sequences)\n"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_run_that_compiles_nothing_times_a_micro_batch_instead(monkeypatch, compiled):
+    called, recipe, model = [], resolved(batch_tokens=128 * 64, steps=3), GPT(PRESETS["tiny"])
+    monkeypatch.setattr(train.setup, "compile_shapes", lambda *_: called.append(True))
+    monkeypatch.setattr(train.setup, "log_expected_time", lambda *_: called.append(False))
+    system = replace(PLAIN, compile=compiled)
+    run = SimpleNamespace(recipe=recipe, system=system, ranks=CPU, micro_batch=4, step=0)
+    train.prepare_steps(run, Schedule(recipe), model, Depth(model))
+    assert called == [compiled]
 
 
 def test_new_metric_of_the_step_appears_in_metrics_jsonl(world, monkeypatch):
