@@ -79,9 +79,12 @@ def test_warmup_of_no_step_and_of_all_steps(warmup_steps):
     assert scales[0 if warmup_steps == 0 else -1] == 1.0
 
 
+def test_the_first_batch_is_at_most_the_last_one():
+    assert speedrun(steps=100, batch_tokens=8192).first_batch_tokens == 8192
+
+
 def test_wsd_decays_linearly_over_the_last_fraction_of_tokens():
     """With a constant batch: the last 35 of 100 steps. The last step has a learning rate above 0."""
-    assert speedrun(steps=100, batch_tokens=8192).first_batch_tokens == 8192
     recipe = speedrun(steps=100, first_batch_tokens=65_536, batch_tokens=65_536)
     scales = [Schedule(recipe).lr_scale(step) for step in range(100)]
     assert scales[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])  # at most a tenth of the steps
