@@ -92,8 +92,9 @@ class Ranks:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of a GPU or of the host ended; torch has a class of errors for the GPU only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether the memory of the device or of the host ended; torch has a class of errors for CUDA only."""
+    messages = ("can't allocate memory", "out of memory")  # of the host, of MPS
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
 def pick_device(name: str) -> torch.device:

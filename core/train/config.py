@@ -71,7 +71,7 @@ class RunConfig:
     recipe: Literal[tuple(RECIPES)] = "original"  # type: ignore[valid-type]
     """Recipe: the default values of --lr, --batch-tokens and of the recipe options."""
     tokens: int = 10_000_000_000
-    """Training tokens, rounded down to complete steps. 150_000_000 is a way to write a number."""
+    """Training tokens, rounded down to complete steps. Numbers may have underscores: 150_000_000."""
     lr: Annotated[
         float | None,
         recipe_option(
