@@ -139,7 +139,7 @@ def test_a_sampled_token_stands_for_those_that_are_not_drawn(source):
     assert np.std(sums) < 0.1 * values.sum()
 
 
-def test_the_whole_vocabulary_is_taken_where_the_targets_are_more_than_the_candidates(source):
+def test_the_whole_vocabulary_is_taken_where_the_targets_are_more_than_the_candidates(source, capsys):
     windows, order, sampler = source
     sequences = range(32)
     count = len(set(windows.batch(order[sequences])[1].flatten().tolist()))
@@ -147,6 +147,10 @@ def test_the_whole_vocabulary_is_taken_where_the_targets_are_more_than_the_candi
     assert (sampler.draw(sequences, count).offsets == 0).all()
     assert len(sampler.draw(sequences, VOCAB).ids) == VOCAB
     assert sampler.draw(sequences, VOCAB + 1) is None
+    assert capsys.readouterr().out == (  # once
+        f"warning: a step has {count} different targets, more than the {count - 1} candidates of its softmax: such "
+        f"steps take the whole vocabulary\n"
+    )
 
 
 def test_candidates_depend_on_the_step_alone(source, small_scale):

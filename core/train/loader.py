@@ -1,6 +1,6 @@
 """The micro-batches of each rank, as a pure function of the step."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import torch
@@ -66,15 +66,22 @@ def micro_batches(
 
 
 def open_loader(
-    dataset: Dataset, recipe: Recipe, *, seed: int, micro_batch: int, ranks: Ranks, steps: range
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    micro_batch: int,
+    ranks: Ranks,
+    steps: range,
+    log: Callable[[str], None] = print,
 ) -> Generator[list[Tensor], None, None]:
-    """This rank's micro-batches of those steps, prefetched by a thread."""
+    """This rank's micro-batches of those steps, prefetched by a thread. `log` gets a warning of the sampler."""
     schedule, windows = Schedule(recipe), Windows(dataset, "train", recipe.seq_len)
     shifted = recipe.windows == "shifted"
     order = TokenOrder(dataset.manifest_hash, seed, recipe.seq_len, len(windows), shifted=shifted)
     end_of_text_id = dataset.manifest["end_of_text_id"]
     dropout = TokenDropout(recipe.token_dropout, seed=seed, end_of_text_id=end_of_text_id, epoch_sequences=len(windows))
-    sampler = CandidateSampler(dataset, windows, order, seed=seed) if recipe.softmax == "sampled" else None
+    sampler = CandidateSampler(dataset, windows, order, seed=seed, log=log) if recipe.softmax == "sampled" else None
     batches = (
         batch
         for step in steps

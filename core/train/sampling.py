@@ -5,6 +5,8 @@ arXiv:1412.2007) computes the logits of fewer tokens, the candidates: all target
 random sample of the other tokens, each of which stands for 1 / (its probability to be drawn) tokens.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,7 +35,11 @@ class Candidates:
 class CandidateSampler:
     """Draws the candidates of a step: a pure function of the data, the seed and the sequences of the step."""
 
-    def __init__(self, dataset: Dataset, windows: Windows, order: TokenOrder, *, seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset, windows: Windows, order: TokenOrder, *, seed: int, log: Callable[[str], None] = print
+    ) -> None:
+        """`log` gets a line at the first step that can't be sampled."""
+        self._log, self._has_logged = log, False
         self._windows, self._order, self._seed, self._vocab_size = windows, order, seed, dataset.vocab_size
         first_shard = dataset.open(dataset.shards("train")[0])
         counts = np.bincount(first_shard[:COUNTED_TOKENS], minlength=self._vocab_size)
@@ -48,6 +54,12 @@ class CandidateSampler:
         others = self._by_frequency[~is_target[self._by_frequency]]
         sample_size = count - int(is_target.sum())
         if not 0 <= sample_size <= len(others):
+            if not self._has_logged:
+                self._log(
+                    f"warning: a step has {count - sample_size:,} different targets, more than the {count:,} "
+                    f"candidates of its softmax: such steps take the whole vocabulary"
+                )
+                self._has_logged = True
             return None
         probabilities = inclusion_probabilities(self._weights[others], sample_size)
         # RandomState: numpy guarantees that its stream never changes (NEP 19), unlike that of Generator.

@@ -80,6 +80,7 @@ def open_session(run: Run) -> Iterator[Session]:
             micro_batch=run.micro_batch,
             ranks=ranks,
             steps=range(run.step, recipe.steps),
+            log=log,
         )
         stack.enter_context(closing(batches))
         logger = StepLogger(
