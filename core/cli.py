@@ -181,6 +181,30 @@ def optional_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | U
     )
 
 
+def parse_int(values: list[str]) -> int:
+    """An integer, also as 1.5e8. Raises ValueError for anything else."""
+    with contextlib.suppress(ValueError):
+        return int(values[0])
+    with contextlib.suppress(ValueError):
+        if (number := float(values[0])).is_integer():
+            return int(number)
+    raise ValueError(f"{values[0]!r:.40} is not an integer. Write it as 150_000_000 or 1.5e8")
+
+
+@REGISTRY.primitive_rule
+def integer(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Parse int by `parse_int`: the error of tyro's own rule is one of Python."""
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=parse_int,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 class HelpRule:
     """The help of each option without the line breaks of its docstring, some of which tyro would keep."""
 

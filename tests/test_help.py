@@ -137,6 +137,9 @@ def test_a_full_disk_below_the_output_is_an_error(world, tmp_path):
         ("eval_lambada.py", ["--text", "x"], "Expected one of ('openai', 'standard', 'other')."),
         ("eval_lambada.py", ["--compare", "a"], "Missing value for argument '--compare'. Expected 2 values."),
         ("train.py", ["--micro-batch", "x"], "--micro-batch: 'x' is neither an integer nor auto"),
+        ("train.py", ["--tokens", "20M"], "--tokens: '20M' is not an integer. Write it as 150_000_000 or 1.5e8"),
+        ("train.py", ["--seq-len", "1.5"], "--seq-len: '1.5' is not an integer. Write it as 150_000_000 or 1.5e8"),
+        ("train.py", ["--steps", "inf"], "--steps: 'inf' is not an integer. Write it as 150_000_000 or 1.5e8"),
     ],
 )
 def test_errors_of_the_parser_name_no_type_of_python(script, arguments, expected, capsys, monkeypatch):
@@ -146,6 +149,14 @@ def test_errors_of_the_parser_name_no_type_of_python(script, arguments, expected
     error = capsys.readouterr().err
     assert expected in error
     assert not re.search(r"None|\[bold\]|typing|<class", error)
+
+
+def test_integers_may_have_underscores_or_an_exponent():
+    options = ["--tokens", "1.5e8", "--steps", "1e3", "--micro-batch", "4e0", "--batch-tokens", "65_536"]
+    config = cli.parse(train.Config, "", options)
+    values = (config.run.tokens, config.recipe.steps, config.run.micro_batch, config.run.batch_tokens)
+    assert values == (150_000_000, 1000, 4, 65_536)
+    assert all(type(value) is int for value in values)
 
 
 def test_mistyped_option_is_answered_with_the_nearest(tmp_path):

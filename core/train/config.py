@@ -18,6 +18,7 @@ from core.train.recipe import (
     SMALL_FIRST_BATCH_TOKENS,
     SMALL_VOCABULARY,
     SOFTMAXES,
+    TWICE_LONG_STEPS,
     WINDOWS,
     Recipe,
     RecipeValues,
@@ -37,7 +38,7 @@ def parse_micro_batch(values: list[str]) -> int | Literal["auto"]:
     if values == ["auto"]:
         return "auto"
     try:
-        return int(values[0])
+        return cli.parse_int(values)
     except ValueError:
         raise ValueError(f"{values[0]!r:.40} is neither an integer nor auto") from None
 
@@ -71,7 +72,7 @@ class RunConfig:
     recipe: Literal[tuple(RECIPES)] = "original"  # type: ignore[valid-type]
     """Recipe: the default values of --lr, --batch-tokens and of the recipe options."""
     tokens: int = 10_000_000_000
-    """Training tokens, rounded down to complete steps. Numbers may have underscores: 150_000_000."""
+    """Training tokens, rounded down to complete steps. Numbers may be written as 150_000_000 or 1.5e8."""
     lr: Annotated[
         float | None,
         recipe_option(
@@ -169,7 +170,7 @@ class RecipeConfig:
         recipe_option(
             "long_every",
             "While sequences are short, every Nth step has long ones, which train all positions; 0: none. speedrun "
-            "halves N where --short-tokens is limited.",
+            f"halves N where --short-tokens is from {TWICE_LONG_STEPS.start:,} to {TWICE_LONG_STEPS.stop - 1:,}.",
         ),
     ] = None
     shallow_fraction: Annotated[

@@ -30,6 +30,7 @@ REPETITION, REPETITION_WEIGHT_DECAY, REPETITION_TOKEN_DROPOUT = 45.5, 0.3, 0.1
 WINDOWS = ("fixed", "shifted")  # where epochs after the first cut the text into sequences
 SOFTMAXES = ("full", "sampled")
 MIN_SHALLOW_BLOCKS = 4  # of a model that speedrun starts with half of them: one block alone learns little from context
+TWICE_LONG_STEPS = range(6_000_000, 22_000_000)  # of short_tokens, where speedrun halves long_every (docs/recipes.md)
 SMALL_VOCABULARY = 2 * candidate_count(MAX_SAMPLED_TOKENS)  # a sampled softmax gains little there
 
 
@@ -220,12 +221,11 @@ def scaled_to_length(
     repetition = max(0, tokens / unique_tokens - 1) * shape.matrix_weights / unique_tokens
     strength = min(1, math.sqrt(repetition / REPETITION))
     short_tokens = overrides.get("short_tokens", min(values.short_tokens, 4 * tokens // 10))
-    is_shorter = 0 < short_tokens < RECIPES[name].short_tokens
     return {
         "warmup_steps": min(values.warmup_steps, steps // 10),
         "short_tokens": short_tokens,
-        # In a shorter phase long steps come twice as often, or they are too few and the loss rises at its end.
-        "long_every": values.long_every // 2 if is_shorter else values.long_every,
+        # Else there are too few long steps before sequences grow, and the loss rises there.
+        "long_every": values.long_every // (2 if short_tokens in TWICE_LONG_STEPS else 1),
         "weight_decay": values.weight_decay + strength * (REPETITION_WEIGHT_DECAY - values.weight_decay),
         "token_dropout": strength * REPETITION_TOKEN_DROPOUT,
         "softmax": "full" if repeats or vocab_size <= SMALL_VOCABULARY else values.softmax,
