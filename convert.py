@@ -36,6 +36,8 @@ class Config:
 
 def main(config: Config) -> None:
     out = Path(config.out)
+    if out.suffix in (".bin", ".pt", ".safetensors"):
+        raise ValueError(f"--out {out} must be a folder, not a file. Use --out {out.parent}")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty. Use a new folder")
     if config.dtype != "float32" and config.format != "llmc":
@@ -46,17 +48,20 @@ def main(config: Config) -> None:
         raise ValueError(
             f"--format {config.format} needs the network of GPT-2, and model.py computes another one. Use --format hf"
         )
+    written = out
     if config.format == "llmc":
-        formats.write_llmc(model, out / "model.bin", config.dtype)
+        written = out / "model.bin"
+        formats.write_llmc(model, written, config.dtype)
     elif config.format == "nanogpt":
-        formats.write_nanogpt(model, out / "ckpt.pt")
+        written = out / "ckpt.pt"
+        formats.write_nanogpt(model, written)
         if model.config.activation_function != "gelu":
             print(
                 "warning: nanoGPT computes the exact GELU, this model the tanh form: its logits there differ slightly"
             )
     else:
         write_hf(model, source, out)
-    print(f"saved {out}")
+    print(f"saved {written}")
 
 
 def write_hf(model: GPT, source: str, out: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from core import cli
 from core.data import audit, encode, prepare, tokenizer
@@ -39,15 +40,31 @@ def available_cores() -> int:
     return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
+def parse_glob(values: list[str]) -> str:
+    """Raises ValueError for several names: those that a shell puts in place of a glob."""
+    if len(values) != 1:
+        raise ValueError(f"one glob is expected, not {len(values)} names. Put it in quotes, as --source 'my/*.txt'")
+    return values[0]
+
+
+GLOB = PrimitiveConstructorSpec[str](
+    nargs="*",
+    metavar="GLOB",
+    instance_from_str=parse_glob,
+    is_instance=lambda value: isinstance(value, str),
+    str_from_instance=lambda value: [value],
+)
+
+
 @dataclass
 class Config:
-    source: str = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"
-    """Source files, as a glob: .parquet with a `text` column, .jsonl or .ndjson with a `text` field (also .gz or .zst),
-    or .txt; local or any fsspec address. For a larger sample of FineWeb-Edu replace 10BT by 100BT or 350BT."""
+    source: Annotated[str, GLOB] = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet"
+    """Source files, as a glob in quotes: .parquet with a `text` column, .jsonl or .ndjson with a `text` field (also .gz
+    or .zst), or .txt; local or any fsspec address. Larger samples of FineWeb-Edu: 100BT or 350BT for 10BT."""
     out: str = DEFAULT_DATA
     """Folder for the shards, the manifest and the tokenizer files."""
     encoding: str = "gpt2"
-    """Encoding: a name that tiktoken knows, or a folder with a tokenizer.json. At most 65,536 ids."""
+    """Encoding: gpt2, or r50k_base, which has the same ids; or a folder with a tokenizer.json of at most 65,536 ids."""
     shard_tokens: int = 100_000_000
     """Tokens per shard, approximately: a document is not divided, nor is a compressed file, whatever its size. A token
     takes 2 bytes."""

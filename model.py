@@ -191,11 +191,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, generator: torch.Generator) -> None:
-        """N(0, 0.02) as in the paper and OpenAI's code; positions 0.01; residual projections scaled by 1/sqrt(2L)."""
-        gains = {id(m.weight) for m in self.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)}
+        """N(0, 0.02) as in the paper and OpenAI's code; positions 0.01; residual projections scaled by 1/sqrt(2L).
+
+        Gains of norms are 1, biases 0. Raises ValueError for a vector of another name.
+        """
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(1.0 if id(p) in gains else 0.0)
+            if p.dim() <= 1:
+                if not name.endswith((".weight", ".bias")):
+                    raise ValueError(
+                        f"parameter {name} has no initial value. Name it `weight` (1) or `bias` (0), or set it in "
+                        f"GPT._initialize"
+                    )
+                p.fill_(1.0 if name.endswith(".weight") else 0.0)
             else:
                 std = 0.01 if ".wpe." in name else 0.02
                 if name.endswith("c_proj.weight"):  # two per block are added to the residual stream

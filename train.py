@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc_per_node=8 train.py                # GPT-2 124M on FineWeb-Edu, 10 billion tokens
     python train.py --preset gpt2-medium                             # one GPU
-    python train.py --data data/mine --run tuned --init-from gpt2 --steps 200 --lr 3e-5 --warmup-steps 20
+    python train.py --init-from gpt2 --run tuned --data data/mine --lr 3e-5 --steps 200 --batch-tokens 32768 \\
+        --warmup-steps 20
     python train.py --eval-only --init-from gpt2                     # validation loss of OpenAI's weights
 
 Rerun the same command to resume an interrupted run. Ctrl-C, SIGTERM and SIGUSR1 stop the run and save a checkpoint.
@@ -77,7 +78,7 @@ def train(run: Run) -> None:
     """The training loop: each iteration is one optimizer step."""
     config, recipe, ranks, model, optimizer = run.config, run.recipe, run.ranks, run.model, run.optimizer
     schedule = Schedule(recipe)
-    raw_loss = setup.build_loss(model, run.system)  # inputs and targets (B, T) -> mean cross-entropy
+    raw_loss = setup.build_loss(model, run.system)  # a batch -> mean cross-entropy
     evaluations = build_evaluations(
         config.evaluation, run.dataset, ranks, model.config, raw_loss, recipe.seq_len, run.system.dtype, run.micro_batch
     )
@@ -162,7 +163,7 @@ def train_step(
         interrupts.restart_hang_timer()
         if interrupts.stop_step(ranks):
             return None
-        batch = ranks.to_device(*next(batches))  # inputs and targets (B, T)
+        batch = ranks.to_device(*next(batches))  # inputs and targets (B, T); with a sampled softmax also candidates
         is_last = i == accumulation - 1
         shape = shape_of(batch, shallow)
         if accumulation == 1 and (graph := graphs.get(shape)):

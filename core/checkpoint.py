@@ -201,16 +201,17 @@ def describe_setting(name: str, value: Any) -> str:
 
 
 def check_preset(run: Path, options: dict[str, str]) -> None:
-    """Raise ValueError where a run with a checkpoint was started with another preset, before its data are opened.
+    """Raise ValueError where a run with a checkpoint was started with another preset or recipe.
 
-    `options`: the values now of preset and of other options, which a user who forgets one often forgets too.
+    `options`: the values now of these and of data, which a user who forgets one often forgets too. Data alone may
+    differ: the folder can have moved.
     """
     try:
         recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))
         differing = {name: str(recorded[name]) for name, value in options.items() if recorded[name] != value}
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # the checkpoint is authoritative
         return
-    if "preset" in differing and list_checkpoints(run):
+    if differing.keys() & {"preset", "recipe"} and list_checkpoints(run):
         before = " ".join(f"--{name} {value}" for name, value in differing.items())
         now = " ".join(f"--{name} {options[name]}" for name in differing)
         raise ValueError(
@@ -249,6 +250,8 @@ def resolve(ckpt: str, option: str = "--ckpt") -> str:
             reason = "is not a folder or file" if folder.exists() else "does not exist"
             raise ValueError(f"{option} {ckpt} {reason}. {known_runs()}")
         return ckpt
+    if folder.name == "checkpoints" and list_checkpoints(folder.parent):
+        folder = folder.parent
     if (folder / "checkpoints").is_dir():
         found, warnings = newest_valid(folder)
         for line in warnings:

@@ -90,10 +90,15 @@ def is_mask(name: str, tensor: Tensor) -> bool:
 def check_names(expected: Iterable[str], given: Iterable[str], full_names: dict[str, str]) -> None:
     """Raise ValueError where names are missing or unknown."""
     missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
-    for problem, names in (("lacks", missing), ("also has", unknown)):
+    for problem, names, owner in (
+        ("lacks", missing, "which model.py has"),
+        ("also has", unknown, "which model.py lacks"),
+    ):
         if names:
             shown = ", ".join(full_names[name][:80] for name in names[:3])
-            raise ValueError(f"the weights file {problem} {len(names)} tensors, such as {shown}: not this GPT-2")
+            raise ValueError(
+                f"the weights file {problem} {len(names)} tensors, such as {shown}, {owner}: it is not of this network"
+            )
 
 
 def hf_view(model: GPT, name: str, p: Tensor, *, conv1d: bool = True) -> Tensor:

@@ -67,6 +67,19 @@ def test_a_run_resumed_without_lambada_has_a_card(trained, tmp_path):
     assert re.search(r"of 40, step 2\)", rows(card)["LAMBADA, `openai`"])
 
 
+def test_the_card_has_hellaswag_too(trained, tmp_path):
+    run = shutil.copytree(trained / "logs/carded", tmp_path / "carded")
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    (run / "run.json").write_text(json.dumps(facts | {"eval_hellaswag": "data/endings.jsonl"}), encoding="utf-8")
+    line = {"step": 2, "tokens": 4096, "split": "hellaswag", "protocol": "completion-norm", "accuracy": 0.25}
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        metrics.write(json.dumps(line | {"correct": 5, "total": 20}) + "\n")
+    manifest = json.loads((trained / "data/small/manifest.json").read_text(encoding="utf-8"))
+    found = rows(model_card(run, manifest, 4))
+    assert found["HellaSwag, `completion-norm`"] == "25.00 % (5 of 20 in endings.jsonl, step 2)"
+    assert "LAMBADA, `openai`" in found
+
+
 def test_the_hub_reads_the_card(trained):
     card = ModelCard.load(trained / "logs/carded/checkpoints/step_000004/README.md")
     card.validate = None  # it sends the card to the hub

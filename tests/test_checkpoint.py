@@ -199,6 +199,7 @@ def test_ckpt_accepts_a_run_a_checkpoint_a_hugging_face_folder_or_a_hub_name(her
     assert checkpoint.resolve("logs/short") == "logs/short/checkpoints/step_000006"
     assert checkpoint.resolve(str(here / "logs/short/")) == str(here / "logs/short/checkpoints/step_000006")
     assert checkpoint.resolve("logs/short/checkpoints/step_000002") == "logs/short/checkpoints/step_000002"
+    assert checkpoint.resolve("logs/short/checkpoints/") == "logs/short/checkpoints/step_000006"
     assert checkpoint.resolve("elsewhere") == "elsewhere"
     assert checkpoint.resolve("gpt2-medium") == "gpt2-medium"
 

@@ -96,6 +96,10 @@ def test_values_that_must_be_positive(error_of, here, option, value):
     "arguments, message",
     [
         (["--data", "data/none"], "no shards in data/none: .*manifest.json is missing.*fineweb.py .*--out data/none"),
+        (["--data", "data/small/manifest.json"], "^data/small/manifest.json is a file. Use its folder, data/small$"),
+        (["--run", "results"], "--run results: logs/results is the folder of the evaluation results. Use another name"),
+        (["--eval-lambada", "none.txt"], "^none.txt: No such file or directory. Check the path$"),
+        (["--eval-hellaswag", "data"], "^data: Is a directory. Name a file in it$"),
         (["--seq-len", 65], "--seq-len 65 exceeds the context of tiny. Use --seq-len 64"),
         (["--preset", "gpt2", "--seq-len", 1025], "--seq-len 1025 exceeds the context of gpt2. Use --seq-len 1024"),
         (["--warmup-steps", 4], "--warmup-steps 4 must be between 0 and 3"),

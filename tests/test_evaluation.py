@@ -162,13 +162,14 @@ def test_a_folder_is_not_a_question_file(tmp_path, name):
         (OSError(errno.ENOSPC, "No space left on device"), OSError, "No space left on device"),
     ],
 )
-def test_an_unreachable_hub_is_a_user_error_and_a_full_disk_is_not(monkeypatch, error, kind, message):
+def test_an_unreachable_hub_is_a_user_error_and_a_full_disk_is_not(monkeypatch, capsys, error, kind, message):
     def load_dataset(*_, **__):
         raise error
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(kind, match=message):
         task.hub_rows("owner/name", "default", "test")
+    assert capsys.readouterr().out == "note: loading owner/name from the Hugging Face hub\n"
 
 
 def make_result(**changes):

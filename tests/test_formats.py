@@ -625,12 +625,14 @@ def test_a_written_nanogpt_file_loads_as_nanogpt_loads_it(hf, tmp_path):
     assert {"iter_num", "best_val_loss", "config"} <= content.keys()
 
 
-def test_convert_refuses_a_folder_with_files_and_an_unused_precision(hf, tmp_path):
+def test_convert_refuses_a_folder_with_files_a_file_and_an_unused_precision(hf, tmp_path):
     folder_of(hf["gelu_new"], tmp_path / "a")
     with pytest.raises(ValueError, match=r"--out .*a is not empty. Use a new folder"):
         converted(tmp_path / "a", tmp_path / "a")
     with pytest.raises(ValueError, match="--dtype bfloat16 needs --format llmc"):
         converted(tmp_path / "a", tmp_path / "b", "--dtype", "bfloat16")
+    with pytest.raises(ValueError, match=r"--out .*b/model\.bin must be a folder, not a file\. Use --out .*b$"):
+        converted(tmp_path / "a", tmp_path / "b/model.bin", "--format", "llmc")
     assert not (tmp_path / "b").exists()
 
 

@@ -136,6 +136,7 @@ def test_a_full_disk_below_the_output_is_an_error(world, tmp_path):
         ("train.py", ["--optimizer", "sgd"], "Expected one of ('adamw', 'muon')."),
         ("eval_lambada.py", ["--text", "x"], "Expected one of ('openai', 'standard', 'other')."),
         ("eval_lambada.py", ["--compare", "a"], "Missing value for argument '--compare'. Expected 2 values."),
+        ("fineweb.py", ["--source", "a.txt", "b.txt"], "not 2 names. Put it in quotes, as --source 'my/*.txt'"),
         ("train.py", ["--micro-batch", "x"], "--micro-batch: 'x' is neither an integer nor auto"),
         ("train.py", ["--tokens", "20M"], "--tokens: '20M' is not an integer. Write it as 150_000_000 or 1.5e8"),
         ("train.py", ["--seq-len", "1.5"], "--seq-len: '1.5' is not an integer. Write it as 150_000_000 or 1.5e8"),

@@ -364,18 +364,37 @@ def test_a_buffer_of_the_network_is_refused_by_name(monkeypatch):
         GPT(PRESETS["tiny"])
 
 
-def test_gains_of_any_norm_start_at_one_and_other_vectors_at_zero(monkeypatch):
+class OwnNorm(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.ones(8)))
+        self.bias = nn.Parameter(torch.ones(8))
+
+
+def block_with_norm(name):
     class BlockWithNorm(Block):
         def __init__(self, config):
             super().__init__(config)
-            self.q_norm = nn.RMSNorm(8)
-            self.shift = nn.Parameter(torch.empty(8))
+            self.q_norm, self.k_norm = nn.RMSNorm(8), OwnNorm(name)
 
-    monkeypatch.setattr("model.Block", BlockWithNorm)
+    return BlockWithNorm
+
+
+def test_gains_of_any_norm_start_at_one_and_biases_at_zero(monkeypatch):
+    monkeypatch.setattr("model.Block", block_with_norm("weight"))
     block = GPT(PRESETS["tiny"]).transformer.h[1]
-    assert torch.equal(block.q_norm.weight.detach(), torch.ones(8))
-    assert torch.equal(block.shift.detach(), torch.zeros(8))
+    for norm in (block.q_norm, block.k_norm):
+        assert torch.equal(norm.weight.detach(), torch.ones(8))
+    assert torch.equal(block.k_norm.bias.detach(), torch.zeros(8))
     assert torch.equal(block.ln_1.weight.detach(), torch.ones(32))
+
+
+def test_a_vector_of_unknown_meaning_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("model.Block", block_with_norm("gamma"))
+    message = r"parameter transformer\.h\.0\.k_norm\.gamma has no initial value\. Name it `weight` \(1\) or `bias`"
+    with pytest.raises(ValueError, match=message):
+        GPT(PRESETS["tiny"])
+    GPT(PRESETS["tiny"], seed=None)  # its weights are loaded
 
 
 def test_a_network_with_renamed_parameters_is_saved_as_modified_and_read_back(monkeypatch, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -418,6 +419,8 @@ def test_given_values_without_effect_are_named_with_the_reason():
     }
     recipe = speedrun(**given, unique_tokens=10**9)
     assert without_effect(recipe, given, unique_tokens=10**9) == []
+    added = replace(recipe, optimizer="lion", lr_schedule="trapezoid")  # they may use any value
+    assert without_effect(added, given, unique_tokens=10**9) == []
     given = {"token_dropout": 0.0, "long_every": 0}  # what these options turn on is off anyway
     assert without_effect(resolved(**GPT2, **given), given, unique_tokens=10**10) == []
 

@@ -256,7 +256,8 @@ def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
     (tmp_path / "one.txt").write_text("once upon a time " * 500)
     (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
     message = refused(prepare(world, tmp_path / "none.jsonl", tmp_path / "out", check=False))
-    assert "none.jsonl has no val document" in message
+    assert message == f"--source {tmp_path}/none.jsonl contains no text. Use another source"
+    assert not (tmp_path / "out/unfinished").exists()
     message = refused(prepare(world, tmp_path / "one.txt", tmp_path / "out", check=False))
     assert "has no train document. A .txt is one document: split it, e.g. split " in message
     prepare(world, "data/stories/stories.jsonl", tmp_path / "out")
@@ -267,7 +268,9 @@ def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
 def test_a_txt_file_without_text_is_not_to_be_split(world, tmp_path):
     (tmp_path / "empty.txt").touch()
     message = refused(prepare(world, tmp_path / "empty.txt", tmp_path / "out", check=False))
-    assert message.endswith("has no val document. Use more text, a larger --max-tokens or a smaller --val-tokens")
+    assert message.endswith("/empty.txt contains no text. Use another source")
+    message = refused(prepare(world, "data/stories/stories.jsonl", tmp_path / "few", "--max-tokens", 2, check=False))
+    assert "stories.jsonl has no val document with --max-tokens 2. Use more text, " in message
 
 
 def test_another_source_is_refused_by_name(world, tmp_path):
@@ -308,11 +311,17 @@ def invalid_sources():
         "no column.parquet": (lambda path: pq.write_table(pa.table({"words": ["a"]}), path), "words"),
         "numbers.parquet": (lambda path: pq.write_table(pa.table({"text": [1, 2]}), path), "text"),
         "cut.parquet": (lambda path: path.write_bytes(b"PAR1 and nothing else"), "cut short"),
-        "no field.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"words": "b"}\n'), "byte 14"),
-        "number.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": 3}\n'), "byte 14"),
-        "half.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": "b'), "byte 14"),
-        "nested.jsonl": (lambda path: path.write_text('{"text": "a"}\n' + "[" * 100_000), "byte 14"),
-        "lone surrogate.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n'), "byte 14"),
+        "no field.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"words": "b"}\n'), "byte 14 (line 2): "),
+        "number.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": 3}\n'), "byte 14 (line 2): "),
+        "half.jsonl": (
+            lambda path: path.write_text('{"text": "a"}\n{"text": "b'),
+            "byte 14 (line 2): not a JSON object (Unterminated string starting at: column 10)",
+        ),
+        "nested.jsonl": (lambda path: path.write_text('{"text": "a"}\n' + "[" * 100_000), "byte 14 (line 2): "),
+        "lone surrogate.jsonl": (
+            lambda path: path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n'),
+            "byte 14 (line 2): ",
+        ),
         "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), "UTF-8"),
         "page.html": (lambda path: path.write_text("a"), ".parquet"),
     }

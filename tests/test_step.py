@@ -88,9 +88,17 @@ def test_expected_time_of_a_slow_step_is_logged(monkeypatch, capsys):
     """128 sequences of 0.1 s; only one micro-batch of 4 is timed."""
     loss_fn = SlowLoss(monkeypatch)
     log_time_of_first_step(loss_fn, resolved(batch_tokens=128 * 64, steps=3), 4)
-    assert capsys.readouterr().out == "expected time per step: 13 s (32 micro-batches of 4 sequences)\n"
-    assert loss_fn.shapes == [(1, 64, 1, 64), (4, 64, 4, 64)]
+    assert capsys.readouterr().out == "expected time per step: 13 s (micro-batches of 4 sequences: 32)\n"
+    assert loss_fn.shapes == [(1, 64, 1, 64), (1, 64, 1, 64), (4, 64, 4, 64)]
     assert loss_fn.weight.grad is None
+
+
+def test_expected_time_of_a_very_slow_step_is_that_of_one_sequence(monkeypatch, capsys):
+    """A micro-batch of 128 would take 12.8 s in silence."""
+    loss_fn = SlowLoss(monkeypatch)
+    log_time_of_first_step(loss_fn, resolved(batch_tokens=128 * 64, steps=3), 128)
+    assert capsys.readouterr().out == "expected time per step: 13 s (micro-batches of 128 sequences: 1)\n"
+    assert loss_fn.shapes == [(1, 64, 1, 64), (1, 64, 1, 64)]
 
 
 @pytest.mark.parametrize("sequences, is_logged", [(8, False), (16, True)])
@@ -102,7 +110,7 @@ def test_expected_time_is_logged_for_steps_of_more_than_a_second(monkeypatch, ca
 def test_expected_time_is_that_of_the_share_of_a_rank(monkeypatch, capsys):
     two = Ranks(0, 2, torch.device("cpu"))
     log_time_of_first_step(SlowLoss(monkeypatch), resolved(2, batch_tokens=128 * 64, steps=3), 4, two)
-    assert capsys.readouterr().out == "expected time per step: 6 s (16 micro-batches of 4 sequences)\n"
+    assert capsys.readouterr().out == "expected time per step: 6 s (micro-batches of 4 sequences: 16)\n"
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENCODING, POSITIONS, execute, on_ranks, run, save_model
+from conftest import ENCODING, POSITIONS, execute, on_ranks, refused, run, save_model
 
 from core.data import tokenizer
 from core.eval import evaluate, results, wikitext
@@ -254,6 +254,14 @@ def test_a_trained_model_is_better_and_ranks_share_the_windows(scored):
 def test_a_stride_without_effect_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         wikitext.load(wikitext.WikiTextConfig(**options))
+
+
+def test_a_stride_beyond_the_context_is_refused(scored):
+    options = ("--ckpt", "random", "--data", "wiki.txt", "--device", "cpu", "--protocol", "strided", "--stride", 48, 49)
+    result = run("eval_wikitext.py", *options, "--out", "long.json", cwd=scored, check=False)
+    assert refused(result) == "--stride 49 exceeds the model's context of 48 tokens. Use --stride 48"
+    (row,) = json.loads((scored / "long.json").read_text())
+    assert row["subset"] == "stride 48"
 
 
 def test_answers_of_a_task_without_questions_are_not_compared():

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from core.data import tokenizer
-from core.data.pieces import InvalidDocument, Piece, divide, format_of, read_piece
+from core.data.pieces import InvalidDocument, Piece, describe_place, divide, format_of, read_piece
 from core.data.shards import short_reason
 from core.data.sources import Files
 from core.files import naming, sha256
@@ -128,21 +128,18 @@ def encode_piece(piece: Piece, number: int) -> Documents:
     Raises ValueError for invalid documents, unless --skip-broken allows them.
     """
     rows = read_piece(piece, FILES)
-    invalid = [
-        (FILES[file], f"{format_of(FILES[file])[2]} {place}: {text}")
-        for file, place, text in rows
-        if isinstance(text, InvalidDocument)
-    ]
+    invalid = [(FILES[file], place, text) for file, place, text in rows if isinstance(text, InvalidDocument)]
     if len(invalid) > (MAX_INVALID if SKIP_BROKEN else 0):
-        file, place = invalid[-1 if SKIP_BROKEN else 0]
+        file, place, reason = invalid[-1 if SKIP_BROKEN else 0]
         many = f" is the last of more than {MAX_INVALID} invalid documents. Fix the file"
         remedy = many if SKIP_BROKEN else ". Fix the document, or skip it with --skip-broken"
-        raise ValueError(f"{file.url}, {place}{remedy}")
+        raise ValueError(f"{file.url}, {describe_place(file, place)}: {reason}{remedy}")
     valid = [(file, place, text) for file, place, text in rows if text and not isinstance(text, InvalidDocument)]
     ids, edges = ENCODER.encode([text for _, _, text in valid], number)
     text_bytes = [len(text) if text.isascii() else len(text.encode()) for _, _, text in valid]
     places = np.array([row[:2] for row in valid], dtype=np.int64)
-    empty, skipped = len(rows) - len(valid) - len(invalid), tuple(f"{file.name}, {place}" for file, place in invalid)
+    empty = len(rows) - len(valid) - len(invalid)
+    skipped = tuple(f"{file.name}, {format_of(file)[2]} {place}: {reason}" for file, place, reason in invalid)
     return Documents(ids, edges, np.array(text_bytes, dtype=np.int64), places, piece.bytes, empty, skipped)
 
 

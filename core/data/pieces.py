@@ -18,6 +18,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 EXPANSION = 3  # bytes of text per compressed byte, approximately
 PIECE_BYTES, PIECE_FILES = 16 * 2**20, 1000  # limits of a piece: of text, and of whole files
 ROW_GROUP_BYTES = 64 * 2**20  # of text; reading a part of a row group also decodes the rows before that part
+MAX_COUNTED_BYTES = 2**28  # read to name the line of an error
 Lines = bytes  # within Piece, `bytes` is a field
 Row = tuple[int, str | None]  # the place in the file, and the text or an InvalidDocument
 
@@ -53,6 +54,16 @@ def format_of(file: SourceFile) -> tuple[str, str | None, str]:
             "per line), which may be compressed (.jsonl.gz, .jsonl.zst). Convert it"
         )
     return kind, compression, "line" if compression else "row" if kind == "parquet" else "byte"
+
+
+def describe_place(file: SourceFile, place: int) -> str:
+    """A place in words, with the line of a byte that is not too far from the start of the file."""
+    unit = format_of(file)[2]
+    if unit != "byte" or place > MAX_COUNTED_BYTES:
+        return f"{unit} {place}"
+    with file.open() as stream:
+        line = stream.read(place).count(b"\n") + 1
+    return f"byte {place} (line {line})"
 
 
 def cut(files: Files, limit: int) -> list[Piece]:
@@ -205,6 +216,8 @@ def _read_json(line: bytes) -> str | None:
         if text is not None and not isinstance(text, str):
             raise TypeError(f"`text` is {type(text).__name__}, not a string")
         (text or "").encode()  # half a surrogate pair is not a character
+    except json.JSONDecodeError as error:  # its text would count lines within this one
+        return InvalidDocument(f"not a JSON object ({error.msg}: column {error.colno})")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return InvalidDocument(f"not a JSON object with a `text` field of characters ({short_reason(error)})")
     return text

@@ -191,6 +191,7 @@ class Preparation:
         results = workers.encode((chunk, i) for i in chunk.pieces)
         shard, end = self.write(chunk, results, self.max_tokens, cli.progress_bar(hidden=True))
         if not shard.tokens:
+            clear(self.out)
             raise ValueError(self.no_document("val"))
         piece, skip = end or (len(self.pieces), 0)
         facts = {"piece": piece, "skip": skip, "seen_tokens": shard.seen_tokens, "seen_bytes": shard.seen_bytes}
@@ -265,11 +266,13 @@ class Preparation:
         return True
 
     def no_document(self, split: str) -> str:
-        """The error of a source without a document of this split."""
+        """The error of a source without a document of this split; validation has the first documents."""
         given = {cli.option_name(key): self.header[key] for key in ("max_tokens", "val_tokens") if self.header[key]}
         limits = " and ".join(f"{name} {value}" for name, value in given.items())
         remedy = "Use more text, a larger --max-tokens or a smaller --val-tokens"
         if split == "train" and not limits and len(self.files) == 1 and self.files[0].name.endswith(".txt"):
             remedy = "A .txt is one document: split it, e.g. split -C 50K --additional-suffix=.txt TEXT part-"
-        name = self.header["source"]["name"]
+        name = self.files[0].url if len(self.files) == 1 else self.header["source"]["name"]
+        if split == "val" and not self.header["max_tokens"]:
+            return f"--source {name} contains no text. Use another source"
         return f"--source {name} has no {split} document{f' with {limits}' if limits else ''}. {remedy}"

@@ -77,6 +77,8 @@ def open_dataset(folder: str | Path) -> Dataset:
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file. Use its folder, {folder.parent}") from None
         raise ValueError(f"no shards in {folder}: {path} is missing{_remedy(folder)}") from None
     try:
         manifest = json.loads(raw)

@@ -1,6 +1,6 @@
 """Byte-level BPE encodings: tiktoken encodes and decodes, and folders store Hugging Face's tokenizer files.
 
-An encoding is loaded by tiktoken's name (`gpt2`) or from a folder with a `tokenizer.json`. Both become a
+An encoding is loaded by tiktoken's name (one of NAMES) or from a folder with a `tokenizer.json`. Both become a
 `tiktoken.Encoding`, so that every script encodes text in the same way.
 """
 
@@ -55,7 +55,8 @@ def _by_name(name: str) -> "tiktoken.Encoding":
 
     if name not in NAMES:
         raise ValueError(
-            f"no encoding and no folder {name!r}. Use {' or '.join(NAMES)}, or a folder with a tokenizer.json"
+            f"--encoding {name} is neither a folder nor an encoding that splits text as GPT-2's. "
+            f"Use {' or '.join(NAMES)}, or a folder with a tokenizer.json"
         )
     try:
         return tiktoken.get_encoding(name)

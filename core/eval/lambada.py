@@ -69,11 +69,13 @@ def load(config: LambadaConfig) -> list[QuestionSet]:
 
 
 def resolve_text(config: LambadaConfig) -> str | None:
-    """The text in --data; None for the hub's. Raises ValueError if neither --text nor the file name determines it."""
+    """The text in --data; None for the hub's. Raises ValueError if neither --text nor the file name determines it,
+    and OSError for a file that can't be read."""
     if config.data is None:
         if config.text is not None:
             raise ValueError(f"--text {config.text} has no effect without --data. Set --data or remove --text")
         return None
+    open(config.data, "rb").close()  # a missing file is the more important error
     known = known_text(Path(config.data))
     if config.text is None and known is None:
         raise ValueError(

@@ -184,6 +184,7 @@ def hub_rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
 
     from core.data.shards import short_reason
 
+    cli.print_note(f"loading {name} from the Hugging Face hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below reports an unreachable hub
     try:
         return list(load_dataset(name, config, split=split))

@@ -130,10 +130,18 @@ def _replace(text: str, pairs: dict[str, str]) -> str:
 
 
 def windows(protocol: str, question: str | Stream, encoding: Any, n_positions: int) -> list[Request]:
-    """Requests that fit a context of n_positions tokens and predict each token of the text once."""
+    """Requests that fit a context of n_positions tokens and predict each token of the text once.
+
+    Raises ValueError for a stride that exceeds this context.
+    """
     if isinstance(question, Stream):
+        if question.stride > n_positions:
+            raise ValueError(
+                f"--stride {question.stride} exceeds the model's context of {n_positions} tokens. Use --stride "
+                f"{n_positions}"
+            )
         ids = encoding.encode_ordinary(joined_lines(question.text))
-        return strided_windows(ids, min(question.stride, n_positions), n_positions)
+        return strided_windows(ids, question.stride, n_positions)
     return disjoint_windows([end_of_text_id(encoding), *encoding.encode_ordinary(detokenize(question))], n_positions)
 
 

@@ -60,13 +60,13 @@ def model_card(run: Path, manifest: dict[str, Any], step: int, is_gpt2: bool = T
         val = measured["val"]
         bits = f", {val['bits_per_byte']:.4f} bits per byte" if val["bits_per_byte"] else ""
         rows["validation loss"] = f"{val['loss']:.4f} nats per token{bits} (step {val['step']:,})"
-    if "lambada" in measured:
-        score = measured["lambada"]
-        counts = f"{score['correct']:,} of {score['total']:,}"
-        file = f" in {Path(facts['eval_lambada']).name}" if facts["eval_lambada"] else ""
-        rows[f"LAMBADA, `{score['protocol']}`"] = (
-            f"{100 * score['accuracy']:.2f} % ({counts}{file}, step {score['step']:,})"
-        )
+    for task, title in (("lambada", "LAMBADA"), ("hellaswag", "HellaSwag")):
+        if score := measured.get(task):
+            counts = f"{score['correct']:,} of {score['total']:,}"
+            file = f" in {Path(name).name}" if (name := facts[f"eval_{task}"]) else ""
+            rows[f"{title}, `{score['protocol']}`"] = (
+                f"{100 * score['accuracy']:.2f} % ({counts}{file}, step {score['step']:,})"
+            )
     return CARD.format(
         title=f"{run.name}, step {step:,}",
         library="transformers" if is_gpt2 else "pytorch",

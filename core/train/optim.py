@@ -27,9 +27,15 @@ class OptimizerGroup:
             if not getattr(member, "_step_supports_amp_scaling", False):
                 raise ValueError(
                     f"{type(member).__name__} can't skip a step: it must support `found_inf`. Use fused=True, or make "
-                    f"`step` return unchanged weights where `found_inf` is 1 and set `_step_supports_amp_scaling`"
+                    f"`step` leave weights and state unchanged where `found_inf` is 1 (gradients can be NaN there) and "
+                    f"set `_step_supports_amp_scaling`"
                 )
         self.members = members
+        self._by_name: dict[str, torch.optim.Optimizer] = {}  # by class; the second AdamW is AdamW.1
+        for member in members:
+            name = type(member).__name__
+            count = sum(type(other).__name__ == name for other in self._by_name.values())
+            self._by_name[f"{name}.{count}" if count else name] = member
 
     def set_lr(self, scale: float) -> None:
         """Set the learning rates of the next step, as a fraction of their peaks."""
@@ -54,13 +60,13 @@ class OptimizerGroup:
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
-        return {type(member).__name__: member.state_dict() for member in self.members}
+        return {name: member.state_dict() for name, member in self._by_name.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the moments; hyperparameters stay those of the recipe, which a resumed run must not change."""
-        for member in self.members:
+        for name, member in self._by_name.items():
             own = member.state_dict()
-            member.load_state_dict(own | {"state": state[type(member).__name__]["state"]})
+            member.load_state_dict(own | {"state": state[name]["state"]})
 
 
 def build_optimizer(model: GPT, recipe: Recipe, ranks: Ranks) -> OptimizerGroup:
@@ -90,7 +96,7 @@ def check_coverage(model: torch.nn.Module, optimizer: OptimizerGroup) -> None:
             raise ValueError(f"parameter {name} {tuple(p.shape)} is in {where}. Put it into one in core/train/optim.py")
 
 
-def adamw(recipe: Recipe, model: GPT, matrices: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
+def adamw(model: GPT, recipe: Recipe, matrices: Iterable[Tensor] = ()) -> torch.optim.Optimizer:
     """AdamW for `matrices`, embeddings, and vectors (biases and LayerNorm gains), which don't decay."""
     in_blocks = {id(p) for p in model.transformer.h.parameters()}
     embeddings = [p for p in model.parameters() if p.dim() == 2 and id(p) not in in_blocks]
@@ -105,7 +111,7 @@ def adamw(recipe: Recipe, model: GPT, matrices: Iterable[Tensor] = ()) -> torch.
 
 
 def build_adamw(model: GPT, recipe: Recipe, _ranks: Ranks) -> list[torch.optim.Optimizer]:
-    return [adamw(recipe, model, [p for p in model.transformer.h.parameters() if p.dim() == 2])]
+    return [adamw(model, recipe, [p for p in model.transformer.h.parameters() if p.dim() == 2])]
 
 
 def build_muon(model: GPT, recipe: Recipe, ranks: Ranks) -> list[torch.optim.Optimizer]:
@@ -122,7 +128,7 @@ def build_muon(model: GPT, recipe: Recipe, ranks: Ranks) -> list[torch.optim.Opt
         for (name, _, _), params in stacks.items()
     ]
     muon = Muon(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay, ranks=ranks)
-    return [adamw(recipe, model), muon]
+    return [adamw(model, recipe), muon]
 
 
 # The choices of --optimizer. Each also needs a learning rate in core/train/recipe.py.

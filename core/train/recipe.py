@@ -189,7 +189,10 @@ def adapted_values(name: str, shape: GPTConfig, overrides: dict[str, Any]) -> Re
     values = RECIPES[name]
     optimizer = overrides.get("optimizer", values.optimizer)
     if optimizer not in LEARNING_RATES:
-        raise ValueError(f"--optimizer {optimizer} has no learning rate. Choose from {', '.join(LEARNING_RATES)}")
+        raise ValueError(
+            f"--optimizer {optimizer} has no learning rate. Choose from {', '.join(LEARNING_RATES)}, or add it to "
+            f"LEARNING_RATES in core/train/recipe.py"
+        )
     values = replace(values, lr=LEARNING_RATES[optimizer])
     if shape.n_embd < SMALL_WIDTH:
         batch_tokens = max(SMALL_BATCH_TOKENS, overrides.get("first_batch_tokens", 0))
@@ -236,9 +239,9 @@ def scaled_to_length(
 def without_effect(recipe: Recipe, overrides: dict[str, Any], unique_tokens: int) -> list[tuple[str, str]]:
     """Each of the given values that changes nothing in this recipe, as an option with its value, and the reason."""
     reasons = {}
-    if recipe.optimizer != "muon":
+    if recipe.optimizer == "adamw":
         reasons["momentum"] = f"--optimizer is {recipe.optimizer}"
-    if recipe.lr_schedule != "wsd":
+    if recipe.lr_schedule == "cosine":
         reasons["decay_fraction"] = f"--lr-schedule is {recipe.lr_schedule}"
     if not recipe.short_tokens:
         reasons |= dict.fromkeys(("short_seq_len", "long_every"), "--short-tokens is 0")

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from core import checkpoint, cli, ops
 from core.data.shards import Dataset, Windows
 from core.distributed import Ranks, autocast, check_compiler, default_dtype, kernel_support
+from core.eval.results import RESULTS
 from core.files import LOCK, FileLocks
 from core.train.config import Config, SystemConfig
 from core.train.depth import start_shallow
@@ -25,6 +26,8 @@ from core.train.sampling import blank_batch
 from core.train.schedule import Schedule, Shape
 from core.train.trackers import check_installed
 from model import GPT, describe
+
+MAX_TIMED_SECONDS = 10  # of a micro-batch, to estimate the time of a step
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def run_folder(config: Config) -> Path:
     if not name or Path(name).name != name or name == "..":
         raise ValueError(f"--run {name} must be a name, not a path. The folder of the run is logs/RUN")
     folder = Path("logs") / name
+    if folder == RESULTS:
+        raise ValueError(f"--run {name}: {RESULTS} is the folder of the evaluation results. Use another name")
     if not config.evaluation.eval_only and config.checkpoints.resume == "auto":
         run = config.run
         checkpoint.check_preset(folder, {"preset": run.preset, "data": run.data, "recipe": run.recipe})
@@ -137,6 +142,8 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
     )
     if evaluation.sample_every and not (dataset.folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
+    for file in filter(None, (evaluation.eval_lambada, evaluation.eval_hellaswag)):
+        open(file, "rb").close()
     for split in ("train", "val"):
         Windows(dataset, split, recipe.seq_len)
     system = resolve_system(config.system, ranks, config.run.micro_batch)
@@ -264,7 +271,7 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
 
 
 def build_loss(model: GPT, system: System, compiled: bool | None = None) -> Any:
-    """The function of inputs and targets (B, T) that training minimizes. Its weights are those of `model`.
+    """The function of a batch (core/train/loader.py) that training minimizes. Its weights are those of `model`.
 
     `compiled` replaces the system's choice.
     """
@@ -317,11 +324,13 @@ def compile_shapes(
 def log_expected_time(loss_fn: Any, shape: Shape, count: int, run: Run) -> None:
     """Log how long a step of `count` micro-batches of this shape will take, unless that is less than a second."""
     one_sequence = shape._replace(rows=run.recipe.seq_len // shape.seq_len)
+    size = shape.rows // one_sequence.rows
     time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)  # loads libraries
-    seconds = count * time_micro_batch(loss_fn, shape, run.system, run.ranks)
-    if seconds > 1:
-        size = shape.rows // one_sequence.rows
-        run.ranks.log(f"expected time per step: {seconds:.0f} s ({count} micro-batches of {size} sequences)")
+    seconds = size * time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)
+    if seconds < MAX_TIMED_SECONDS:
+        seconds = time_micro_batch(loss_fn, shape, run.system, run.ranks)
+    if count * seconds > 1:
+        run.ranks.log(f"expected time per step: {count * seconds:.0f} s (micro-batches of {size} sequences: {count})")
 
 
 def time_micro_batch(loss_fn: Any, shape: Shape, system: System, ranks: Ranks) -> float:
