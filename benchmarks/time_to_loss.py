@@ -142,12 +142,12 @@ def train(config: Config, kind: str, options: str, tokens: int, seed: int) -> Ou
     return load_outcome(folder, scores, kind, f"{display_name(kind)}, {tokens / 1e6:g}M tokens, seed {seed}")
 
 
-def check_complete(run: Path) -> None:
+def check_complete(run_folder: Path) -> None:
     """Raise ValueError where a signal stopped train.py, which then ends with status 0 too."""
-    steps = json.loads((run / "run.json").read_text(encoding="utf-8"))["steps"]
-    done = max((line["step"] for line in read_metrics(run)), default=0)
+    steps = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))["steps"]
+    done = max((line["step"] for line in read_metrics(run_folder)), default=0)
     if done < steps:
-        raise ValueError(f"{run} was stopped after step {done} of {steps}. Rerun the same command to resume it")
+        raise ValueError(f"{run_folder} was stopped after step {done} of {steps}. Rerun the same command to resume it")
 
 
 def display_name(kind: str) -> str:
@@ -164,19 +164,19 @@ def run_name(config: Config, kind: str, options: str, tokens: int, seed: int) ->
     return f"{RUNS}-{kind}-{tokens}-{seed}-{digest}", arguments
 
 
-def load_outcome(run: Path, scores: Path | None, kind: str, label: str) -> Outcome:
+def load_outcome(run_folder: Path, scores: Path | None, kind: str, label: str) -> Outcome:
     """The outcome of a finished run, with its LAMBADA `scores`. Raises ValueError if it has no final loss."""
-    settings, lines = json.loads((run / "run.json").read_text(encoding="utf-8")), read_metrics(run)
+    settings, lines = json.loads((run_folder / "run.json").read_text(encoding="utf-8")), read_metrics(run_folder)
     steps = [line for line in lines if line["split"] == "train"]
     loss = [line["loss"] for line in lines if line["split"] == "val"][-1]
     if loss is None:
-        raise ValueError(f"{run.name} diverged: its last validation loss is not finite. Use a lower --lr for it")
+        raise ValueError(f"{run_folder.name} diverged: its last validation loss is not finite. Use a lower --lr for it")
     lambada = ""
     if scores is not None:
         (result,) = json.loads(scores.read_text(encoding="utf-8"))
         lambada = f"{result['correct']:,} of {result['total']:,}, perplexity {format_perplexity(result['perplexity'])}"
     return Outcome(
-        name=run.name,
+        name=run_folder.name,
         kind=kind,
         label=label,
         tokens=steps[-1]["tokens"],

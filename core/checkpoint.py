@@ -37,7 +37,7 @@ MODEL_FILES = (*REQUIRED_FILES, *WEIGHT_FILES, *TOKENIZER_FILES, CHECKSUMS)
 
 
 def save(
-    run: Path,
+    run_folder: Path,
     model: GPT,
     state: dict[str, Any],
     *,
@@ -50,7 +50,7 @@ def save(
 
     `is_gpt2`: the result of convert.computes_gpt2; None: compute it here.
     """
-    folder = run / "checkpoints" / f"step_{state['step']:06d}"
+    folder = run_folder / "checkpoints" / f"step_{state['step']:06d}"
     temporary = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -63,7 +63,7 @@ def save(
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         write_json(temporary / CHECKSUMS, {path.name: sha256(path) for path in sorted(temporary.iterdir())})
-        for path in (*temporary.iterdir(), run / METRICS):  # after a power failure both must contain the step
+        for path in (*temporary.iterdir(), run_folder / METRICS):  # after a power failure both must contain the step
             fsync(path)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged checkpoint of this step
         os.replace(temporary, folder)
@@ -104,19 +104,19 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def list_checkpoints(run: Path) -> list[Path]:
+def list_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints of a run in order of their steps, valid or not."""
-    return sorted((p for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()), key=step_of)
+    return sorted((p for p in (run_folder / "checkpoints").glob("step_*") if p.name[5:].isdigit()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint of a run (None: there is none), and a warning for each newer, invalid one."""
     warnings: list[str] = []
-    for folder in reversed(list_checkpoints(run)):
+    for folder in reversed(list_checkpoints(run_folder)):
         damage = find_damage(folder)
         if damage is None:
             return folder, warnings
@@ -124,7 +124,7 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def find(run: Path, ranks: Ranks, *, restart: bool) -> Path | None:
+def find(run_folder: Path, ranks: Ranks, *, restart: bool) -> Path | None:
     """The checkpoint that a run resumes from, the same on every rank; None for a new run. All ranks must call it.
 
     Raises ValueError, on all ranks, where all checkpoints are damaged, where the run must `restart` but exists, and
@@ -134,14 +134,16 @@ def find(run: Path, ranks: Ranks, *, restart: bool) -> Path | None:
 
     def find_here() -> Path | None:
         if restart and not restarted_by_torchrun:
-            if (run / METRICS).is_file():
-                raise ValueError(f"{run} already contains a run. Use another --run, or --resume auto to resume it")
+            if (run_folder / METRICS).is_file():
+                raise ValueError(
+                    f"{run_folder} already contains a run. Use another --run, or --resume auto to resume it"
+                )
             return None
-        found, warnings = newest_valid(run)
+        found, warnings = newest_valid(run_folder)
         for line in warnings:
             ranks.log(line)
         if warnings and found is None:
-            raise ValueError(f"{run} has no valid checkpoint. Move the folder away to start the run again")
+            raise ValueError(f"{run_folder} has no valid checkpoint. Move the folder away to start the run again")
         return found
 
     found = ranks.on_main(find_here)
@@ -155,7 +157,7 @@ def find(run: Path, ranks: Ranks, *, restart: bool) -> Path | None:
 
 def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[str, Any]:
     """The training state of a checkpoint. Raises ValueError where a fixed setting differs from that of the run."""
-    path, run = folder / TRAINING_STATE, folder.parent.parent
+    path, run_folder = folder / TRAINING_STATE, folder.parent.parent
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -165,30 +167,31 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
             f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
     state["settings"] = EARLIER_SETTINGS | state["settings"]
-    check_settings(run, state, fixed_settings)
+    check_settings(run_folder, state, fixed_settings)
     return state
 
 
-def check_settings(run: Path, state: dict[str, Any], fixed_settings: dict[str, Any]) -> None:
+def check_settings(run_folder: Path, state: dict[str, Any], fixed_settings: dict[str, Any]) -> None:
     """Raise ValueError, with both values, for the first fixed setting that differs from that of the training state."""
     settings = state["settings"]
     for name, value in fixed_settings.items():
         if name not in settings:
             raise ValueError(
-                f"run {run.name} was started by an earlier version of this project, without the setting {name}. "
+                f"run {run_folder.name} was started by an earlier version of this project, without the setting {name}. "
                 f"Finish it with that version, or use another --run"
             )
         if settings[name] == value:
             continue
         if name == "steps" and state["step"] == settings["steps"]:
             raise ValueError(
-                f"run {run.name} is finished: {settings['steps']} steps. It can't be extended to {value}, as its "
-                f"learning rate has ended. To train its weights further, use another --run with --init-from {run}"
+                f"run {run_folder.name} is finished: {settings['steps']} steps. It can't be extended to {value}, as "
+                f"its learning rate has ended. To train its weights further, use another --run with --init-from "
+                f"{run_folder}"
             )
         before, now = (describe_setting(name, each) for each in (settings[name], value))
         raise ValueError(
-            f"run {run.name} was started with {before}, now it is {now}. Restore the setting to resume, or use another "
-            f"--run with --init-from {run}"
+            f"run {run_folder.name} was started with {before}, now it is {now}. Restore the setting to resume, or use "
+            f"another --run with --init-from {run_folder}"
         )
 
 
@@ -200,23 +203,23 @@ def describe_setting(name: str, value: Any) -> str:
     return f"no {option}" if value is None else f"{option} {value}"
 
 
-def check_preset(run: Path, options: dict[str, str]) -> None:
+def check_preset(run_folder: Path, options: dict[str, str]) -> None:
     """Raise ValueError where a run with a checkpoint was started with another preset or recipe.
 
     `options`: the values now of these and of data, which a user who forgets one often forgets too. Data alone may
     differ: the folder can have moved.
     """
     try:
-        recorded = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        recorded = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
         differing = {name: str(recorded[name]) for name, value in options.items() if recorded[name] != value}
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # the checkpoint is authoritative
         return
-    if differing.keys() & {"preset", "recipe"} and list_checkpoints(run):
+    if differing.keys() & {"preset", "recipe"} and list_checkpoints(run_folder):
         before = " ".join(f"--{name} {value}" for name, value in differing.items())
         now = " ".join(f"--{name} {options[name]}" for name in differing)
         raise ValueError(
-            f"run {run.name} was started with {before}, now it is {now}. Restore the options to resume, or use another "
-            f"--run"
+            f"run {run_folder.name} was started with {before}, now it is {now}. Restore the options to resume, or use "
+            f"another --run"
         )
 
 

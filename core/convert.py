@@ -210,8 +210,8 @@ def download(name: str) -> Path:
         is_network = isinstance(error, (ConnectionError, TimeoutError))
         if isinstance(error, OSError) and error.errno is not None and not is_network:
             raise  # of this machine, such as a full disk
-        run = Path("logs") / name
-        remedy = f"Use {run}" if (run / "checkpoints").is_dir() else "Check the name and the network"
+        run_folder = Path("logs") / name
+        remedy = f"Use {run_folder}" if (run_folder / "checkpoints").is_dir() else "Check the name and the network"
         raise ValueError(
             f"{name} is not a folder, and the Hugging Face hub has no model of that name or is unreachable "
             f"({short_reason(error)}). {remedy}"

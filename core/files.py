@@ -66,9 +66,9 @@ def write_text(path: Path, text: str) -> None:
         raise OSError(f"{path} can't be written ({reason}). Fix this and rerun the same command") from None
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, also during the run. An incomplete last line is ignored."""
-    lines = (run / METRICS).read_text(encoding="utf-8").split("\n")[:-1]
+    lines = (run_folder / METRICS).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 

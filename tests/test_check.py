@@ -219,7 +219,7 @@ def plain_losses(model, ids, known):
 
 def random_model(folder, seed=1):
     """A model of the shape of the preset `tiny` with the vocabulary of the stories."""
-    model = GPT(replace(PRESETS["tiny"], vocab_size=ENCODING.n_vocab, n_positions=256), seed)
+    model = GPT(replace(PRESETS["tiny"], vocab_size=ENCODING.n_vocab, n_positions=1024), seed)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:

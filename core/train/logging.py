@@ -26,22 +26,26 @@ SMOOTHING = 0.1  # weight of the latest step in the mean time per token, from wh
 class RunLog:
     """Writes the metrics of a run; only rank 0 has one. No failure of a disk, a terminal or a tracker stops the run."""
 
-    def __init__(self, run: Path, settings: dict[str, Any], *, step: int, tracker: str, project: str | None) -> None:
+    def __init__(
+        self, run_folder: Path, settings: dict[str, Any], *, step: int, tracker: str, project: str | None
+    ) -> None:
         """`step` steps are complete: metrics of later steps, which the checkpoint lacks, are removed."""
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "run.json", settings)
-        kept, damaged = truncate_metrics(run / METRICS, step if step else -1)  # a run that restarts logs step 0 again
+        run_folder.mkdir(parents=True, exist_ok=True)
+        write_json(run_folder / "run.json", settings)
+        kept, damaged = truncate_metrics(
+            run_folder / METRICS, step if step else -1
+        )  # a run that restarts logs step 0 again
         self.already_logged = frozenset(line["split"] for line in kept if line["step"] == step)
-        self._file = open(run / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
+        self._file = open(run_folder / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""
         self._bar = cli.progress_bar(
             total=settings["steps"], initial=step, unit="step", lines=False, dynamic_ncols=True
         )
-        self._mirror = Mirror(tracker, run, settings, project, self.log) if tracker != "none" else None
+        self._mirror = Mirror(tracker, run_folder, settings, project, self.log) if tracker != "none" else None
         if damaged:
-            self.log(f"warning: {damaged} damaged line{'s' if damaged > 1 else ''} of {run / METRICS} removed")
+            self.log(f"warning: {damaged} damaged line{'s' if damaged > 1 else ''} of {run_folder / METRICS} removed")
         if not cli.terminal.quiet:
-            self.log(summary(run, settings))
+            self.log(summary(run_folder, settings))
 
     def write(self, **metrics: Any) -> None:
         """Append a line to metrics.jsonl; a number that isn't finite becomes null."""
@@ -194,14 +198,14 @@ class StepLogger:
         return " | ".join(parts)
 
 
-def summary(run: Path, settings: dict[str, Any]) -> str:
+def summary(run_folder: Path, settings: dict[str, Any]) -> str:
     """A line on what the run will do."""
     ranks, device = settings["world_size"], settings["versions"]["device"]
     # Muennighoff et al. 2023, arXiv:2305.16264: up to four epochs are almost as good as new data.
     unique_tokens = settings["tokens"] / settings["epochs"]
     warning = f" (more than 4 gain little: --tokens {4 * unique_tokens:.0f})" if settings["epochs"] > 4 else ""
     parts = [
-        str(run),
+        str(run_folder),
         f"{settings['preset']}, {settings['parameters']:,} parameters",
         f"{ranks} x {device}" if ranks > 1 else device,
         f"{settings['steps']} steps",

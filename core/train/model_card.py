@@ -38,10 +38,10 @@ MODIFIED_USAGE = """This network is a modified GPT-2, which `transformers` refus
 `GPT.from_pretrained({folder!r})` loads it."""
 
 
-def model_card(run: Path, manifest: dict[str, Any], step: int, is_gpt2: bool = True) -> str:
+def model_card(run_folder: Path, manifest: dict[str, Any], step: int, is_gpt2: bool = True) -> str:
     """The card of the checkpoint after `step`, with the latest evaluations up to that step."""
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    measured = {line["split"]: line for line in read_metrics(run) if line["step"] <= step}  # the last of each
+    facts = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    measured = {line["split"]: line for line in read_metrics(run_folder) if line["step"] <= step}  # the last of each
     seen = measured["train"]["tokens"] if "train" in measured else 0
     split = {name: sum(s["tokens"] for s in manifest["shards"] if s["split"] == name) for name in ("train", "val")}
     versions = facts["versions"]
@@ -68,7 +68,7 @@ def model_card(run: Path, manifest: dict[str, Any], step: int, is_gpt2: bool = T
                 f"{100 * score['accuracy']:.2f} % ({counts}{file}, step {score['step']:,})"
             )
     return CARD.format(
-        title=f"{run.name}, step {step:,}",
+        title=f"{run_folder.name}, step {step:,}",
         library="transformers" if is_gpt2 else "pytorch",
         parameters=facts["parameters"],
         start=f"initialized from {facts['init_from']}" if facts["init_from"] else "trained from scratch",

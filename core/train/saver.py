@@ -20,14 +20,14 @@ from core.train.model_card import model_card
 from model import GPT
 
 
-def permanent_checkpoints(run: Path) -> frozenset[Path]:
+def permanent_checkpoints(run_folder: Path) -> frozenset[Path]:
     """The checkpoints that earlier processes kept permanently, perhaps with other intervals than this one.
 
     run.json has the settings of the last process. Where it can't be read, all that exist.
     """
-    folders = checkpoint.list_checkpoints(run)
+    folders = checkpoint.list_checkpoints(run_folder)
     try:
-        last = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        last = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
         keep, multiple = int(last["keep"]), int(last["keep_every"]) * int(last["save_every"])
     except (OSError, ValueError, KeyError, TypeError):
         return frozenset(folders)
@@ -39,7 +39,7 @@ class Saver:
 
     def __init__(
         self,
-        run: Path,
+        run_folder: Path,
         dataset: Dataset,
         ranks: Ranks,
         *,
@@ -53,7 +53,7 @@ class Saver:
 
         `keep_multiple` 0: no others but `permanent`. `step`: the run starts there, and needs no checkpoint of it.
         """
-        self._run, self._dataset, self._ranks, self._log = run, dataset, ranks, log
+        self._run_folder, self._dataset, self._ranks, self._log = run_folder, dataset, ranks, log
         self._keep, self._keep_multiple, self._permanent = keep, keep_multiple, permanent
         self.saved_step = step  # of the newest checkpoint
         self.blocked_seconds: list[float] = []  # training waited this long for each snapshot
@@ -65,7 +65,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         if ranks.is_main:
-            for remains in (run / "checkpoints").glob(".step_*"):  # of a process that was killed
+            for remains in (run_folder / "checkpoints").glob(".step_*"):  # of a process that was killed
                 shutil.rmtree(remains, ignore_errors=True)
 
     def preallocate(self, model: GPT, state: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class Saver:
         write_start, step = time.perf_counter(), self._state_copy["step"]
         try:
             folder = checkpoint.save(
-                self._run,
+                self._run_folder,
                 self._model_copy,
                 self._state_copy,
                 end_of_text_id=self._dataset.manifest["end_of_text_id"],
@@ -135,7 +135,7 @@ class Saver:
             )
             self._delete_old(step)
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
-            gigabytes = shutil.disk_usage(self._run).free / 1e9
+            gigabytes = shutil.disk_usage(self._run_folder).free / 1e9
             reason = f"{' '.join(str(error).split())} ({gigabytes:.2f} GB free)"
             self._failure = f"the checkpoint of step {step} could not be written: {reason}"
             self._log(f"warning: {self._failure}; earlier checkpoints are intact")
@@ -147,14 +147,14 @@ class Saver:
 
     def _card(self, step: int, is_gpt2: bool | None) -> str | None:
         try:
-            return model_card(self._run, self._dataset.manifest, step, is_gpt2=is_gpt2 is not False)
+            return model_card(self._run_folder, self._dataset.manifest, step, is_gpt2=is_gpt2 is not False)
         except Exception as error:  # a checkpoint without a model card is better than none
             self._log(f"warning: the checkpoint of step {step} has no model card ({type(error).__name__}: {error})")
             return None
 
     def _delete_old(self, step: int) -> None:
         """Delete all but those to keep. Checkpoints after `step` are damaged ones, to be overwritten later."""
-        folders = [f for f in checkpoint.list_checkpoints(self._run) if checkpoint.step_of(f) <= step]
+        folders = [f for f in checkpoint.list_checkpoints(self._run_folder) if checkpoint.step_of(f) <= step]
         for folder in folders[: -self._keep]:
             is_multiple = self._keep_multiple and checkpoint.step_of(folder) % self._keep_multiple == 0
             if is_multiple or folder in self._permanent:
@@ -185,7 +185,7 @@ class Saver:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.wait()
         if error is not None and self._ranks.is_main:
-            good = checkpoint.list_checkpoints(self._run)
+            good = checkpoint.list_checkpoints(self._run_folder)
             self._log(f"the run ends early | last good checkpoint: {good[-1] if good else 'none'}")
         if error is not None and issubclass(error, SynchronizedError):
             self._ranks.all_gather(None)  # torchrun kills the other ranks, one that writes too, when a rank ends

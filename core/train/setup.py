@@ -27,7 +27,7 @@ from core.train.schedule import Schedule, Shape
 from core.train.trackers import check_installed
 from model import GPT, describe
 
-MAX_TIMED_SECONDS = 10  # of a micro-batch, to estimate the time of a step
+MAX_TIMED_SECONDS = 30  # of a micro-batch, to estimate the time of a step; a longer one by one sequence
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Run:
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of the run. Raises ValueError for a name that is a path, and for another preset than the run has."""
+    """The folder of the run. Raises ValueError for a name that can't be one, and for a run of other options."""
     name = config.run.preset if config.run.name is None else config.run.name
     if not name or Path(name).name != name or name == "..":
         raise ValueError(f"--run {name} must be a name, not a path. The folder of the run is logs/RUN")
@@ -99,8 +99,8 @@ def run_folder(config: Config) -> Path:
     if folder == RESULTS:
         raise ValueError(f"--run {name}: {RESULTS} is the folder of the evaluation results. Use another name")
     if not config.evaluation.eval_only and config.checkpoints.resume == "auto":
-        run = config.run
-        checkpoint.check_preset(folder, {"preset": run.preset, "data": run.data, "recipe": run.recipe})
+        options = {name: getattr(config.run, name) for name in ("preset", "data", "recipe")}
+        checkpoint.check_preset(folder, options)
     return folder
 
 
@@ -325,10 +325,11 @@ def log_expected_time(loss_fn: Any, shape: Shape, count: int, run: Run) -> None:
     """Log how long a step of `count` micro-batches of this shape will take, unless that is less than a second."""
     one_sequence = shape._replace(rows=run.recipe.seq_len // shape.seq_len)
     size = shape.rows // one_sequence.rows
-    time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)  # loads libraries
-    seconds = size * time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)
-    if seconds < MAX_TIMED_SECONDS:
+    first = time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)  # it also loads libraries
+    if size * first < MAX_TIMED_SECONDS:
         seconds = time_micro_batch(loss_fn, shape, run.system, run.ranks)
+    else:
+        seconds = size * time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)
     if count * seconds > 1:
         run.ranks.log(f"expected time per step: {count * seconds:.0f} s (micro-batches of {size} sequences: {count})")
 

@@ -20,13 +20,13 @@ class Mirror:
     """The metrics of a run in a tracker. After its first failure it does nothing."""
 
     def __init__(
-        self, tracker: str, run: Path, settings: dict[str, Any], project: str | None, warn: Callable[[str], None]
+        self, tracker: str, run_folder: Path, settings: dict[str, Any], project: str | None, warn: Callable[[str], None]
     ) -> None:
         """`tracker`: wandb or trackio. `warn` gets a line where the tracker fails."""
         self._tracker, self._warn = tracker, warn
         start = {"wandb": start_wandb, "trackio": start_trackio}[tracker]
         try:
-            self._run = start(run, settings, project or DEFAULT_PROJECT)
+            self._run = start(run_folder, settings, project or DEFAULT_PROJECT)
         except Exception as error:
             self._disable(error)
 
@@ -60,35 +60,35 @@ def check_installed(tracker: str | None) -> None:
         raise ValueError(f"--tracker {tracker} needs a package that is not installed. Run pip install {tracker}")
 
 
-def run_id(run: Path, settings: dict[str, Any]) -> str:
+def run_id(run_folder: Path, settings: dict[str, Any]) -> str:
     """An id that is equal after a resume, and another one for other data. wandb refuses some characters in it."""
-    name = re.sub(r"[:;,#?/'\\\x00-\x1f]", "-", run.name)[:LONGEST_NAME]
-    if name != run.name:  # a:b and a-b are different runs
-        name += f"-{hashlib.sha256(run.name.encode()).hexdigest()[:8]}"
+    name = re.sub(r"[:;,#?/'\\\x00-\x1f]", "-", run_folder.name)[:LONGEST_NAME]
+    if name != run_folder.name:  # a:b and a-b are different runs
+        name += f"-{hashlib.sha256(run_folder.name.encode()).hexdigest()[:8]}"
     return f"{name}-{settings['manifest_hash'][:8]}"
 
 
-def start_wandb(run: Path, settings: dict[str, Any], project: str) -> Any:
+def start_wandb(run_folder: Path, settings: dict[str, Any], project: str) -> Any:
     """A run of wandb, offline without a login."""
     import wandb
 
     mode: Literal["offline"] | None = None if os.environ.get("WANDB_MODE") or logged_in() else "offline"
     return wandb.init(
         project=project,
-        name=run.name,
-        id=run_id(run, settings),
-        dir=run,
+        name=run_folder.name,
+        id=run_id(run_folder, settings),
+        dir=run_folder,
         config=settings,
         resume="allow",
         mode=mode,
     )
 
 
-def start_trackio(run: Path, settings: dict[str, Any], project: str) -> Any:
+def start_trackio(run_folder: Path, settings: dict[str, Any], project: str) -> Any:
     """A run of trackio in its folder on this machine. It has no ids: a resume finds the run by its name."""
     import trackio
 
-    return trackio.init(project=project, name=run_id(run, settings), config=settings, resume="allow")
+    return trackio.init(project=project, name=run_id(run_folder, settings), config=settings, resume="allow")
 
 
 def logged_in() -> bool:
