@@ -36,8 +36,8 @@ class Config:
 
 def main(config: Config) -> None:
     out = Path(config.out)
-    if out.suffix in (".bin", ".pt", ".safetensors"):
-        raise ValueError(f"--out {out} must be a folder, not a file. Use --out {out.parent}")
+    if out.is_file() or out.suffix in (".bin", ".pt", ".pth", ".safetensors"):
+        raise ValueError(f"--out {out} must be a folder, not a file. Use a new folder, such as {out.with_suffix('')}")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty. Use a new folder")
     if config.dtype != "float32" and config.format != "llmc":

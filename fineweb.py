@@ -42,8 +42,10 @@ def available_cores() -> int:
 
 def parse_glob(values: list[str]) -> str:
     """Raises ValueError for several names: those that a shell puts in place of a glob."""
-    if len(values) != 1:
-        raise ValueError(f"one glob is expected, not {len(values)} names. Put it in quotes, as --source 'my/*.txt'")
+    if not values:
+        raise ValueError("a value is missing. Use a glob in quotes, as --source 'my/*.txt'")
+    if len(values) > 1:
+        raise ValueError(f"{len(values)} names in place of one glob. Put it in quotes, as --source 'my/*.txt'")
     return values[0]
 
 

@@ -197,9 +197,9 @@ class GPT(nn.Module):
         """
         for name, p in self.named_parameters():
             if p.dim() <= 1:
-                if not name.endswith((".weight", ".bias")):
+                if not name.endswith((".weight", "bias")):
                     raise ValueError(
-                        f"parameter {name} has no initial value. Name it `weight` (1) or `bias` (0), or set it in "
+                        f"parameter {name} has no initial value. Name it `weight` (1) or `bias` (0), or add a case to "
                         f"GPT._initialize"
                     )
                 p.fill_(1.0 if name.endswith(".weight") else 0.0)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from core.data.shards import open_dataset, verify
 from core.distributed import Ranks, autocast, is_out_of_memory, process_group
-from core.train import setup
+from core.train import compilation, setup
 from core.train.config import Config
 from core.train.depth import Depth
 from core.train.graphs import Graphs, record_small_steps
@@ -78,7 +78,7 @@ def train(run: Run) -> None:
     """The training loop: each iteration is one optimizer step."""
     config, recipe, ranks, model, optimizer = run.config, run.recipe, run.ranks, run.model, run.optimizer
     schedule = Schedule(recipe)
-    raw_loss = setup.build_loss(model, run.system)  # a batch -> mean cross-entropy
+    raw_loss = setup.build_loss(model, run.system)  # a batch, see train_step -> mean cross-entropy
     evaluations = build_evaluations(
         config.evaluation, run.dataset, ranks, model.config, raw_loss, recipe.seq_len, run.system.dtype, run.micro_batch
     )
@@ -132,10 +132,12 @@ def prepare_steps(run: Run, schedule: Schedule, loss_fn: Any, depth: Depth) -> t
         ddp_loss_fn = setup.wrap_ddp(loss_fn, run.ranks)
         arguments = ddp_loss_fn, run.recipe, run.system, run.micro_batch, run.ranks, run.step, shallow
         if run.system.compiles:
-            setup.compile_shapes(*arguments)
+            compilation.compile_shapes(*arguments)
         graphs |= record_small_steps(*arguments)
     if not run.system.compiles:
-        setup.log_expected_time(ddp_loss_fn, *schedule.split(run.step, run.micro_batch, run.ranks.world_size), run)
+        compilation.log_expected_time(
+            ddp_loss_fn, *schedule.split(run.step, run.micro_batch, run.ranks.world_size), run
+        )
     return ddp_loss_fn, graphs
 
 

@@ -155,8 +155,11 @@ def find(run_folder: Path, ranks: Ranks, *, restart: bool) -> Path | None:
     return found
 
 
-def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[str, Any]:
-    """The training state of a checkpoint. Raises ValueError where a fixed setting differs from that of the run."""
+def load_training_state(folder: Path, fixed_settings: dict[str, Any], recipe: str) -> dict[str, Any]:
+    """The training state of a checkpoint. Raises ValueError where a fixed setting differs from that of the run.
+
+    `recipe`: the recipe of this command; another one with the same values is no difference.
+    """
     path, run_folder = folder / TRAINING_STATE, folder.parent.parent
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -167,11 +170,11 @@ def load_training_state(folder: Path, fixed_settings: dict[str, Any]) -> dict[st
             f"{path} could not be loaded: {str(error).splitlines()[0][:200]}. Free memory and retry"
         ) from None
     state["settings"] = EARLIER_SETTINGS | state["settings"]
-    check_settings(run_folder, state, fixed_settings)
+    check_settings(run_folder, state, fixed_settings, recipe)
     return state
 
 
-def check_settings(run_folder: Path, state: dict[str, Any], fixed_settings: dict[str, Any]) -> None:
+def check_settings(run_folder: Path, state: dict[str, Any], fixed_settings: dict[str, Any], recipe: str) -> None:
     """Raise ValueError, with both values, for the first fixed setting that differs from that of the training state."""
     settings = state["settings"]
     for name, value in fixed_settings.items():
@@ -189,6 +192,9 @@ def check_settings(run_folder: Path, state: dict[str, Any], fixed_settings: dict
                 f"{run_folder}"
             )
         before, now = (describe_setting(name, each) for each in (settings[name], value))
+        recorded = read_settings(run_folder).get("recipe", recipe)
+        if recorded != recipe:  # probably the cause
+            before, now = f"{before} (--recipe {recorded})", f"{now} (--recipe {recipe})"
         raise ValueError(
             f"run {run_folder.name} was started with {before}, now it is {now}. Restore the setting to resume, or use "
             f"another --run with --init-from {run_folder}"
@@ -199,22 +205,17 @@ def describe_setting(name: str, value: Any) -> str:
     """As on the command line, where it is an option."""
     if name == "manifest_hash":
         return f"--data of manifest_hash {value}"
-    option = cli.option_name(name)
-    return f"no {option}" if value is None else f"{option} {value}"
+    return f"no {cli.option_name(name)}" if value is None else f"{cli.option_name(name)} {value}"
 
 
 def check_preset(run_folder: Path, options: dict[str, str]) -> None:
-    """Raise ValueError where a run with a checkpoint was started with another preset or recipe.
+    """Raise ValueError where a run with a checkpoint was started with another preset, before its data are opened.
 
-    `options`: the values now of these and of data, which a user who forgets one often forgets too. Data alone may
-    differ: the folder can have moved.
+    `options`: the values now of preset and of other options, which a user who forgets one often forgets too.
     """
-    try:
-        recorded = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
-        differing = {name: str(recorded[name]) for name, value in options.items() if recorded[name] != value}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # the checkpoint is authoritative
-        return
-    if differing.keys() & {"preset", "recipe"} and list_checkpoints(run_folder):
+    recorded = read_settings(run_folder)  # the checkpoint is authoritative, where it lacks one
+    differing = {name: recorded[name] for name, value in options.items() if recorded.get(name, value) != value}
+    if "preset" in differing and list_checkpoints(run_folder):
         before = " ".join(f"--{name} {value}" for name, value in differing.items())
         now = " ".join(f"--{name} {options[name]}" for name in differing)
         raise ValueError(
@@ -225,11 +226,16 @@ def check_preset(run_folder: Path, options: dict[str, str]) -> None:
 
 def trained_seq_len(source: str) -> int | None:
     """Tokens per sequence of the run that wrote this checkpoint, by its run.json; None for other weights."""
-    try:
-        value = json.loads((Path(source).parent.parent / "run.json").read_text(encoding="utf-8"))["seq_len"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    value = read_settings(Path(source).parent.parent).get("seq_len")
     return value if isinstance(value, int) else None
+
+
+def read_settings(run_folder: Path) -> dict[str, Any]:
+    """The settings in run.json; empty where it can't be read."""
+    try:
+        return dict(json.loads((run_folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def resolve(ckpt: str, option: str = "--ckpt") -> str:

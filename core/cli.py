@@ -16,6 +16,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
 from functools import partial
 from types import NoneType, UnionType
 from typing import IO, Any, Self, TypeVar, Union, get_args
@@ -181,26 +182,26 @@ def optional_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | U
     )
 
 
-def parse_int(values: list[str]) -> int:
-    """An integer, also as 1.5e8. Raises ValueError for anything else."""
-    with contextlib.suppress(ValueError):
-        return int(values[0])
-    with contextlib.suppress(ValueError):
-        if (number := float(values[0])).is_integer():
-            return int(number)
-    raise ValueError(f"{values[0]!r:.40} is not an integer. Write it as 150_000_000 or 1.5e8")
+def parse_number(kind: type[Any], values: list[str]) -> Any:
+    """A float, or an integer, also as 1.5e8. Raises ValueError for anything else."""
+    with contextlib.suppress(InvalidOperation):  # also of comparisons with NaN
+        number = Decimal(values[0])
+        if kind is float or (abs(number) < 10**20 and number == number.to_integral_value()):
+            return kind(number)
+    expected = "a number, such as 0.001 or 1e-3" if kind is float else "an integer, such as 150_000_000 or 1.5e8"
+    raise ValueError(f"{values[0]!r:.40} must be {expected}")
 
 
 @REGISTRY.primitive_rule
-def integer(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Parse int by `parse_int`: the error of tyro's own rule is one of Python."""
-    if info.type is not int:
+def number_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Parse numbers by `parse_number`: the errors of tyro's own rules are those of Python."""
+    if info.type not in (int, float):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT",
-        instance_from_str=parse_int,
-        is_instance=lambda value: isinstance(value, int),
+        metavar="INT" if info.type is int else "FLOAT",
+        instance_from_str=partial(parse_number, info.type),
+        is_instance=lambda value: isinstance(value, (int, info.type)),
         str_from_instance=lambda value: [str(value)],
     )
 

@@ -32,6 +32,7 @@ POSITIVE = ("steps", "batch-tokens", "micro-batch", "seq-len", "val-every", "val
 def here(world, tmp_path, monkeypatch):
     """A new working directory with a copy of the shards of the stories."""
     shutil.copytree(world / "data/small", tmp_path / "data/small")
+    (tmp_path / "data/text.txt").write_text("once upon a time")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -96,7 +97,15 @@ def test_values_that_must_be_positive(error_of, here, option, value):
     "arguments, message",
     [
         (["--data", "data/none"], "no shards in data/none: .*manifest.json is missing.*fineweb.py .*--out data/none"),
-        (["--data", "data/small/manifest.json"], "^data/small/manifest.json is a file. Use its folder, data/small$"),
+        (
+            ["--data", "data/small/manifest.json"],
+            "manifest.json is a file, not a folder of shards. Use its folder, data/small$",
+        ),
+        (
+            ["--data", "data/text.txt"],
+            "data/text.txt is a file, not a folder of shards. Use fineweb.py --source data/te",
+        ),
+        (["--eval-only", "--eval-lambada", "none.txt"], "^none.txt: No such file or directory. Check the path$"),
         (["--run", "results"], "--run results: logs/results is the folder of the evaluation results. Use another name"),
         (["--eval-lambada", "none.txt"], "^none.txt: No such file or directory. Check the path$"),
         (["--eval-hellaswag", "data"], "^data: Is a directory. Name a file in it$"),

@@ -631,7 +631,9 @@ def test_convert_refuses_a_folder_with_files_a_file_and_an_unused_precision(hf, 
         converted(tmp_path / "a", tmp_path / "a")
     with pytest.raises(ValueError, match="--dtype bfloat16 needs --format llmc"):
         converted(tmp_path / "a", tmp_path / "b", "--dtype", "bfloat16")
-    with pytest.raises(ValueError, match=r"--out .*b/model\.bin must be a folder, not a file\. Use --out .*b$"):
+    with pytest.raises(
+        ValueError, match=r"--out .*b/model\.bin must be a folder, not a file\. Use a new folder, such as .*b/model$"
+    ):
         converted(tmp_path / "a", tmp_path / "b/model.bin", "--format", "llmc")
     assert not (tmp_path / "b").exists()
 

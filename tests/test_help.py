@@ -136,11 +136,19 @@ def test_a_full_disk_below_the_output_is_an_error(world, tmp_path):
         ("train.py", ["--optimizer", "sgd"], "Expected one of ('adamw', 'muon')."),
         ("eval_lambada.py", ["--text", "x"], "Expected one of ('openai', 'standard', 'other')."),
         ("eval_lambada.py", ["--compare", "a"], "Missing value for argument '--compare'. Expected 2 values."),
-        ("fineweb.py", ["--source", "a.txt", "b.txt"], "not 2 names. Put it in quotes, as --source 'my/*.txt'"),
+        (
+            "fineweb.py",
+            ["--source", "a.txt", "b.txt"],
+            "2 names in place of one glob. Put it in quotes, as --source 'my/",
+        ),
+        ("fineweb.py", ["--source"], "--source: a value is missing. Use a glob in quotes, as --source 'my/*.txt'"),
         ("train.py", ["--micro-batch", "x"], "--micro-batch: 'x' is neither an integer nor auto"),
-        ("train.py", ["--tokens", "20M"], "--tokens: '20M' is not an integer. Write it as 150_000_000 or 1.5e8"),
-        ("train.py", ["--seq-len", "1.5"], "--seq-len: '1.5' is not an integer. Write it as 150_000_000 or 1.5e8"),
-        ("train.py", ["--steps", "inf"], "--steps: 'inf' is not an integer. Write it as 150_000_000 or 1.5e8"),
+        ("train.py", ["--tokens", "20M"], "--tokens: '20M' must be an integer, such as 150_000_000 or 1.5e8"),
+        ("train.py", ["--seq-len", "1.5"], "--seq-len: '1.5' must be an integer, such as 150_000_000 or 1.5e8"),
+        ("train.py", ["--lr", "x"], "--lr: 'x' must be a number, such as 0.001 or 1e-3"),
+        ("train.py", ["--tokens", "1e300"], "--tokens: '1e300' must be an integer, such as"),
+        ("train.py", ["--tokens", "nan"], "--tokens: 'nan' must be an integer, such as"),
+        ("train.py", ["--steps", "inf"], "--steps: 'inf' must be an integer, such as 150_000_000 or 1.5e8"),
     ],
 )
 def test_errors_of_the_parser_name_no_type_of_python(script, arguments, expected, capsys, monkeypatch):
@@ -154,9 +162,10 @@ def test_errors_of_the_parser_name_no_type_of_python(script, arguments, expected
 
 def test_integers_may_have_underscores_or_an_exponent():
     options = ["--tokens", "1.5e8", "--steps", "1e3", "--micro-batch", "4e0", "--batch-tokens", "65_536"]
-    config = cli.parse(train.Config, "", options)
+    config = cli.parse(train.Config, "", [*options, "--seed", "9007199254740993.0"])
     values = (config.run.tokens, config.recipe.steps, config.run.micro_batch, config.run.batch_tokens)
     assert values == (150_000_000, 1000, 4, 65_536)
+    assert config.recipe.seed == 9007199254740993  # no float
     assert all(type(value) is int for value in values)
 
 

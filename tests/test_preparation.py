@@ -426,6 +426,20 @@ def test_shards_of_a_source_that_has_changed_are_written_again(world, tmp_path):
     assert same(out, tmp_path / "new")
 
 
+def test_a_source_that_has_lost_its_text_deletes_no_shard(world, tmp_path):
+    source, out = tmp_path / "*.parquet", tmp_path / "out"
+    texts = documents(1, 360)
+    write_parquet(tmp_path / "part.parquet", texts)
+    before = interrupt(world, source, out)
+    write_parquet(tmp_path / "part.parquet", [""])
+    assert "contains no document with text" in refused(prepare(world, source, out, check=False))
+    assert before and recorded_shards(out) == before
+    write_parquet(tmp_path / "part.parquet", texts)
+    prepare(world, source, out)
+    prepare(world, source, tmp_path / "new")
+    assert same(out, tmp_path / "new")
+
+
 def break_jsonl(line):
     def write(path):
         lines = path.read_bytes().splitlines(keepends=True)

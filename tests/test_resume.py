@@ -141,7 +141,8 @@ def test_speedrun_resumes_in_any_epoch_like_an_undisturbed_run(copied, capsys):
 
 def test_a_finished_run_is_not_changed(world, undisturbed):
     before = (undisturbed / METRICS).read_bytes()
-    output = run("train.py", *COMMAND, "--save-every", 5, "--run", "whole", cwd=world).stdout  # exit status 0
+    options = ("--save-every", 5, "--run", "whole", "--eval-lambada", "deleted.txt")  # not needed any more
+    output = run("train.py", *COMMAND, *options, cwd=world).stdout  # exit status 0
     assert f"logs/whole is finished: {STEPS} steps" in output
     assert (undisturbed / METRICS).read_bytes() == before
 
@@ -173,8 +174,12 @@ def test_a_changed_setting_is_refused_with_both_values(copied, change, before):
     message = rf"run whole was started with {option} {before}, now it is {option} {now}\. .*--init-from logs/whole"
     if name == "init_from":
         message = "run whole was started with no --init-from, now it is --init-from logs/whole"
-    elif name in ("preset", "recipe"):
+    elif name == "preset":
         message = f"run whole was started with {option} {before}, now it is {option} {now}. Restore the options"
+    elif name == "recipe":  # the first of its values that differs
+        message = (
+            r"started with --optimizer adamw \(--recipe original\), now it is --optimizer muon \(--recipe speedrun\)"
+        )
     with pytest.raises(ValueError, match=message):
         train.main(settings(**change))
     assert not (copied / "checkpoints/step_000024").exists()
@@ -217,10 +222,18 @@ def test_init_with_init_from_is_answered_with_a_warning(copied, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+def test_a_recipe_of_another_name_and_the_same_values_resumes(copied):
+    folder, settings = copied / "checkpoints/step_000020", {"seed": 1337, "lr": 6e-4}
+    assert checkpoint.load_training_state(folder, settings, "renamed")["step"] == 20
+    message = r"started with --seed 1337 \(--recipe original\), now it is --seed 3 \(--recipe renamed\)\. Restore the"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_training_state(folder, settings | {"seed": 3}, "renamed")
+
+
 def test_a_run_from_before_a_setting_existed_is_refused_with_a_remedy(copied):
     message = "started by an earlier version of this project, without the setting polish. Finish it with that version"
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_training_state(copied / "checkpoints/step_000020", {"seed": 1337, "polish": 3})
+        checkpoint.load_training_state(copied / "checkpoints/step_000020", {"seed": 1337, "polish": 3}, "original")
 
 
 def test_other_data_are_refused_with_both_hashes(world, copied):

@@ -256,7 +256,7 @@ def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
     (tmp_path / "one.txt").write_text("once upon a time " * 500)
     (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
     message = refused(prepare(world, tmp_path / "none.jsonl", tmp_path / "out", check=False))
-    assert message == f"--source {tmp_path}/none.jsonl contains no text. Use another source"
+    assert message == f"--source {tmp_path}/none.jsonl contains no document with text. Use another source"
     assert not (tmp_path / "out/unfinished").exists()
     message = refused(prepare(world, tmp_path / "one.txt", tmp_path / "out", check=False))
     assert "has no train document. A .txt is one document: split it, e.g. split " in message
@@ -268,7 +268,7 @@ def test_a_run_that_wrote_no_shard_does_not_fix_the_settings(world, tmp_path):
 def test_a_txt_file_without_text_is_not_to_be_split(world, tmp_path):
     (tmp_path / "empty.txt").touch()
     message = refused(prepare(world, tmp_path / "empty.txt", tmp_path / "out", check=False))
-    assert message.endswith("/empty.txt contains no text. Use another source")
+    assert message.endswith("/empty.txt contains no document with text. Use another source")
     message = refused(prepare(world, "data/stories/stories.jsonl", tmp_path / "few", "--max-tokens", 2, check=False))
     assert "stories.jsonl has no val document with --max-tokens 2. Use more text, " in message
 
@@ -322,7 +322,7 @@ def invalid_sources():
             lambda path: path.write_text('{"text": "a"}\n{"text": "\\ud800"}\n'),
             "byte 14 (line 2): ",
         ),
-        "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), "UTF-8"),
+        "latin.txt": (lambda path: path.write_bytes(b"caf\xe9"), "latin.txt: not UTF-8 text (byte 3 of the document)"),
         "page.html": (lambda path: path.write_text("a"), ".parquet"),
     }
 

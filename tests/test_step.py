@@ -18,12 +18,13 @@ from core.data.shards import TokenOrder, Windows, open_dataset, prefetched
 from core.distributed import Ranks
 from core.files import read_metrics
 from core.train import memory
+from core.train.compilation import compile_shapes, log_expected_time
 from core.train.depth import Depth
 from core.train.loader import micro_batches, open_loader
 from core.train.optim import build_optimizer
 from core.train.sampling import blank_batch
 from core.train.schedule import Schedule
-from core.train.setup import System, compile_shapes, fit_micro_batch, log_expected_time
+from core.train.setup import System, fit_micro_batch
 from core.train.validation import Validation
 from model import GPT, PRESETS
 
@@ -71,7 +72,7 @@ class SlowLoss(nn.Module):
     def __init__(self, monkeypatch):
         super().__init__()
         self.weight, self.shapes, self.clock = nn.Parameter(torch.ones(())), [], 0.0
-        monkeypatch.setattr("core.train.setup.time", SimpleNamespace(perf_counter=lambda: self.clock))
+        monkeypatch.setattr("core.train.compilation.time", SimpleNamespace(perf_counter=lambda: self.clock))
 
     def forward(self, inputs, targets):
         self.clock += 0.1 * len(inputs) + (0 if self.shapes else 5)
@@ -88,7 +89,7 @@ def test_expected_time_of_a_slow_step_is_logged(monkeypatch, capsys):
     """128 sequences of 0.1 s; only one micro-batch of 4 is timed."""
     loss_fn = SlowLoss(monkeypatch)
     log_time_of_first_step(loss_fn, resolved(batch_tokens=128 * 64, steps=3), 4)
-    assert capsys.readouterr().out == "expected time per step: 13 s (micro-batches of 4 sequences: 32)\n"
+    assert capsys.readouterr().out == "expected time per step: 13 s (32 micro-batches of 4 sequences)\n"
     assert loss_fn.shapes == [(1, 64, 1, 64), (4, 64, 4, 64)]
     assert loss_fn.weight.grad is None
 
@@ -97,7 +98,7 @@ def test_expected_time_of_a_very_slow_step_is_that_of_one_sequence(monkeypatch, 
     """A micro-batch of 128 would take 12.8 s in silence."""
     loss_fn = SlowLoss(monkeypatch)
     log_time_of_first_step(loss_fn, resolved(batch_tokens=128 * 64, steps=3), 128)
-    assert capsys.readouterr().out == "expected time per step: 13 s (micro-batches of 128 sequences: 1)\n"
+    assert capsys.readouterr().out == "expected time per step: 13 s (1 micro-batch of 128 sequences)\n"
     assert loss_fn.shapes == [(1, 64, 1, 64), (1, 64, 1, 64)]
 
 
@@ -110,14 +111,14 @@ def test_expected_time_is_logged_for_steps_of_more_than_a_second(monkeypatch, ca
 def test_expected_time_is_that_of_the_share_of_a_rank(monkeypatch, capsys):
     two = Ranks(0, 2, torch.device("cpu"))
     log_time_of_first_step(SlowLoss(monkeypatch), resolved(2, batch_tokens=128 * 64, steps=3), 4, two)
-    assert capsys.readouterr().out == "expected time per step: 6 s (micro-batches of 4 sequences: 16)\n"
+    assert capsys.readouterr().out == "expected time per step: 6 s (16 micro-batches of 4 sequences)\n"
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_run_that_compiles_nothing_times_a_micro_batch_instead(monkeypatch, compiled):
     called, recipe, model = [], resolved(batch_tokens=128 * 64, steps=3), GPT(PRESETS["tiny"])
-    monkeypatch.setattr(train.setup, "compile_shapes", lambda *_: called.append(True))
-    monkeypatch.setattr(train.setup, "log_expected_time", lambda *_: called.append(False))
+    monkeypatch.setattr(train.compilation, "compile_shapes", lambda *_: called.append(True))
+    monkeypatch.setattr(train.compilation, "log_expected_time", lambda *_: called.append(False))
     system = replace(PLAIN, compile=compiled)
     run = SimpleNamespace(recipe=recipe, system=system, ranks=CPU, micro_batch=4, step=0)
     train.prepare_steps(run, Schedule(recipe), model, Depth(model))

@@ -260,8 +260,19 @@ def test_a_stride_beyond_the_context_is_refused(scored):
     options = ("--ckpt", "random", "--data", "wiki.txt", "--device", "cpu", "--protocol", "strided", "--stride", 48, 49)
     result = run("eval_wikitext.py", *options, "--out", "long.json", cwd=scored, check=False)
     assert refused(result) == "--stride 49 exceeds the model's context of 48 tokens. Use --stride 48"
-    (row,) = json.loads((scored / "long.json").read_text())
-    assert row["subset"] == "stride 48"
+    assert not (scored / "long.json").exists()
+
+
+def test_the_default_stride_of_a_shorter_context_is_its_length_and_named_so(scored):
+    options = ("--ckpt", "random", "--data", "wiki.txt", "--device", "cpu", "--protocol", "strided")
+    run("eval_wikitext.py", *options, "--out", "default.json", cwd=scored)
+    (row,), expected = (
+        json.loads((scored / "default.json").read_text()),
+        row_of(scored, "random", "strided", "stride 48"),
+    )
+    names = ("subset", "data", "perplexity", "has_published")
+    assert [row[name] for name in names] == [expected[name] for name in names]
+    assert row["data"] == "wiki.txt, stride 48"
 
 
 def test_answers_of_a_task_without_questions_are_not_compared():

@@ -133,7 +133,7 @@ def encode_piece(piece: Piece, number: int) -> Documents:
         file, place, reason = invalid[-1 if SKIP_BROKEN else 0]
         many = f" is the last of more than {MAX_INVALID} invalid documents. Fix the file"
         remedy = many if SKIP_BROKEN else ". Fix the document, or skip it with --skip-broken"
-        raise ValueError(f"{file.url}, {describe_place(file, place)}: {reason}{remedy}")
+        raise ValueError(f"{describe_place(file, place)}: {reason}{remedy}")
     valid = [(file, place, text) for file, place, text in rows if text and not isinstance(text, InvalidDocument)]
     ids, edges = ENCODER.encode([text for _, _, text in valid], number)
     text_bytes = [len(text) if text.isascii() else len(text.encode()) for _, _, text in valid]

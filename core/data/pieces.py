@@ -1,5 +1,6 @@
 """A source as one ordered stream of documents, cut into pieces that worker processes read independently."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -57,13 +58,16 @@ def format_of(file: SourceFile) -> tuple[str, str | None, str]:
 
 
 def describe_place(file: SourceFile, place: int) -> str:
-    """A place in words, with the line of a byte that is not too far from the start of the file."""
-    unit = format_of(file)[2]
-    if unit != "byte" or place > MAX_COUNTED_BYTES:
-        return f"{unit} {place}"
-    with file.open() as stream:
-        line = stream.read(place).count(b"\n") + 1
-    return f"byte {place} (line {line})"
+    """File and place of a document, with the line of a byte that can be found quickly."""
+    kind, _, unit = format_of(file)
+    if kind == "txt":  # the file is the document
+        return file.url
+    place_in_words = f"{unit} {place}"
+    if unit == "byte" and place <= MAX_COUNTED_BYTES and "://" not in file.url:
+        with contextlib.suppress(OSError), file.open() as stream:
+            lines = stream.read(place).count(b"\n")
+            place_in_words += f" (line {lines + 1})"
+    return f"{file.url}, {place_in_words}"
 
 
 def cut(files: Files, limit: int) -> list[Piece]:

@@ -191,7 +191,8 @@ class Preparation:
         results = workers.encode((chunk, i) for i in chunk.pieces)
         shard, end = self.write(chunk, results, self.max_tokens, cli.progress_bar(hidden=True))
         if not shard.tokens:
-            clear(self.out)
+            if not any((self.out / UNFINISHED).glob("*_*.json")):  # records of shards, from when the source had text
+                clear(self.out)
             raise ValueError(self.no_document("val"))
         piece, skip = end or (len(self.pieces), 0)
         facts = {"piece": piece, "skip": skip, "seen_tokens": shard.seen_tokens, "seen_bytes": shard.seen_bytes}
@@ -274,5 +275,5 @@ class Preparation:
             remedy = "A .txt is one document: split it, e.g. split -C 50K --additional-suffix=.txt TEXT part-"
         name = self.files[0].url if len(self.files) == 1 else self.header["source"]["name"]
         if split == "val" and not self.header["max_tokens"]:
-            return f"--source {name} contains no text. Use another source"
+            return f"--source {name} contains no document with text. Use another source"
         return f"--source {name} has no {split} document{f' with {limits}' if limits else ''}. {remedy}"

@@ -78,7 +78,9 @@ def open_dataset(folder: str | Path) -> Dataset:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if folder.is_file():
-            raise ValueError(f"{folder} is a file. Use its folder, {folder.parent}") from None
+            has_shards = (folder.parent / MANIFEST).is_file()
+            remedy = f"Use its folder, {folder.parent}" if has_shards else f"Use fineweb.py --source {folder} for text"
+            raise ValueError(f"{folder} is a file, not a folder of shards. {remedy}") from None
         raise ValueError(f"no shards in {folder}: {path} is missing{_remedy(folder)}") from None
     try:
         manifest = json.loads(raw)

@@ -55,8 +55,8 @@ def _by_name(name: str) -> "tiktoken.Encoding":
 
     if name not in NAMES:
         raise ValueError(
-            f"--encoding {name} is neither a folder nor an encoding that splits text as GPT-2's. "
-            f"Use {' or '.join(NAMES)}, or a folder with a tokenizer.json"
+            f"--encoding {name} is neither a folder nor a supported encoding. Use {' or '.join(NAMES)}, or a folder "
+            f"with a tokenizer.json"
         )
     try:
         return tiktoken.get_encoding(name)

@@ -134,7 +134,7 @@ def score_models(
         model = load_model(source, ranks)
         encoding = checkpoint.load_encoding(source, model.config.vocab_size)
         label = name if options.dtype == "float32" else f"{name} ({options.dtype})"
-        for questions in sets:
+        for questions in [task.fit(each, model.config.n_positions) for each in sets]:
             start = time.perf_counter()
             try:
                 by_protocol = evaluate(task, model, encoding, questions, options, ranks)

@@ -74,6 +74,8 @@ class Task:
     requests: Callable[[str, Any, Encode], "list[Request]"] | None  # by protocol; raises UnscorableError
     judge: Callable[[str, Any, "list[Score]"], Verdict]  # by protocol; the scores of those requests
     text: Callable[[Any], str]  # the complete content of a question; two questions are the same if their texts are
+    fit: Callable[[QuestionSet, int], QuestionSet] = lambda questions, n_positions: questions
+    """The set for a model with this context length; raises ValueError where it can't be scored."""
     windows: Callable[[str, Any, Any, int], "list[Request]"] | None = None
     """Replaces `requests` in a task of texts, whose verdicts have pages and are neither right nor wrong: independent
     requests that fit a model, from protocol, text, encoding and context length."""

@@ -21,6 +21,7 @@ from core.eval.task import Page, QuestionSet, Task, UnscorableError, Verdict
 from core.files import sha256
 
 PROTOCOLS = ("harness", "strided")
+DEFAULT_STRIDE = 1024  # of published figures, and the context of every published GPT-2
 HUB, CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
 TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"  # wiki.test.raw, 1,290,590 bytes
 
@@ -35,8 +36,9 @@ class WikiTextConfig:
     protocol: tuple[Literal[("all", *PROTOCOLS)], ...] = ("harness",)  # type: ignore[valid-type]
     """Scoring protocols: harness like lm-evaluation-harness, per word; strided like Hugging Face's guide, per token;
     `all`: both."""
-    stride: tuple[int, ...] = (1024,)
-    """Tokens between the windows of strided, at most the context length. Published figures use 1024 and 512."""
+    stride: Annotated[tuple[int, ...], cli.DEFAULT_IN_HELP] = ()
+    """Tokens between the windows of strided, at most the context length. Published figures use 1024 and 512.
+    Default: 1024, or the context length of a model with a shorter one."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ class Stream:
 
     text: str
     stride: int
+    is_default: bool = False  # a model with a shorter context takes its length
 
 
 def load(config: WikiTextConfig) -> list[QuestionSet]:
     """One set of pages, and one stream for each stride. Raises ValueError for options that contradict each other."""
     protocols = task.select_protocols(config.protocol, PROTOCOLS)
-    if "strided" not in protocols and config.stride != WikiTextConfig.stride:
+    if "strided" not in protocols and config.stride:
         raise ValueError(
             f"--stride {' '.join(map(str, config.stride))} has no effect on --protocol harness. "
             f"Add --protocol strided, or remove --stride"
@@ -70,11 +73,30 @@ def load(config: WikiTextConfig) -> list[QuestionSet]:
     for protocol in protocols:
         if protocol == "harness":
             sets.append(pages)
-        for stride in dict.fromkeys(config.stride) if protocol == "strided" else ():
-            subset = f"stride {stride}"
-            stream = [Stream(content, stride)]
-            sets.append(replace(pages, questions=stream, protocols=[protocol], data=f"{name}, {subset}", subset=subset))
+        else:
+            streams = [Stream(content, stride) for stride in dict.fromkeys(config.stride)]
+            streams = streams or [Stream(content, DEFAULT_STRIDE, is_default=True)]
+            sets += [with_stream(replace(pages, protocols=[protocol]), stream) for stream in streams]
     return sets
+
+
+def with_stream(questions: QuestionSet, stream: Stream) -> QuestionSet:
+    """The set with this one question, named by its stride."""
+    subset = f"stride {stream.stride}"
+    name = questions.data.removesuffix(f", {questions.subset}")
+    return replace(questions, questions=[stream], data=f"{name}, {subset}", subset=subset)
+
+
+def fit(questions: QuestionSet, n_positions: int) -> QuestionSet:
+    """The set with a stride of at most the context. Raises ValueError for a given stride that exceeds it."""
+    stream = questions.questions[0]
+    if not isinstance(stream, Stream) or stream.stride <= n_positions:
+        return questions
+    if not stream.is_default:
+        raise ValueError(
+            f"--stride {stream.stride} exceeds the model's context of {n_positions} tokens. Use --stride {n_positions}"
+        )
+    return with_stream(questions, replace(stream, stride=n_positions))
 
 
 def read(path: Path) -> str:
@@ -130,16 +152,8 @@ def _replace(text: str, pairs: dict[str, str]) -> str:
 
 
 def windows(protocol: str, question: str | Stream, encoding: Any, n_positions: int) -> list[Request]:
-    """Requests that fit a context of n_positions tokens and predict each token of the text once.
-
-    Raises ValueError for a stride that exceeds this context.
-    """
+    """Requests that fit a context of n_positions tokens and predict each token of the text once."""
     if isinstance(question, Stream):
-        if question.stride > n_positions:
-            raise ValueError(
-                f"--stride {question.stride} exceeds the model's context of {n_positions} tokens. Use --stride "
-                f"{n_positions}"
-            )
         ids = encoding.encode_ordinary(joined_lines(question.text))
         return strided_windows(ids, question.stride, n_positions)
     return disjoint_windows([end_of_text_id(encoding), *encoding.encode_ordinary(detokenize(question))], n_positions)
@@ -216,6 +230,7 @@ TASK = Task(
     protocols=PROTOCOLS,
     load=load,
     requests=None,
+    fit=fit,
     windows=windows,
     judge=judge,
     text=text,

@@ -83,7 +83,7 @@ def evaluations(sizes: list[str | None]) -> list[tuple[Task, Any]]:
         (cbt.TASK, cbt.CBTConfig()),  # the paper's: validation, CN and NE
         (cbt.TASK, cbt.CBTConfig(types=("NE",), split="test", protocol=("sentence",))),  # the original project's
         (hellaswag.TASK, hellaswag.HellaSwagConfig(protocol=("all",))),
-        (wikitext.TASK, wikitext.WikiTextConfig(protocol=("all",), stride=strides or wikitext.WikiTextConfig.stride)),
+        (wikitext.TASK, wikitext.WikiTextConfig(protocol=("all",), stride=strides)),
     ]
 
 

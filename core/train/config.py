@@ -38,7 +38,7 @@ def parse_micro_batch(values: list[str]) -> int | Literal["auto"]:
     if values == ["auto"]:
         return "auto"
     try:
-        return cli.parse_int(values)
+        return cli.parse_number(int, values)
     except ValueError:
         raise ValueError(f"{values[0]!r:.40} is neither an integer nor auto") from None
 
@@ -170,7 +170,7 @@ class RecipeConfig:
         recipe_option(
             "long_every",
             "While sequences are short, every Nth step has long ones, which train all positions; 0: none. speedrun "
-            f"halves N where --short-tokens is from {TWICE_LONG_STEPS.start:,} to {TWICE_LONG_STEPS.stop - 1:,}.",
+            f"halves N for --short-tokens of at least {TWICE_LONG_STEPS.start:,} and below {TWICE_LONG_STEPS.stop:,}.",
         ),
     ] = None
     shallow_fraction: Annotated[

@@ -32,9 +32,8 @@ class RunLog:
         """`step` steps are complete: metrics of later steps, which the checkpoint lacks, are removed."""
         run_folder.mkdir(parents=True, exist_ok=True)
         write_json(run_folder / "run.json", settings)
-        kept, damaged = truncate_metrics(
-            run_folder / METRICS, step if step else -1
-        )  # a run that restarts logs step 0 again
+        last_step = step or -1  # a run that restarts logs step 0 again
+        kept, damaged = truncate_metrics(run_folder / METRICS, last_step)
         self.already_logged = frozenset(line["split"] for line in kept if line["step"] == step)
         self._file = open(run_folder / METRICS, "ab", buffering=0)  # noqa: SIM115  closed by __exit__
         self._unwritten = b""

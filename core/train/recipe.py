@@ -227,7 +227,7 @@ def scaled_to_length(
     return {
         "warmup_steps": min(values.warmup_steps, steps // 10),
         "short_tokens": short_tokens,
-        # Else there are too few long steps before sequences grow, and the loss rises there.
+        # With fewer long steps in phases of this length, the loss rises where sequences grow.
         "long_every": values.long_every // (2 if short_tokens in TWICE_LONG_STEPS else 1),
         "weight_decay": values.weight_decay + strength * (REPETITION_WEIGHT_DECAY - values.weight_decay),
         "token_dropout": strength * REPETITION_TOKEN_DROPOUT,

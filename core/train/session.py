@@ -25,7 +25,7 @@ class Session:
     logger: StepLogger
     saver: Saver
     interrupts: Interrupts
-    batches: Iterator[list[Tensor]]  # of this rank's micro-batches, in host memory (core/train/loader.py)
+    batches: Iterator[list[Tensor]]  # inputs and targets (B, T), and candidates, in host memory (core/train/loader.py)
     profile_step: Callable[[], None]
     already_logged: frozenset[str]  # evaluations of the current step that an earlier process logged
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,18 +15,15 @@ from core.data.shards import Dataset, Windows
 from core.distributed import Ranks, autocast, check_compiler, default_dtype, kernel_support
 from core.eval.results import RESULTS
 from core.files import LOCK, FileLocks
-from core.train.config import Config, SystemConfig
+from core.train.config import Config, EvalConfig, SystemConfig
 from core.train.depth import start_shallow
 from core.train.memory import largest_micro_batch
 from core.train.optim import OptimizerGroup, build_optimizer, loss_scaler
 from core.train.profiling import PROFILED_STEPS
 from core.train.recipe import INITIALIZERS, SETTINGS, Recipe, resolve_recipe, without_effect
-from core.train.sampling import blank_batch
-from core.train.schedule import Schedule, Shape
+from core.train.schedule import Schedule
 from core.train.trackers import check_installed
 from model import GPT, describe
-
-MAX_TIMED_SECONDS = 30  # of a micro-batch, to estimate the time of a step; a longer one by one sequence
 
 
 @dataclass(frozen=True)
@@ -99,8 +95,8 @@ def run_folder(config: Config) -> Path:
     if folder == RESULTS:
         raise ValueError(f"--run {name}: {RESULTS} is the folder of the evaluation results. Use another name")
     if not config.evaluation.eval_only and config.checkpoints.resume == "auto":
-        options = {name: getattr(config.run, name) for name in ("preset", "data", "recipe")}
-        checkpoint.check_preset(folder, options)
+        options = config.run
+        checkpoint.check_preset(folder, {"preset": options.preset, "data": options.data, "recipe": options.recipe})
     return folder
 
 
@@ -142,8 +138,6 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
     )
     if evaluation.sample_every and not (dataset.folder / "tokenizer.json").is_file():
         raise ValueError(f"--sample-every needs {dataset.folder / 'tokenizer.json'}, which is missing. Use 0")
-    for file in filter(None, (evaluation.eval_lambada, evaluation.eval_hellaswag)):
-        open(file, "rb").close()
     for split in ("train", "val"):
         Windows(dataset, split, recipe.seq_len)
     system = resolve_system(config.system, ranks, config.run.micro_batch)
@@ -153,6 +147,12 @@ def resolve(config: Config, dataset: Dataset, ranks: Ranks) -> tuple[Recipe, Sys
     for option, reason in without_effect(recipe, overrides, dataset.tokens("train")):
         ranks.log(f"warning: {option} has no effect: {reason}")
     return recipe, system
+
+
+def check_files(options: EvalConfig) -> None:
+    """Raise OSError for a file of questions that can't be read."""
+    for file in filter(None, (options.eval_lambada, options.eval_hellaswag)):
+        open(file, "rb").close()
 
 
 def recipe_overrides(config: Config) -> dict[str, Any]:
@@ -221,7 +221,9 @@ def restore_or_init(
     """The run at its newest valid checkpoint; without one, at step 0 with the weights of --init-from or random ones."""
     found = checkpoint.find(folder, ranks, restart=config.checkpoints.resume == "never")
     fixed = fixed_settings(config, recipe, dataset)
-    state = checkpoint.load_training_state(found, fixed) if found else None
+    state = checkpoint.load_training_state(found, fixed, config.run.recipe) if found else None
+    if state is None or state["step"] < recipe.steps:
+        check_files(config.evaluation)
     source = found or (checkpoint.resolve_init(config.run.init_from, ranks) if config.run.init_from else None)
     if isinstance(source, str) and config.recipe.init:
         ranks.log(f"warning: --init {config.recipe.init} has no effect, as --init-from {source} sets the weights")
@@ -271,7 +273,9 @@ def load_model(config: Config, recipe: Recipe, dataset: Dataset, source: Path | 
 
 
 def build_loss(model: GPT, system: System, compiled: bool | None = None) -> Any:
-    """The function of a batch (core/train/loader.py) that training minimizes. Its weights are those of `model`.
+    """The function that training minimizes, of inputs and targets (B, T); with a sampled softmax also of candidates.
+
+    Its weights are those of `model`.
 
     `compiled` replaces the system's choice.
     """
@@ -305,42 +309,3 @@ def fit_micro_batch(model: GPT, optimizer: OptimizerGroup, recipe: Recipe, syste
         micro_batch = largest_micro_batch(loss_fn, sequences, recipe.seq_len, moments + buckets, ranks)
     optimizer.zero_grad()
     return micro_batch
-
-
-def compile_shapes(
-    loss_fn: Any, recipe: Recipe, system: System, micro_batch: int, ranks: Ranks, step: int, shallow: bool = False
-) -> None:
-    """Compile for every shape of the steps from `step` on, so that no step's time includes compilation.
-
-    `shallow`: of the steps that compute every second block, or else of those that compute all (`Depth.set`).
-    """
-    shapes = dict.fromkeys(shape for shape, _ in Schedule(recipe).splits(step, micro_batch, ranks.world_size, shallow))
-    # Beyond its limit of 8 graphs, torch.compile leaves a function uncompiled; validation needs graphs too.
-    torch._dynamo.config.recompile_limit += len(shapes)
-    seconds = sum(time_micro_batch(loss_fn, shape, system, ranks) for shape in shapes)
-    ranks.log(f"compiled in {seconds:.0f} s" + (" for half of the blocks" if shallow else ""))
-
-
-def log_expected_time(loss_fn: Any, shape: Shape, count: int, run: Run) -> None:
-    """Log how long a step of `count` micro-batches of this shape will take, unless that is less than a second."""
-    one_sequence = shape._replace(rows=run.recipe.seq_len // shape.seq_len)
-    size = shape.rows // one_sequence.rows
-    first = time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)  # it also loads libraries
-    if size * first < MAX_TIMED_SECONDS:
-        seconds = time_micro_batch(loss_fn, shape, run.system, run.ranks)
-    else:
-        seconds = size * time_micro_batch(loss_fn, one_sequence, run.system, run.ranks)
-    if count * seconds > 1:
-        run.ranks.log(f"expected time per step: {count * seconds:.0f} s (micro-batches of {size} sequences: {count})")
-
-
-def time_micro_batch(loss_fn: Any, shape: Shape, system: System, ranks: Ranks) -> float:
-    """Seconds of forward and backward on a micro-batch."""
-    start = time.perf_counter()
-    with autocast(ranks, system.dtype):
-        loss = loss_fn(*blank_batch(shape, ranks.device), **shape.forward_kwargs)
-    loss.backward()
-    loss.item()  # waits for the device
-    for p in loss_fn.parameters():
-        p.grad = None
-    return time.perf_counter() - start

@@ -16,7 +16,7 @@ from core.distributed import Ranks, autocast
 from core.eval import evaluate, hellaswag, lambada
 from core.eval.task import QuestionSet, Task, exp_mean, format_perplexity
 from core.train.config import Config, EvalConfig
-from core.train.setup import resolve_system
+from core.train.setup import check_files, resolve_system
 from model import GPT, GPTConfig
 
 VAL_BATCH = 16  # maximum windows per forward pass, as logits are large
@@ -182,6 +182,7 @@ def evaluate_only(config: Config, dataset: Dataset, ranks: Ranks, run_folder: Pa
 
     Raises ValueError where the weights have another vocabulary than the shards, or --seq-len exceeds their context.
     """
+    check_files(config.evaluation)
     if config.run.init_from:
         source = checkpoint.resolve_init(config.run.init_from, ranks)
     else:
