@@ -552,3 +552,9 @@ def test_a_passage_with_an_empty_last_word_is_not_scored(protocol, end):
 def test_json_lines_are_read_with_any_json_suffix(tmp_path, name):
     (tmp_path / name).write_text('{"text": "the dog ran home"}\n')
     assert lambada.read(tmp_path / name) == ["the dog ran home"]
+
+
+@pytest.mark.parametrize(("path", "error"), [("none.txt", FileNotFoundError), (".", IsADirectoryError)])
+def test_a_file_that_cannot_be_read_is_reported_before_its_unknown_text(path, error, tmp_path):
+    with pytest.raises(error):
+        lambada.load(lambada.LambadaConfig(data=str(tmp_path / path)))
