@@ -78,7 +78,7 @@ def train(run: Run) -> None:
     """The training loop: each iteration is one optimizer step."""
     config, recipe, ranks, model, optimizer = run.config, run.recipe, run.ranks, run.model, run.optimizer
     schedule = Schedule(recipe)
-    raw_loss = setup.build_loss(model, run.system)  # a batch, see train_step -> mean cross-entropy
+    raw_loss = setup.build_loss(model, run.system)  # mean cross-entropy of a batch
     evaluations = build_evaluations(
         config.evaluation, run.dataset, ranks, model.config, raw_loss, recipe.seq_len, run.system.dtype, run.micro_batch
     )
