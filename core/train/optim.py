@@ -31,11 +31,6 @@ class OptimizerGroup:
                     f"set `_step_supports_amp_scaling`"
                 )
         self.members = members
-        self._by_name: dict[str, torch.optim.Optimizer] = {}  # by class; the second AdamW is AdamW.1
-        for member in members:
-            name = type(member).__name__
-            count = sum(type(other).__name__ == name for other in self._by_name.values())
-            self._by_name[f"{name}.{count}" if count else name] = member
 
     def set_lr(self, scale: float) -> None:
         """Set the learning rates of the next step, as a fraction of their peaks."""
@@ -59,12 +54,18 @@ class OptimizerGroup:
         states = [state for member in self.members for state in member.state.values()]
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
+    @property
+    def _names(self) -> list[str]:
+        """Of the members in a checkpoint: their classes; the second AdamW is AdamW.1."""
+        names = [type(member).__name__ for member in self.members]
+        return [f"{name}.{n}" if (n := names[:i].count(name)) else name for i, name in enumerate(names)]
+
     def state_dict(self) -> dict[str, Any]:
-        return {name: member.state_dict() for name, member in self._by_name.items()}
+        return {name: member.state_dict() for name, member in zip(self._names, self.members, strict=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the moments; hyperparameters stay those of the recipe, which a resumed run must not change."""
-        for name, member in self._by_name.items():
+        for name, member in zip(self._names, self.members, strict=True):
             own = member.state_dict()
             member.load_state_dict(own | {"state": state[name]["state"]})
 

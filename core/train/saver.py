@@ -1,6 +1,5 @@
 """Asynchronous checkpoints: a snapshot in host memory, written by a thread while training continues."""
 
-import json
 import os
 import shutil
 import threading
@@ -27,9 +26,9 @@ def permanent_checkpoints(run_folder: Path) -> frozenset[Path]:
     """
     folders = checkpoint.list_checkpoints(run_folder)
     try:
-        last = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+        last = checkpoint.read_settings(run_folder)
         keep, multiple = int(last["keep"]), int(last["keep_every"]) * int(last["save_every"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return frozenset(folders)
     return frozenset([*folders[:-keep], *(f for f in folders if multiple and checkpoint.step_of(f) % multiple == 0)])
 
